@@ -1,0 +1,170 @@
+"""Packing: how the documents of one block become rows of T positions.
+
+Packing is decided once, by the document lengths of a block and T alone: no seed, no neighbouring block, no
+machine. So rows per block are stored numbers, and any reader can rebuild any row from one block.
+
+A stored document of n tokens gives n-1 positions: position p has input t[p] and label t[p+1]. Both packings
+use every position of every document exactly once.
+
+* `concat`: the positions of all documents in order, cut every T; the last row of the block is padded.
+* `best_fit`: a document longer than T positions is cut into full rows and a rest; rests and short documents
+  are placed by best-fit decreasing (the largest first, each into the fullest row that still holds it), so
+  a document of at most T positions is never cut. Ties go to the earlier document and to the earlier row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Packing = Literal["concat", "best_fit"]
+PACKINGS: tuple[Packing, ...] = ("concat", "best_fit")
+
+Lengths = Sequence[int] | NDArray[Any]
+"""Tokens of each stored document of a block, BOS and EOS included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """The rows of one block as arrays of P pieces; a piece is a run of positions of one document in one row.
+
+    Row r consists of pieces `row_offsets[r]` to `row_offsets[r+1]`, laid one after the other from position 0.
+    """
+
+    row_offsets: NDArray[np.int64]
+    """(rows + 1,): first piece of each row, and the number of pieces."""
+    document: NDArray[np.int64]
+    """(P,): number of the document within the block."""
+    start: NDArray[np.int64]
+    """(P,): first position within the document."""
+    positions: NDArray[np.int64]
+    """(P,): positions in the piece, at least 1."""
+
+    @property
+    def rows(self) -> int:
+        """Rows in the block."""
+        return len(self.row_offsets) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the arrays hold in memory."""
+        return int(self.row_offsets.nbytes + self.document.nbytes + self.start.nbytes + self.positions.nbytes)
+
+
+def rows_per_block(lengths: Lengths, sequence_tokens: int, packing: str) -> int:
+    """Number of rows of `sequence_tokens` positions that a block of documents with these lengths gives."""
+    positions = _positions(lengths, sequence_tokens)
+    if packing == "concat":
+        return -(-int(positions.sum()) // sequence_tokens)
+    _check_packing(packing)
+    full = int((positions // sequence_tokens).sum())
+    _, bins = _best_fit_decreasing(positions % sequence_tokens, sequence_tokens)
+    return full + len(bins)
+
+
+def pack_block(lengths: Lengths, sequence_tokens: int, packing: str) -> list[list[tuple[int, int, int]]]:
+    """The rows of a block, each a list of (document in block, start position in document, positions)."""
+    pack = pack_arrays(lengths, sequence_tokens, packing)
+    pieces = list(
+        zip(pack.document.tolist(), pack.start.tolist(), pack.positions.tolist(), strict=True),
+    )
+    bounds = pack.row_offsets.tolist()
+    return [pieces[first:end] for first, end in itertools.pairwise(bounds)]
+
+
+def pack_arrays(lengths: Lengths, sequence_tokens: int, packing: str) -> Pack:
+    """The rows of a block as arrays; the same decision as `pack_block`."""
+    positions = _positions(lengths, sequence_tokens)
+    if packing == "concat":
+        return _concat(positions, sequence_tokens)
+    _check_packing(packing)
+    return _best_fit(positions, sequence_tokens)
+
+
+def _check_packing(packing: str) -> None:
+    if packing not in PACKINGS:
+        raise ValueError(f"unknown packing {packing!r}: one of {', '.join(PACKINGS)}")
+
+
+def _positions(lengths: Lengths, sequence_tokens: int) -> NDArray[np.int64]:
+    if sequence_tokens < 1:
+        raise ValueError(f"sequence_tokens is {sequence_tokens}, must be at least 1")
+    tokens = np.asarray(lengths, dtype=np.int64)
+    return np.maximum(tokens - 1, 0)
+
+
+def _concat(positions: NDArray[np.int64], sequence_tokens: int) -> Pack:
+    ends = np.cumsum(positions)
+    total = int(ends[-1]) if len(ends) else 0
+    starts = ends - positions
+    # A piece begins where a document begins and where a row begins.
+    rows = -(-total // sequence_tokens)
+    cuts = np.union1d(starts[positions > 0], np.arange(rows, dtype=np.int64) * sequence_tokens)
+    # Documents without positions share their end with the one before: 'right' steps over them.
+    document = np.searchsorted(ends, cuts, side="right")
+    row_offsets = np.searchsorted(cuts, np.arange(rows + 1, dtype=np.int64) * sequence_tokens)
+    return Pack(
+        row_offsets=row_offsets.astype(np.int64),
+        document=document.astype(np.int64),
+        start=cuts - starts[document],
+        positions=np.diff(np.append(cuts, total)),
+    )
+
+
+def _best_fit(positions: NDArray[np.int64], sequence_tokens: int) -> Pack:
+    full_rows = positions // sequence_tokens
+    rests = positions % sequence_tokens
+    number = np.arange(len(positions), dtype=np.int64)
+    # Full rows come first, in document order; each is one piece.
+    full_document = np.repeat(number, full_rows)
+    first_of_document = np.cumsum(full_rows) - full_rows
+    full_start = (
+        np.arange(len(full_document), dtype=np.int64) - first_of_document[full_document]
+    ) * sequence_tokens
+    placed, bins = _best_fit_decreasing(rests, sequence_tokens)
+    rest_document = np.array(
+        [document for members in bins for document in members],
+        dtype=np.int64,
+    )
+    assert len(rest_document) == placed, f"{placed} rests to place, {len(rest_document)} placed"
+    pieces_per_row = np.concatenate(
+        [
+            np.ones(len(full_document), dtype=np.int64),
+            np.array([len(members) for members in bins], dtype=np.int64),
+        ]
+    )
+    return Pack(
+        row_offsets=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(pieces_per_row)]),
+        document=np.concatenate([full_document, rest_document]),
+        start=np.concatenate([full_start, full_rows[rest_document] * sequence_tokens]),
+        positions=np.concatenate(
+            [np.full(len(full_document), sequence_tokens, dtype=np.int64), rests[rest_document]]
+        ),
+    )
+
+
+def _best_fit_decreasing(sizes: NDArray[np.int64], capacity: int) -> tuple[int, list[list[int]]]:
+    """Places every size above 0; returns how many there are, and the items of each bin as placed."""
+    order = np.argsort(-sizes, kind="stable")
+    order = order[: int(np.count_nonzero(sizes))]
+    bins: list[list[int]] = []
+    # Open bins sorted by (free space, bin number), as one integer each: bisect compares ints only.
+    open_bins: list[int] = []
+    for item, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        at = bisect_left(open_bins, size << 32)
+        if at == len(open_bins):
+            chosen, free = len(bins), capacity - size
+            bins.append([item])
+        else:
+            key = open_bins.pop(at)
+            chosen, free = key & 0xFFFFFFFF, (key >> 32) - size
+            bins[chosen].append(item)
+        if free > 0:
+            insort(open_bins, free << 32 | chosen)
+    return len(order), bins

@@ -1,0 +1,164 @@
+"""The rank processes of one attempt on this machine: started together, watched together, ended together."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from launcher.child import Child, ChildCommand, start_child
+from launcher.exits import RankExit, order_of_death
+from launcher.heartbeat import VARIABLE, read_heartbeat
+from launcher.job import JobSpec, heartbeat_path, log_path
+from launcher.rank_env import RankEnvironment
+
+MASTER_ADDR = "127.0.0.1"
+
+
+def rank_environment(
+    spec: JobSpec, place: RankEnvironment, folder: Path, inherited: Mapping[str, str]
+) -> dict[str, str]:
+    """The whole environment of one rank: what we inherited, what the job adds, and what makes it a rank.
+
+    OMP_NUM_THREADS, unless someone chose it, is this rank's share of the cores that we may use: without it
+    the thread pool of each rank takes all of them, and two ranks on two cores run several times slower than one.
+    """
+    given = {**inherited, **spec.environment}
+    share = max(1, usable_cores() // place.local_world_size)
+    return {
+        "OMP_NUM_THREADS": str(share),
+        "PYTHONUNBUFFERED": "1",
+        **given,
+        **place.to_environment(),
+        VARIABLE: str(heartbeat_path(folder, place.rank)),
+    }
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Gang:
+    """The ranks of one attempt, as a context manager: when it closes, none of their processes is left.
+
+    Args:
+        spec: what to start.
+        folder: existing folder for logs and heartbeats.
+        master_port: where the ranks meet.
+        wake_fd: a file descriptor that makes `wait` return when it becomes readable.
+
+    Raises:
+        LaunchConfigurationError: a rank could not be started; those before it were ended.
+    """
+
+    def __init__(self, spec: JobSpec, folder: Path, *, master_port: int, wake_fd: int) -> None:
+        self._folder = folder
+        self._children: dict[int, Child] = {}
+        self._living: set[int] = set()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(wake_fd, selectors.EVENT_READ, None)
+        complete = False
+        try:
+            for rank in range(spec.ranks):
+                self._start(spec, rank, master_port)
+            complete = True
+        finally:
+            if not complete:
+                self.close()
+
+    def _start(self, spec: JobSpec, rank: int, master_port: int) -> None:
+        place = RankEnvironment(
+            rank=rank,
+            world_size=spec.ranks,
+            local_rank=rank,
+            local_world_size=spec.ranks,
+            group_rank=0,
+            master_addr=MASTER_ADDR,
+            master_port=master_port,
+        )
+        heartbeat_path(self._folder, rank).unlink(missing_ok=True)
+        child = start_child(
+            ChildCommand(
+                command=spec.command,
+                environment=rank_environment(spec, place, self._folder, os.environ),
+                log_path=log_path(self._folder, rank),
+                working_directory=spec.working_directory,
+                pass_fds=spec.pass_fds,
+            )
+        )
+        self._children[rank] = child
+        self._living.add(rank)
+        self._selector.register(child.exit_fd, selectors.EVENT_READ, rank)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, in order of rank."""
+        return [child.pid for child in self._children.values()]
+
+    @property
+    def alive(self) -> bool:
+        """At least one rank has not ended, as far as `wait` has seen."""
+        return bool(self._living)
+
+    def wait(self, timeout: float | None) -> list[RankExit]:
+        """Sleep until a rank ends, the wake descriptor is readable, or `timeout` seconds are over.
+
+        Returns:
+            Ends not reported before, the likelier cause first where several came at once.
+        """
+        ended = []
+        for key, _ in self._selector.select(timeout):
+            if key.data is not None and (end := self._ended(key.data)) is not None:
+                self._selector.unregister(key.fileobj)
+                ended.append(end)
+        return order_of_death(ended)
+
+    def _ended(self, rank: int) -> RankExit | None:
+        child = self._children[rank]
+        code = child.exit_code()
+        if code is None:
+            return None
+        self._living.discard(rank)
+        heartbeat = read_heartbeat(heartbeat_path(self._folder, rank))
+        return RankExit(
+            rank=rank,
+            pid=child.pid,
+            code=code,
+            killed=child.killed and code == -signal.SIGKILL,
+            seconds=child.seconds(),
+            step=heartbeat.step if heartbeat else None,
+            section=heartbeat.section if heartbeat else None,
+            heartbeat_age_seconds=heartbeat.age_seconds() if heartbeat else None,
+        )
+
+    def terminate(self) -> None:
+        """SIGTERM to every living rank: save and leave."""
+        for rank in self._living:
+            self._children[rank].send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to the process group of every living rank."""
+        for rank in self._living:
+            self._children[rank].kill()
+
+    def close(self) -> None:
+        """End and reap whatever is left, helpers of ranks that have ended included."""
+        for child in self._children.values():
+            child.kill()
+        for child in self._children.values():
+            child.reap()
+        self._selector.close()
+
+    def __enter__(self) -> Gang:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

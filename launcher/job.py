@@ -1,0 +1,183 @@
+"""The nouns of launching, in the shape of `concurrent.futures`: what to run, the job, its attempts."""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from launcher.exits import RankExit, first_cause
+
+TAIL_LINES = 20
+TAIL_BYTES = 16384
+
+
+class JobState(enum.Enum):
+    """Where a job stands, the same words for every place that it may run in."""
+
+    PENDING = "pending"
+    """Submitted; no rank runs (yet, or between two attempts)."""
+    RUNNING = "running"
+    STOPPING = "stopping"
+    """Asked to leave; its ranks are saving or being ended."""
+    DONE = "done"
+    """Exit code 0."""
+    SAVED = "saved"
+    """Exit code 75: saved, run it again."""
+    CANCELLED = "cancelled"
+    """Ended at once on request; what was not durable is lost."""
+    FAILED = "failed"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Nothing follows."""
+        return self in (JobState.DONE, JobState.SAVED, JobState.CANCELLED, JobState.FAILED)
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A command line that is started once a rank.
+
+    Raises:
+        ValueError: no command, no rank, a bad variable name, or a NUL byte, which no argument can hold.
+    """
+
+    command: Sequence[str]
+    """Program and arguments, passed on unchanged; no shell is involved."""
+    log_folder: Path
+    """Gets `attempt-K/rank-R.log`, stdout and stderr of each rank, and the heartbeat files beside them."""
+    ranks: int = 1
+    """Processes on this machine."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Added to the launcher's own environment; the torchrun variables win over it."""
+    working_directory: Path | None = None
+    """Where the ranks start; None: here."""
+    pass_fds: Sequence[int] = ()
+    """Open file descriptors that the ranks inherit under the same numbers."""
+    first_attempt: int = 1
+    """Number of the first attempt: a run that goes on counts on."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.command, str) or not self.command:
+            raise ValueError(f"a command is a list of program and arguments, not {self.command!r}")
+        if self.ranks < 1:
+            raise ValueError(f"a job has at least one rank, not {self.ranks}")
+        for text in (*self.command, *self.environment, *self.environment.values()):
+            if "\0" in text:
+                raise ValueError(f"a NUL byte cannot be passed to a process: {text!r}")
+        for name in self.environment:
+            if not name or "=" in name:
+                raise ValueError(f"not a name of an environment variable: {name!r}")
+
+    def attempt_folder(self, attempt: int) -> Path:
+        """Absolute folder of one attempt's logs."""
+        return self.log_folder.absolute() / f"attempt-{attempt}"
+
+
+@dataclass
+class Attempt:
+    """One start of all ranks, to the end of the last of them."""
+
+    number: int
+    folder: Path
+    pids: list[int]
+    master_port: int
+    exits: list[RankExit] = field(default_factory=list)
+    """Ends of ranks so far, in order of death."""
+
+    @property
+    def cause(self) -> RankExit | None:
+        """The end that explains the attempt; None while every rank runs."""
+        return first_cause(self.exits) if self.exits else None
+
+    @property
+    def step(self) -> int | None:
+        """Highest step of any rank's last heartbeat; None without heartbeats."""
+        return max((end.step for end in self.exits if end.step is not None), default=None)
+
+    @property
+    def logs(self) -> list[Path]:
+        """The ranks' log files, in order of rank."""
+        return [log_path(self.folder, rank) for rank in range(len(self.pids))]
+
+    @property
+    def tail(self) -> list[str]:
+        """Last lines of the log of the rank that was the cause; empty while every rank runs."""
+        return tail(log_path(self.folder, self.cause.rank)) if self.cause else []
+
+
+def log_path(folder: Path, rank: int) -> Path:
+    """Where stdout and stderr of a rank go."""
+    return folder / f"rank-{rank}.log"
+
+
+def heartbeat_path(folder: Path, rank: int) -> Path:
+    """Where a rank writes its heartbeat."""
+    return folder / f"heartbeat-{rank}"
+
+
+def tail(path: Path, *, lines: int = TAIL_LINES) -> list[str]:
+    """The last lines of a text file, from its last 16 KiB; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            text = file.read()
+    except OSError:
+        return []
+    return text.decode("utf-8", errors="replace").splitlines()[-lines:]
+
+
+class Job(Protocol):
+    """A submitted command line, wherever it runs."""
+
+    @property
+    def state(self) -> JobState:
+        """Where it stands now."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """What it left with, 0 to 255; None until it has ended."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end, at most `timeout` seconds.
+
+        Returns:
+            The exit code.
+
+        Raises:
+            TimeoutError: it has not ended in time; it goes on.
+            LauncherError: it could not be started.
+        """
+
+    def cancel(self, *, now: bool = False) -> bool:
+        """Ask the ranks to save and leave; `now`: end them at once. Does not wait.
+
+        Returns:
+            False if the job has ended already.
+        """
+
+    def logs(self) -> list[Path]:
+        """Log files of the newest attempt, in order of rank; empty before the first."""
+
+
+class EventCallback(Protocol):
+    """Receives each event of a job, in order, in the thread that supervises it.
+
+    * attempt_started: attempt, ranks, pids, master_port
+    * rank_exited: attempt, rank, pid, exit_code (None: a signal), signal (its name or None), killed_by_launcher,
+      seconds, and of the last heartbeat, or None: step, section, heartbeat_age_seconds
+    * restart: attempt (the one that will start), cause, backoff_seconds
+    * stopping: signal (its name, or `cancel`), now
+    * finished: exit_code, attempts (how many ran), reason
+    """
+
+    def __call__(self, kind: str, /, **fields: object) -> None:
+        """Take note of one event; an exception ends the job and comes out of `run` or `wait`."""
+
+
+def ignore_event(kind: str, /, **fields: object) -> None:
+    """An event callback that does nothing."""

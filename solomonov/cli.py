@@ -1,0 +1,209 @@
+"""The `solomonov` command: the one place that knows training, data and launcher together.
+
+Heavy modules are imported inside the commands that need them, so that `solomonov --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from solomonov import exits
+
+if TYPE_CHECKING:
+    from launcher.config import LaunchConfig
+    from solomonov.config import Loaded
+    from solomonov.runfolder import RunFolder
+
+EXIT_CODES = """\
+exit codes:
+  0 done   2 usage   70 numerical failure   74 data or checkpoints damaged beyond repair
+  75 saved, run me again   78 the configuration is wrong   130 interrupted at once   else: a crash
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs with their arguments."""
+    parser = argparse.ArgumentParser(
+        prog="solomonov",
+        description="Pretrain very deep Transformers: from raw text to an exported model, exact and resumable.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+
+    quickstart = verbs.add_parser("quickstart", help="a whole life on this machine, on text that it already has")
+    quickstart.add_argument("--folder", default="quickstart", help="where everything is made (default: quickstart)")
+
+    for name, text in (
+        ("prepare", "raw data -> tokenizer -> shards + manifest"),
+        ("train", "train here and now on all local ranks; goes on by itself where it stopped"),
+    ):
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("config", metavar="CONFIG", help="YAML file")
+        verb.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, YAML values")
+
+    checkpoints = verbs.add_parser("checkpoints", help="list, verify, digest, diff or prune a run's checkpoints")
+    checkpoints.add_argument("action", choices=("list", "verify", "digest", "diff", "prune"))
+    checkpoints.add_argument("run", metavar="RUN")
+    checkpoints.add_argument("--step", type=int, help="one checkpoint instead of all (digest: the newest)")
+    checkpoints.add_argument("--other", type=int, help="diff: the step to compare with")
+    checkpoints.add_argument("--keep-last", type=int, help="prune: how many to keep (default: the run's own)")
+
+    evaluate = verbs.add_parser("evaluate", help="held-out loss and bits per byte, beside gzip -9 and xz -9")
+    evaluate.add_argument("target", metavar="RUN_OR_EXPORT")
+    evaluate.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest that verifies)")
+    evaluate.add_argument("--data", help="prepared data folder (default: the run's own)")
+    evaluate.add_argument("--max-bytes", type=int, default=1 << 20, help="held-out text to read (default: 1 MiB)")
+
+    generate = verbs.add_parser("generate", help="continue a text")
+    generate.add_argument("target", metavar="RUN_OR_EXPORT")
+    generate.add_argument("--prompt", default="", help="text to continue (default: nothing, from a document's start)")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    generate.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens (0: all)")
+    generate.add_argument("--top-p", type=float, default=0.95, help="only the likeliest tokens of this total mass")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--step", type=int)
+
+    export = verbs.add_parser("export", help="write a Hugging Face folder and check its logits")
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("--step", type=int)
+    export.add_argument("--to", help="folder to write (default: exports/step-N in the run)")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+
+    tensorboard = verbs.add_parser("tensorboard", help="start TensorBoard on runs")
+    tensorboard.add_argument("runs", metavar="RUN", nargs="+")
+    tensorboard.add_argument("--port", type=int, default=6006, help="0: any free port")
+
+    verbs.add_parser("doctor", help="what this machine has, and what is missing")
+    for name in ("prepare", "checkpoints", "evaluate", "generate", "export", "doctor"):
+        verbs.choices[name].add_argument("--json", action="store_true", help="print the answer as JSON")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.version:
+        from solomonov.host import versions
+
+        print(versions()["solomonov"])
+        return exits.DONE
+    if options.verb is None:
+        parser.print_help()
+        return exits.USAGE
+    from data_pipeline.errors import DataError
+    from launcher.errors import LauncherError
+    from solomonov.errors import SolomonovError
+
+    try:
+        return _dispatch(options)
+    except (SolomonovError, DataError, LauncherError) as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return exits.INTERRUPTED
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    if options.verb == "train":
+        return train(Path(options.config), options.overrides)
+    if options.verb == "quickstart":
+        from solomonov.quickstart import quickstart
+
+        return quickstart(Path(options.folder), train=train)
+    from solomonov import commands
+
+    body = getattr(commands, options.verb)
+    code: int = body(options)
+    return code
+
+
+def train(config_path: Path, overrides: Sequence[str] = ()) -> int:
+    """Train on all local ranks, under a supervisor that starts them again after a death.
+
+    Raises:
+        ConfigurationError, LaunchConfigurationError, DataError: before any rank is started.
+    """
+    from solomonov.config import load_config
+    from solomonov.runfolder import run_lock
+    from solomonov.start import finished_step, prepare_run
+
+    loaded = load_config(config_path, overrides)
+    launch, ranks = _launch_section(loaded)
+    prepared = prepare_run(loaded, ranks=ranks, launch=launch.model_dump(mode="json"))
+    run = prepared.run
+    with run_lock(run) as lock:
+        prepared.write()
+        done = finished_step(run, prepared.plan.total_steps)
+        if done is not None:
+            print(f"{run.path}: done, {done} updates; nothing is left to train")
+            print(f"  raise training.total_steps under a new run.name to train longer; solomonov export {run.path}")
+            return exits.DONE
+        return _supervise(run, launch, ranks, lock, prepared.plan.total_steps, prepared.plan.describe())
+
+
+def _launch_section(loaded: Loaded) -> tuple[LaunchConfig, int]:
+    """The validated launch section and the number of ranks on this machine."""
+    from pydantic import ValidationError
+
+    from launcher.config import LaunchConfig
+    from solomonov.config import configuration_mistakes
+    from solomonov.host import visible_gpus
+
+    try:
+        launch = LaunchConfig.model_validate(dict(loaded.launch))
+    except ValidationError as error:
+        raise configuration_mistakes(error, LaunchConfig, where="the launch section", prefix="launch.") from error
+    return launch, launch.ranks_per_node or max(1, visible_gpus())
+
+
+def _supervise(run: RunFolder, launch: LaunchConfig, ranks: int, lock: int, total_steps: int, plan: str) -> int:
+    """Start the ranks, watch them, show their progress, and say how it ended."""
+    from launcher.job import JobSpec
+    from launcher.local import LocalLauncher
+    from solomonov.display import TrainingDisplay
+
+    journal = run.journal
+
+    def on_event(kind: str, /, **fields: Any) -> None:
+        journal.try_write(kind, **fields)
+        display.event(kind, fields)
+
+    spec = JobSpec(
+        command=[sys.executable, "-m", "solomonov.rank", str(run.path)],
+        log_folder=run.logs,
+        ranks=ranks,
+        environment=_rank_environment(),
+        pass_fds=(lock,),
+        first_attempt=journal.next_attempt(),
+    )
+    with TrainingDisplay(run, total_steps, plan) as display:
+        job = LocalLauncher(launch, on_event=on_event, durable_step=lambda: _durable_step(run)).run(spec)
+    code = job.wait()
+    display.verdict(code, job.attempts[-1].tail if job.attempts else [])
+    return code
+
+
+def _rank_environment() -> Mapping[str, str]:
+    """Ranks start in the working directory, but not with it on their import path."""
+    return {"PYTHONSAFEPATH": "1", "PYTHONFAULTHANDLER": "1"}
+
+
+def _durable_step(run: RunFolder) -> int | None:
+    event = run.journal.last("checkpoint_durable")
+    return int(event["step"]) if event else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

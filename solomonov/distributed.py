@@ -1,0 +1,109 @@
+"""The process group of a run: start, the control-plane collectives, and nothing about models.
+
+Everything that steers (stop requests, counts, checkpoint agreement) goes over a gloo group on CPU tensors, so that
+it never waits for a CUDA stream and never shares an NCCL communicator with gradients.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT_SECONDS = 600
+"""How long a collective waits for a rank that lives but does not come; a rank that dies is seen at once."""
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Who this process is: the torchrun variables."""
+
+    rank: int
+    local_rank: int
+    world: int
+
+    @staticmethod
+    def from_environment() -> RankInfo:
+        """Read the torchrun variables; a process without them is the only rank."""
+        return RankInfo(
+            rank=int(os.environ.get("RANK", "0")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            world=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+
+
+def pick_device(info: RankInfo) -> torch.device:
+    """This rank's CUDA device where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", info.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def start_process_group(info: RankInfo, device: torch.device, *, init_method: str = "env://") -> None:
+    """Join the run's process group: NCCL for CUDA devices, gloo otherwise."""
+    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
+    options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=init_method,
+        rank=info.rank,
+        world_size=info.world,
+        timeout=timeout,
+        **options,
+    )
+
+
+def stop_process_group() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Control:
+    """Control-plane collectives over all ranks, on a gloo group of its own."""
+
+    def __init__(self) -> None:
+        timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Every rank's value, by rank."""
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def broadcast_object(self, value: T, src: int = 0) -> T:
+        """Rank `src`'s value, on every rank."""
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=src, group=self._group)
+        result: T = box[0]
+        return result
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier(group=self._group)
+
+    def sum_integers(self, values: Sequence[int]) -> list[int]:
+        """Sums over ranks, modulo 2^64; each value in [0, 2^64)."""
+        signed = [value - 2**64 if value >= 2**63 else value for value in values]
+        tensor = torch.tensor(signed, dtype=torch.int64)
+        dist.all_reduce(tensor, group=self._group)
+        return [value % 2**64 for value in tensor.tolist()]
+
+    def sum_floats(self, values: Sequence[float]) -> list[float]:
+        """Sums over ranks in float64; the same bits on every rank."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self._group)
+        result: list[float] = tensor.tolist()
+        return result

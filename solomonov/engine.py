@@ -1,0 +1,346 @@
+"""The one door to DeepSpeed: its configuration, its engine, its optimizer's pieces.
+
+Nothing else imports DeepSpeed, and no key of its JSON is known elsewhere. The loop in train.py sees five verbs:
+forward_backward, update, evaluate, fragments, restore.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from solomonov.batch import TokenBatch
+from solomonov.checkpoint.fragments import Fragment
+from solomonov.checkpoint.reader import CheckpointReader
+from solomonov.config import OptimizerConfig
+from solomonov.errors import ConfigurationError
+from solomonov.model.config import ModelConfig
+from solomonov.model.loss import pipeline_loss
+from solomonov.model.naming import canonical, layer_names
+from solomonov.model.pipeline import pipeline_layers
+from solomonov.model.transformer import Transformer, compile_blocks
+from solomonov.optim import make_optimizer
+from solomonov.partition import (
+    base_optimizer,
+    create_adamw_state,
+    local_pieces,
+    parameter_shape,
+    refresh_parameters,
+)
+from solomonov.plan import BatchPlan
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's moments: the kinds that a checkpoint holds beside the masters."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """All that an engine is built from."""
+
+    model: ModelConfig
+    vocab_size: int
+    seed: int
+    plan: BatchPlan
+    precision: str
+    """fp32, bf16 or bf16_autocast (resolved, never `auto`)."""
+    zero_stage: int
+    optimizer: OptimizerConfig
+    gradient_clipping: float
+    activation_checkpointing: Literal["none", "full"] = "none"
+    compile: bool = False
+    pipeline: int = 1
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer update was."""
+
+    grad_norm: float
+    """Global L2 norm of the gradients before clipping."""
+    skipped: bool
+    """True where the norm was not finite and no rank changed its weights."""
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` -> bf16 on CUDA devices that compute it natively, else fp32."""
+    if precision != "auto":
+        return precision
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
+
+
+def deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
+    """DeepSpeed's JSON for a layout."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": spec.plan.micro_rows,
+        "gradient_accumulation_steps": spec.plan.accumulation,
+        # At stage 0 DeepSpeed neither reports the norm nor refuses a NaN: there norm, clipping and verdict are ours.
+        "gradient_clipping": spec.gradient_clipping if spec.zero_stage else 0.0,
+        "zero_optimization": {"stage": spec.zero_stage},
+        "steps_per_print": 2**31,
+    }
+    if spec.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif spec.precision == "bf16_autocast":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return config
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for this device, without its start-up compilation on CPU and without its chatter.
+
+    On CPU DeepSpeed would compile a shared-memory op at the first start (minutes, and it fails without a compiler);
+    the op serves inference only, so it is declared unavailable first.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils.logging import logger
+
+    logger.setLevel("WARNING")
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Engine:
+    """A model, its optimizer and their layout over the ranks, behind DeepSpeed."""
+
+    def __init__(self, spec: EngineSpec, device: torch.device) -> None:
+        deepspeed = import_deepspeed(device)
+        # DeepSpeed keeps the grid of the last pipeline in a module global, and a later plain engine stumbles over it.
+        deepspeed.utils.groups.mpu = None
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", dist_init_required=False)
+        self.spec = spec
+        self.device = device
+        self._layers = layer_names(spec.model)
+        self._norm = math.nan
+        model: torch.nn.Module
+        if spec.pipeline > 1:
+            model = self._pipeline_module(deepspeed)
+        else:
+            plain = Transformer(
+                spec.model,
+                spec.vocab_size,
+                seed=spec.seed,
+                activation_checkpointing=spec.activation_checkpointing,
+            )
+            if spec.compile:
+                compile_blocks(plain)
+            model = plain.to(device)
+        named = [(canonical(name, self._layers), p) for name, p in model.named_parameters()]
+        optimizer = make_optimizer(named, spec.optimizer, fused=device.type == "cuda")
+        self._take_over_step(optimizer)
+        self._ds, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(spec), dist_init_required=False
+        )
+        self.names: dict[torch.nn.Parameter, str] = {
+            p: canonical(name, self._layers) for name, p in self._ds.module.named_parameters()
+        }
+        frozen = [name for p, name in self.names.items() if not p.requires_grad]
+        assert not frozen, f"frozen parameters are in no optimizer and would not be saved: {frozen}"
+
+    # ----------------------------------------------------------------------------------------------- training
+
+    def forward_backward(self, batches: Sequence[TokenBatch], valid_tokens: int, lr: float) -> torch.Tensor:
+        """Forward and backward of all micro-batches of one update.
+
+        Args:
+            batches: this rank's micro-batches, `plan.accumulation` of them.
+            valid_tokens: number of predicted tokens in the whole update, over all ranks.
+            lr: learning rate of this update.
+
+        Returns:
+            this rank's sum of cross-entropy over its predicted tokens (nats), float64, detached.
+
+        The loss of a micro-batch is the sum over its tokens divided by the update's global count, so that a token
+        weighs the same wherever it is. DeepSpeed divides by the accumulation steps and averages over the
+        data-parallel ranks; the factor below undoes both.
+        """
+        assert len(batches) == self.spec.plan.accumulation, f"{len(batches)} micro-batches, not the plan's number"
+        for group in self._ds.optimizer.param_groups:
+            group["lr"] = lr
+        scale = self.spec.plan.accumulation * self.spec.plan.data_parallel / max(1, valid_tokens)
+        if self.spec.pipeline > 1:
+            return self._pipeline_batch(batches, scale)
+        self._ds.train()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in batches:
+            loss = self._ds(batch.input_ids, batch.document_ids, batch.labels)
+            total += loss.detach()
+            self._ds.backward(loss * scale)
+            if batch is not batches[-1]:
+                self._ds.step()
+        return total
+
+    def update(self) -> Update:
+        """Clip and apply the gradients of `forward_backward`, on all ranks or on none."""
+        if self.spec.pipeline == 1:
+            self._ds.step()
+        if self.spec.zero_stage:
+            norm = self._ds.get_global_grad_norm()
+            self._norm = math.nan if norm is None else float(norm)
+        return Update(self._norm, skipped=not math.isfinite(self._norm))
+
+    @torch.no_grad()
+    def evaluate(self, batch: TokenBatch) -> float:
+        """Sum of cross-entropy (nats) over the predicted tokens of one micro-batch of this rank."""
+        self._ds.eval()
+        return float(self._ds(batch.input_ids, batch.document_ids, batch.labels))
+
+    def _take_over_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """At stage 0: norm, clipping and the verdict on a non-finite norm, between reduction and update."""
+        if self.spec.zero_stage:
+            return
+        apply = optimizer.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
+            self._norm = float(norm)
+            if not math.isfinite(self._norm):
+                return None
+            limit = self.spec.gradient_clipping
+            if limit and self._norm > limit:
+                for gradient in gradients:
+                    gradient.mul_(limit / (self._norm + 1e-6))
+            return apply(*args, **kwargs)
+
+        optimizer.step = step  # type: ignore[method-assign]
+
+    # ----------------------------------------------------------------------------------------------- pipeline
+
+    def _pipeline_module(self, deepspeed: Any) -> torch.nn.Module:
+        """The same named layers as a DeepSpeed PipelineModule, cut evenly by parameters."""
+        from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+        spec = self.spec
+        if spec.zero_stage != 1:
+            raise ConfigurationError(
+                "a pipeline needs ZeRO stage 1",
+                got=f"parallel.zero_stage: {spec.zero_stage} with {spec.pipeline} stages",
+                rule="DeepSpeed's pipeline excludes stages 2 and 3, and stage 0 has no norm over stages",
+                remedy="set parallel.zero_stage to 1",
+            )
+        layers = []
+        for layer in pipeline_layers(spec.model, spec.vocab_size, spec.seed):
+            if layer.tied_key is None:
+                layers.append(LayerSpec(layer.module_type, *layer.arguments))
+            else:
+                tied = (layer.tied_key, layer.module_type, *layer.arguments)
+                layers.append(TiedLayerSpec(*tied, forward_fn=layer.forward, tied_weight_attr=["weight"]))
+        return PipelineModule(
+            layers=layers,
+            num_stages=spec.pipeline,
+            loss_fn=lambda outputs, labels: pipeline_loss(outputs, labels[0]) * labels[1][0],
+            partition_method="parameters",
+            activation_checkpoint_interval=0,
+        )
+
+    def _pipeline_batch(self, batches: Sequence[TokenBatch], scale: float) -> torch.Tensor:
+        """DeepSpeed's own schedule: all micro-batches, the update included."""
+        factor = torch.full((1,), scale, dtype=torch.float32, device=self.device)
+        micro = (((b.input_ids, b.document_ids), (b.labels, factor)) for b in batches)
+        mean = self._ds.train_batch(data_iter=iter(micro))
+        # train_batch returns the mean over micro-batches and data-parallel ranks, the same on every rank; a stage's
+        # share is such that the sum over all ranks is the sum over the update's tokens.
+        total = float(mean) * self.spec.plan.accumulation * self.spec.plan.data_parallel / scale
+        return torch.tensor(total / dist.get_world_size(), dtype=torch.float64)
+
+    def _writes(self, name: str) -> bool:
+        """A tied weight lives on two pipeline stages: the first one writes it, all read it."""
+        if self.spec.pipeline == 1:
+            return True
+        for key, tied in self._ds.module.tied_comms.items():
+            if name == f"{key}.weight":
+                return bool(dist.get_rank() == min(tied["ranks"]))
+        return True
+
+    # ----------------------------------------------------------------------------------------------- state
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What really runs: for the journal, the checkpoint's header and the tests."""
+        held = sum(p.numel() if not hasattr(p, "ds_tensor") else p.ds_tensor.numel() for p in self.names)
+        return {
+            "optimizer": type(self._optimizer).__name__,
+            "zero_stage": int(self._ds.zero_optimization_stage()),
+            "pipeline": self.spec.pipeline,
+            "world": dist.get_world_size(),
+            "data_parallel": self.spec.plan.data_parallel,
+            "precision": self.spec.precision,
+            "device": self.device.type,
+            "parameters_held": held,
+        }
+
+    def shapes(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """(canonical name, kind) -> shape, for all state of this rank's parameters."""
+        kinds = ("master", *MOMENTS) if self.updates_applied() else ("master",)
+        return {(name, kind): parameter_shape(p) for p, name in self.names.items() for kind in kinds}
+
+    def updates_applied(self) -> int:
+        """AdamW's own count of updates; skipped ones are not in it."""
+        for state in base_optimizer(self._optimizer).state.values():
+            if "step" in state:
+                return int(state["step"])
+        return 0
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's share of masters and moments, as CPU copies; over all ranks they tile everything once.
+
+        Call between `update` and the next `forward_backward`.
+        """
+        state = base_optimizer(self._optimizer).state
+        kinds = ("master", *MOMENTS) if self.updates_applied() else ("master",)
+        group = self._ds.seq_data_parallel_group
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        for piece in local_pieces(self._optimizer, self.names):
+            if not self._writes(piece.name):
+                continue
+            low, high = 0, piece.numel
+            if not self.spec.zero_stage:  # replicated: every rank writes its share
+                low, high = piece.numel * rank // size, piece.numel * (rank + 1) // size
+            if low == high:
+                continue
+            for kind in kinds:
+                source = piece.view(piece.flat if kind == "master" else state[piece.flat][kind])
+                data = source[low:high].to("cpu", torch.float32, copy=True)
+                start = piece.start + low
+                yield Fragment(piece.name, kind, piece.shape, start, start + data.numel(), data)
+
+    def restore(self, reader: CheckpointReader, updates_applied: int) -> None:
+        """Overwrite masters and moments from a verified checkpoint of any layout, and refresh the parameters.
+
+        Raises:
+            ConfigurationError: the checkpoint holds other parameters or shapes than this model.
+        """
+        self._check_same_model(reader)
+        create_adamw_state(self._optimizer, updates_applied)
+        state = base_optimizer(self._optimizer).state
+        kinds = ("master", *MOMENTS) if updates_applied else ("master",)
+        with torch.no_grad():
+            for piece in local_pieces(self._optimizer, self.names):
+                for kind in kinds:
+                    target = piece.view(piece.flat if kind == "master" else state[piece.flat][kind])
+                    target.copy_(reader.read(piece.name, kind, piece.start, piece.end))
+        refresh_parameters(self._optimizer)
+
+    def _check_same_model(self, reader: CheckpointReader) -> None:
+        for p, name in self.names.items():
+            stored = reader.shapes().get((name, "master"))
+            if stored != parameter_shape(p):
+                raise ConfigurationError(
+                    "the checkpoint was written by another model",
+                    got=f"{name}: {stored} in the checkpoint, {parameter_shape(p)} in the configuration",
+                    rule="a run resumes with the model that it was started with",
+                    remedy="use the configuration of the run, or another run.name",
+                )
+

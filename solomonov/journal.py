@@ -1,0 +1,75 @@
+"""journal.jsonl: one line for every event in a run's life. Append-only, several writers, each line one write.
+
+`schema_version` stands in every line, so that a line can be read alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+class Journal:
+    """Appends events to a run's journal and reads them back.
+
+    A line is appended by a single write in append mode, so lines of the supervisor and of rank 0 do not mix. A line
+    that a crash cut short is closed off by the next writer and skipped by readers.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event with the wall-clock time and this process's id.
+
+        Raises:
+            OSError: the file cannot be written (a full disk, say); callers on the training path use `try_write`.
+        """
+        record = {"schema_version": SCHEMA_VERSION, "time": round(time.time(), 3), "event": event}
+        line = json.dumps({**record, "pid": os.getpid(), **fields}, ensure_ascii=False).encode() + b"\n"
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(fd).st_size
+            if size and os.pread(fd, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            os.write(fd, line)
+        finally:
+            os.close(fd)
+
+    def try_write(self, event: str, **fields: Any) -> bool:
+        """Like `write`, but a disk that is full or gone does not end the training step. Returns whether it was written."""
+        try:
+            self.write(event, **fields)
+        except OSError:
+            return False
+        return True
+
+    def events(self, *kinds: str) -> Iterator[dict[str, Any]]:
+        """All events in order, or those of the named kinds; a line that a crash cut short is skipped."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(record, dict) and (not kinds or record.get("event") in kinds):
+                    yield record
+
+    def last(self, *kinds: str) -> dict[str, Any] | None:
+        """The newest event of the named kinds, if any."""
+        found = None
+        for record in self.events(*kinds):
+            found = record
+        return found
+
+    def next_attempt(self) -> int:
+        """Number of the attempt that would start now: one more than the highest in the journal, from 1."""
+        return 1 + max((int(e["attempt"]) for e in self.events("attempt_started")), default=0)

@@ -1,0 +1,120 @@
+"""The `model` section of the configuration: the shape of the Transformer. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from solomonov.section import Section
+
+
+class AttentionConfig(Section):
+    """How tokens look at each other."""
+
+    position: Literal["rope"] = "rope"
+    """How order is told: `rope` rotates queries and keys by their position within the document."""
+
+    rope_theta: float = Field(default=10_000.0, gt=1.0)
+    """Base of the rotary frequencies theta^(-2i/E); larger reaches further (500,000 for 8k tokens and up)."""
+
+    qk_norm: bool = True
+    """RMSNorm over each query and key head before the rotation: keeps attention logits bounded at high rates.
+
+    True exports as Qwen3, false as Llama.
+    """
+
+
+class ModelConfig(Section):
+    """Shape of the model. The vocabulary is the tokenizer's and stands there."""
+
+    architecture: Literal["decoder"] = "decoder"
+    """`decoder`: one causal stack that predicts the next token."""
+
+    layers: int = Field(default=12, ge=1)
+    """Number of blocks (one attention and one feed-forward branch each)."""
+
+    d_model: int = Field(default=256, ge=2)
+    """Width of the residual stream."""
+
+    heads: int = Field(default=8, ge=1)
+    """Query heads."""
+
+    kv_heads: int | None = Field(default=None, ge=1)
+    """Key and value heads, each shared by heads / kv_heads query heads; null: as many as heads."""
+
+    head_dim: int | None = Field(default=None, ge=2)
+    """Width of one head, even; null: d_model / heads."""
+
+    d_ff: int | None = Field(default=None, ge=1)
+    """Inner width of the gated feed-forward; null: 8/3 of d_model, rounded up to a multiple of 16."""
+
+    residual: Literal["auto", "prenorm", "scaled"] = "auto"
+    """What a branch adds to the stream: x' = x + s * f(norm(x)).
+
+    `prenorm`: s = 1, output projections start smaller by sqrt(2 * layers). `scaled`: s = base_layers / layers
+    (at most 1), so that one learning rate serves every depth. `auto`: prenorm up to base_layers, else scaled.
+    """
+
+    base_layers: int = Field(default=12, ge=1)
+    """Depth at which `scaled` has s = 1: the depth at which the learning rate was found."""
+
+    attention: AttentionConfig = AttentionConfig()
+    """How tokens look at each other."""
+
+    norm_eps: float = Field(default=1e-6, gt=0.0, lt=1.0)
+    """Added to the mean square in every RMSNorm."""
+
+    tie_embeddings: bool = False
+    """Whether the output head shares the embedding's matrix."""
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> Self:
+        if self.head_dim is None and self.d_model % self.heads:
+            raise ValueError(
+                f"d_model {self.d_model} does not divide into {self.heads} heads: give a d_model that is a "
+                "multiple of heads, or set head_dim"
+            )
+        if self.heads % self.kv_head_count:
+            raise ValueError(
+                f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}: "
+                "every key-value head serves the same number of query heads"
+            )
+        if self.head_width % 2:
+            raise ValueError(
+                f"a head is {self.head_width} wide, but rotary positions turn pairs: "
+                "give a d_model / heads (or head_dim) that is even"
+            )
+        return self
+
+    @property
+    def kv_head_count(self) -> int:
+        """K, with the default filled in."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """E, with the default filled in."""
+        return self.d_model // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def feed_forward_width(self) -> int:
+        """F, with the default filled in."""
+        return -(-8 * self.d_model // (3 * 16)) * 16 if self.d_ff is None else self.d_ff
+
+    @property
+    def residual_mode(self) -> Literal["prenorm", "scaled"]:
+        """`residual` with `auto` decided by depth."""
+        if self.residual == "auto":
+            return "prenorm" if self.layers <= self.base_layers else "scaled"
+        return self.residual
+
+    @property
+    def branch_scale(self) -> float:
+        """s in x' = x + s * f(norm(x)): 1 for prenorm, base_layers / layers (at most 1) for scaled.
+
+        Source: CompleteP (arXiv 2505.01618) with alpha = 1.
+        """
+        if self.residual_mode == "prenorm":
+            return 1.0
+        return min(1.0, self.base_layers / self.layers)

@@ -1,0 +1,80 @@
+"""Initial values: each tensor is drawn from its own generator, keyed by the seed and its canonical name.
+
+So the numbers do not depend on ranks, stages, or the order in which modules are built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from solomonov.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class InitRule:
+    """One row of the table: parameters whose whole name matches start as N(0, std^2), or as ones."""
+
+    pattern: str
+    std: Callable[[ModelConfig, int], float] | None
+    """From the configuration and the number of inputs of the matrix; None: all ones."""
+
+
+def _branch_output_std(config: ModelConfig, fan_in: int) -> float:
+    """1/sqrt(inputs), and in prenorm smaller by sqrt(2L): 2L branches then add up to the size of one.
+
+    `scaled` has its own factor in the branch and starts plain. Source: GPT-2 report (2019) section 2.3;
+    CompleteP (arXiv 2505.01618) table 1.
+    """
+    plain = 1.0 / sqrt(fan_in)
+    return plain / sqrt(2 * config.layers) if config.residual_mode == "prenorm" else plain
+
+
+INIT_TABLE: tuple[InitRule, ...] = (
+    InitRule(r"embedding\.weight", lambda config, fan_in: 0.02),
+    InitRule(r"head\.weight", lambda config, fan_in: 1.0 / fan_in),
+    InitRule(r"layers\.\d+\.attention\.[qkv]\.weight", lambda config, fan_in: 1.0 / sqrt(fan_in)),
+    InitRule(r"layers\.\d+\.feed_forward\.(gate|up)\.weight", lambda config, fan_in: 1.0 / sqrt(fan_in)),
+    InitRule(r"layers\.\d+\.(attention\.out|feed_forward\.down)\.weight", _branch_output_std),
+    InitRule(r"layers\.\d+\.(attention|feed_forward)_norm\.weight", None),
+    InitRule(r"layers\.\d+\.attention\.[qk]_norm\.weight", None),
+    InitRule(r"final_norm\.weight", None),
+)
+"""Every parameter matches exactly one row. A layer maps inputs of size about 1 to outputs of size about 1."""
+
+
+def init_rule(name: str) -> InitRule:
+    """The row of the table for one parameter.
+
+    Raises:
+        ValueError: no row matches, or more than one.
+    """
+    rules = [rule for rule in INIT_TABLE if re.fullmatch(rule.pattern, name)]
+    if len(rules) != 1:
+        raise ValueError(
+            f"{len(rules)} rows of the init table match the parameter {name!r}: exactly one must"
+        )
+    return rules[0]
+
+
+def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
+    """The fp32 tensor on CPU with which the parameter `name` starts: a function of its arguments alone."""
+    rule = init_rule(name)
+    if rule.std is None:
+        return torch.ones(tuple(shape))
+    generator = torch.Generator()
+    generator.manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()))
+    return torch.randn(tuple(shape), generator=generator) * rule.std(config, shape[-1])
+
+
+def initialise(module: nn.Module, config: ModelConfig, seed: int, *, prefix: str = "") -> None:
+    """Fill all parameters of `module`, whose canonical names are `prefix` + their name in the module."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(initial_value(prefix + name, parameter.shape, config, seed))

@@ -1,0 +1,87 @@
+"""The four kinds of named layers: embedding, block, final norm, head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from solomonov.model.attention import Attention, AttentionContext, Linear, RMSNorm
+from solomonov.model.cache import LayerCache
+from solomonov.model.config import ModelConfig
+from solomonov.model.loss import cross_entropy_sum
+
+
+class Embedding(nn.Module):
+    """Token ids to vectors."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, config.d_model))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, T) integers -> (B, T, D)."""
+        return functional.embedding(input_ids, self.weight)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Linear(config.d_model, config.feed_forward_width)
+        self.up = Linear(config.d_model, config.feed_forward_width)
+        self.down = Linear(config.feed_forward_width, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        inner: Tensor = functional.silu(self.gate(x)) * self.up(x)
+        return self.down(inner)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each added to the stream: x' = x + s * f(norm(x)).
+
+    The general residual is x' = norm_post(a * x + s * norm_out(f(c * norm_pre(x)))); here norm_post and
+    norm_out are the identity and a = c = 1.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.branch_scale = config.branch_scale
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward = SwiGLU(config)
+
+    def forward(self, hidden: Tensor, context: AttentionContext, past: LayerCache | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        hidden = self._add(hidden, self.attention(self.attention_norm(hidden), context, past))
+        return self._add(hidden, self.feed_forward(self.feed_forward_norm(hidden)))
+
+    def _add(self, hidden: Tensor, branch: Tensor) -> Tensor:
+        return hidden + branch if self.branch_scale == 1.0 else hidden + self.branch_scale * branch
+
+
+class FinalNorm(RMSNorm):
+    """The norm between the last block and the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.d_model, config.norm_eps)
+
+
+class Head(nn.Module):
+    """Hidden states to logits, or straight to the loss.
+
+    The loss is computed in here because a partitioned weight (ZeRO 3) is whole only while its module runs.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, config.d_model))
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> logits (B, T, V); with labels (B, T) -> fp32 sum of their cross-entropy."""
+        if labels is None:
+            return functional.linear(hidden, self.weight)
+        return cross_entropy_sum(hidden, self.weight, labels)

@@ -1,0 +1,73 @@
+"""Names of layers and parameters: ours (canonical), and those that DeepSpeed and torch.compile make of them.
+
+Checkpoints, parameter groups, logs and exports know canonical names only: ``layers.3.attention.q.weight``.
+A pipeline of DeepSpeed numbers its layers instead (``4.attention.q.weight``) and keeps what two stages share
+under ``tied_modules.KEY``; wrappers put ``module.`` in front, and a compiled module ``_orig_mod.`` within.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from solomonov.model.config import ModelConfig
+
+TIED_LAYERS = ("embedding", "head")
+"""The layers that share one matrix when embeddings are tied; the first gives it its name."""
+
+_TIED = "tied_modules."
+_WRAPPERS = frozenset({"module", "_orig_mod"})
+
+
+def layer_names(config: ModelConfig) -> list[str]:
+    """Names of the layers in order, L + 3 of them: embedding, layers.0 .. layers.(L-1), final_norm, head."""
+    return ["embedding", *(f"layers.{index}" for index in range(config.layers)), "final_norm", "head"]
+
+
+def canonical(name: str, layers: Sequence[str]) -> str:
+    """Our name of a parameter, whatever wrapped it.
+
+    Args:
+        name: a name as `named_parameters` gives it: ours, a pipeline's, with or without wrappers.
+        layers: the names of all layers in order (`layer_names`), also of those on other stages.
+
+    Raises:
+        ValueError: no layer of this model has such a parameter.
+    """
+    bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    if bare.startswith(_TIED):
+        bare = bare.removeprefix(_TIED)
+    else:
+        index, _, rest = bare.partition(".")
+        if index.isdecimal() and int(index) < len(layers):
+            bare = f"{layers[int(index)]}.{rest}"
+    _layer_of(bare, layers)
+    return bare
+
+
+def pipeline_name(name: str, layers: Sequence[str], *, tied: bool) -> str:
+    """The name that a DeepSpeed pipeline gives to the parameter we call `name`: the inverse of `canonical`.
+
+    Args:
+        name: canonical name.
+        layers: the names of all layers in order.
+        tied: whether head and embedding share one matrix, which then is a tied module.
+
+    Raises:
+        ValueError: no layer has such a parameter, or it is the head's name of a tied matrix.
+    """
+    layer = _layer_of(name, layers)
+    if tied and layer in TIED_LAYERS:
+        if layer != TIED_LAYERS[0]:
+            raise ValueError(f"{name!r} is tied: its name is that of {TIED_LAYERS[0]!r}")
+        return _TIED + name
+    return f"{layers.index(layer)}.{name[len(layer) + 1 :]}"
+
+
+def _layer_of(name: str, layers: Sequence[str]) -> str:
+    """The layer that the canonical parameter `name` belongs to."""
+    parts = name.split(".")
+    for size in (1, 2):
+        layer = ".".join(parts[:size])
+        if len(parts) > size and all(parts) and layer in layers:
+            return layer
+    raise ValueError(f"no layer of this model has a parameter {name!r}")

@@ -1,0 +1,56 @@
+"""Rotary positions (RoFormer, arXiv 2104.09864), restarting at every document of a packed row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """Position of each token within its document.
+
+    Args:
+        document_ids: (B, T) integers; a document is a run of equal numbers, padding (-1) is a run too.
+
+    Returns:
+        (B, T) int64, 0 at the first token of every run.
+    """
+    tokens = document_ids.shape[1]
+    index = torch.arange(tokens, device=document_ids.device)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    first = torch.cummax(torch.where(begins, index, 0), dim=1).values
+    return index - first
+
+
+def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * theta^(-2i/E), i = 0 .. E/2 - 1.
+
+    Computed afresh in fp32: a buffer would be cast to bf16 with the module, and bf16 cannot tell position
+    256 from 257.
+
+    Args:
+        positions: (B, T) integers.
+
+    Returns:
+        Two (B, 1, T, E/2) fp32 tensors, broadcast over heads.
+    """
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    frequencies = 1.0 / theta ** (pairs / head_dim)
+    angles = positions[:, None, :, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i + E/2}) by their angles, in fp32; the pairing is that of Llama and Qwen.
+
+    Args:
+        x: (B, heads, T, E).
+        cosine, sine: (B, 1, T, E/2).
+
+    Returns:
+        (B, heads, T, E) in the dtype of x.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return turned.to(x.dtype)

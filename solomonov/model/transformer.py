@@ -1,0 +1,87 @@
+"""The model as one module, for everything but a pipeline."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from solomonov.model.attention import attention_context
+from solomonov.model.cache import KeyValueCache
+from solomonov.model.config import ModelConfig
+from solomonov.model.init import initialise
+from solomonov.model.layers import Block, Embedding, FinalNorm, Head
+
+
+class Transformer(nn.Module):
+    """Decoder-only Transformer.
+
+    Args:
+        config: its shape.
+        vocab_size: V.
+        seed: of the initial values; None leaves all parameters unset, to be loaded.
+        activation_checkpointing: `full` keeps only each block's input for the backward pass.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        *,
+        seed: int | None,
+        activation_checkpointing: Literal["none", "full"] = "none",
+    ) -> None:
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.activation_checkpointing = activation_checkpointing
+        self.embedding = Embedding(config, vocab_size)
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.layers)])
+        self.final_norm = FinalNorm(config)
+        self.head = Head(config, vocab_size)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        if seed is not None:
+            initialise(self, config, seed)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Logits, or the loss.
+
+        Args:
+            input_ids: (B, T) integers.
+            document_ids: (B, T) integers, equal within a document, -1 on padding.
+            labels: (B, T) integers, -100 where nothing is predicted.
+            cache: keys and values of the tokens before these; these are added to it.
+
+        Returns:
+            Without labels: logits (B, T, V). With labels: fp32 scalar, the sum of the cross-entropy over the
+            labels that count; divide it by their number over the whole batch.
+        """
+        seen = document_ids if cache is None else cache.append_documents(document_ids)
+        context = attention_context(seen, self.config, new_tokens=input_ids.shape[1])
+        hidden = self.embedding(input_ids)
+        recompute = self.activation_checkpointing == "full" and self.training and cache is None
+        for index, block in enumerate(self.layers):
+            if recompute:
+                hidden = checkpoint(block, hidden, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = block(hidden, context, None if cache is None else cache.layers[index])
+        return self.head(self.final_norm(hidden), labels)  # type: ignore[no-any-return]
+
+
+def compile_blocks(model: nn.Module) -> int:
+    """Compile every block in place, each on its own, so that depth does not lengthen compilation.
+
+    Parameter names stay as they are. Returns how many blocks there were.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.compile(dynamic=False)
+    return len(blocks)

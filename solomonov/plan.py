@@ -1,0 +1,127 @@
+"""Every number that is derived from the batch keys, computed once, with its arithmetic in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from solomonov.errors import ConfigurationError
+from solomonov.section import Section
+
+
+class TrainingConfig(Section):
+    """How much is trained, in which batches and precision."""
+
+    total_steps: int | None = Field(default=None, ge=1)
+    """Updates in the whole run. Give this or `total_tokens`."""
+    total_tokens: int | None = Field(default=None, ge=1)
+    """Tokens in the whole run, padding included; rounded up to whole batches. Give this or `total_steps`."""
+    global_batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens (row positions) in one update over all ranks; independent of the machines."""
+    micro_batch_sequences: int = Field(default=8, ge=1)
+    """Rows in one forward and backward of one rank; accumulation follows from it."""
+    precision: Literal["auto", "fp32", "bf16", "bf16_autocast"] = "auto"
+    """`bf16`: bf16 parameters, fp32 masters and accumulation; `bf16_autocast`: fp32 parameters, bf16 compute;
+    `auto`: bf16 on CUDA devices that have it, else fp32."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """`full`: keep only each block's input and compute the block again in the backward pass."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile of each block; `auto`: on CUDA, not on CPU, where compiling costs more than short runs gain."""
+    gradient_clipping: float = Field(default=1.0, ge=0.0)
+    """Largest global L2 norm of the gradients; larger ones are scaled down to it. 0: never."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        if (self.total_steps is None) == (self.total_tokens is None):
+            raise ValueError("give exactly one of training.total_steps and training.total_tokens")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Updates in the whole run."""
+        if self.total_steps is not None:
+            return self.total_steps
+        assert self.total_tokens is not None, "one of total_steps and total_tokens is set (validated)"
+        return -(-self.total_tokens // self.global_batch_tokens)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Rows of one update and how they are cut: micro x accumulation x data_parallel == batch, exactly."""
+
+    sequence_tokens: int
+    batch_rows: int
+    """Rows of one update over all ranks."""
+    micro_rows: int
+    """Rows of one forward of one rank."""
+    accumulation: int
+    """Forwards of one rank in one update."""
+    data_parallel: int
+    """Ranks that see different rows."""
+    total_steps: int
+
+    def describe(self) -> str:
+        """The arithmetic, on one line."""
+        return (
+            f"{self.micro_rows} rows x {self.accumulation} accumulated x {self.data_parallel} data-parallel ranks"
+            f" = {self.batch_rows} rows of {self.sequence_tokens} = {self.batch_rows * self.sequence_tokens:,}"
+            f" tokens an update; {self.total_steps:,} updates ="
+            f" {self.total_steps * self.batch_rows * self.sequence_tokens:,} tokens"
+        )
+
+
+def plan_batch(training: TrainingConfig, *, sequence_tokens: int, data_parallel: int) -> BatchPlan:
+    """Derive the batch plan, or say why the batch does not divide.
+
+    Raises:
+        ConfigurationError: `global_batch_tokens` is not a whole number of rows, or the rows do not divide over
+            micro-batches and data-parallel ranks; the message names the nearest values that do.
+    """
+    batch_rows, rest = divmod(training.global_batch_tokens, sequence_tokens)
+    if rest or not batch_rows:
+        below = max(1, batch_rows) * sequence_tokens
+        raise ConfigurationError(
+            "the batch is not a whole number of rows",
+            got=f"training.global_batch_tokens {training.global_batch_tokens}, data.sequence_tokens {sequence_tokens}",
+            rule="global_batch_tokens must be a multiple of sequence_tokens",
+            remedy=f"set training.global_batch_tokens to {below} or {(batch_rows + 1) * sequence_tokens}",
+        )
+    micro = training.micro_batch_sequences
+    if batch_rows % (micro * data_parallel):
+        legal = legal_data_parallel(batch_rows, micro)
+        near = sorted(sorted(legal, key=lambda world: (abs(world - data_parallel), world))[:3])
+        per_rank = batch_rows // data_parallel if batch_rows % data_parallel == 0 else 0
+        micros = [str(m) for m in range(1, per_rank + 1) if per_rank % m == 0 and m <= 4 * micro]
+        advice = [f"use {' or '.join(map(str, near))} data-parallel ranks"] if near else []
+        advice += [f"set training.micro_batch_sequences to one of {', '.join(micros)}"] if micros else []
+        unit = micro * data_parallel
+        multiple = max(1, round(batch_rows / unit)) * unit * sequence_tokens
+        advice.append(f"set training.global_batch_tokens to {multiple}")
+        raise ConfigurationError(
+            "the batch does not divide over the ranks",
+            got=(
+                f"{training.global_batch_tokens} tokens / {sequence_tokens} = {batch_rows} rows,"
+                f" over {data_parallel} data-parallel ranks x {micro} rows a micro-batch"
+            ),
+            rule="micro_batch_sequences x accumulation x data-parallel ranks must equal the rows of the batch",
+            remedy="; or ".join(advice),
+        )
+    return BatchPlan(
+        sequence_tokens=sequence_tokens,
+        batch_rows=batch_rows,
+        micro_rows=micro,
+        accumulation=batch_rows // (micro * data_parallel),
+        data_parallel=data_parallel,
+        total_steps=training.steps,
+    )
+
+
+def legal_data_parallel(batch_rows: int, micro_rows: int) -> list[int]:
+    """All data-parallel sizes that divide a batch of `batch_rows` cut in micro-batches of `micro_rows`."""
+    if batch_rows % micro_rows:
+        return []
+    groups = batch_rows // micro_rows
+    small = [d for d in range(1, int(groups**0.5) + 1) if groups % d == 0]
+    return sorted({*small, *(groups // d for d in small)})

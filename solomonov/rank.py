@@ -1,0 +1,91 @@
+"""One rank of a run: `python -m solomonov.rank RUN_DIR`. Needs the torchrun variables and reads no others, but for
+SOLOMONOV_HEARTBEAT, the file of its sign of life. Its answer is its exit code."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from solomonov.heartbeat import Heartbeat
+from solomonov.runfolder import RunFolder, lock_holder, run_lock
+from solomonov.signals import StopRequest
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run this rank to its end.
+
+    Returns:
+        an exit code of `solomonov.exits`; a crash is an exception with its traceback and code 1.
+    """
+    (folder,) = sys.argv[1:] if arguments is None else arguments
+    # Signals and stacks first: a request to stop that comes while torch is imported must not kill the rank.
+    stop = StopRequest().install()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGQUIT, all_threads=True)
+    heartbeat = Heartbeat(os.environ.get("SOLOMONOV_HEARTBEAT"))
+    heartbeat.beat("start", 0)
+    run = RunFolder(Path(folder))
+
+    from data_pipeline.errors import DataError
+    from solomonov.errors import SolomonovError
+
+    try:
+        with ExitStack() as stack:
+            return _run(run, stop, heartbeat, stack)
+    except (SolomonovError, DataError) as error:
+        # Messages for people; the peers learn of it by this rank's end.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        run.journal.try_write("fault", rank=int(os.environ.get("RANK", "0")), kind=type(error).__name__, message=str(error))
+        return error.exit_code
+    finally:
+        heartbeat.close()
+
+
+def _run(run: RunFolder, stop: StopRequest, heartbeat: Heartbeat, stack: ExitStack) -> int:
+    config = run.config()
+    if config.run.deterministic:
+        # cuBLAS reads this when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    from solomonov.distributed import Control, RankInfo, pick_device, start_process_group, stop_process_group
+    from solomonov.train import train
+
+    info = RankInfo.from_environment()
+    if info.rank == 0:
+        _own_the_run(run, stack)
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    device = pick_device(info)
+    start_process_group(info, device)
+    code = train(run, Control(), device, stop, heartbeat)
+    stop_process_group()
+    return code
+
+
+def _own_the_run(run: RunFolder, stack: ExitStack) -> None:
+    """Under a supervisor the lock is its own; a rank that was started by hand takes it and counts the attempt."""
+    if lock_holder(run).get("pid") == os.getppid():
+        return
+    stack.enter_context(run_lock(run))
+    run.journal.write("attempt_started", attempt=run.journal.next_attempt(), supervisor=None)
+
+
+def _leave_on_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say what happened and leave at once: after a fault the collectives' threads may wait for peers that are gone."""
+    traceback.print_exception(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.excepthook = _leave_on_crash
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

@@ -1,0 +1,203 @@
+"""What a rank records while it trains: metrics.jsonl, journal, TensorBoard and the rank's own log, behind one object.
+
+Only rank 0 writes files; the other ranks hold the same object so that the loop has no branches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from solomonov.config import Config, flatten
+from solomonov.metrics import MetricsLog, replay_differences
+from solomonov.model.counts import flops_per_token
+from solomonov.plan import BatchPlan
+from solomonov.runfolder import RunFolder
+from solomonov.tensorboard import TensorBoardLog
+
+
+@dataclass
+class StepLine:
+    """All that is known of one step."""
+
+    step: int
+    """Number of the update, from 1."""
+    loss: float = math.nan
+    """Mean cross-entropy over the update's predicted tokens (nats)."""
+    grad_norm: float = math.nan
+    """Global L2 norm before clipping."""
+    lr: float = 0.0
+    tokens: int = 0
+    """Predicted tokens."""
+    data_digest: str = ""
+    """16 hexadecimal digits."""
+    skipped: bool = False
+    padding: float = 0.0
+    """Share of the row positions that predict nothing."""
+    laps: dict[str, float] = field(default_factory=dict)
+    """Seconds by part of the step."""
+    _mark: float = field(default_factory=time.monotonic)
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap was spent on `name`."""
+        now = time.monotonic()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._mark
+        self._mark = now
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all laps."""
+        return sum(self.laps.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The line of metrics.jsonl. A number that is not finite stands as null."""
+        return {
+            "step": self.step,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
+            "lr": self.lr,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "data_digest": self.data_digest,
+            "seconds": round(self.seconds, 6),
+        }
+
+
+class RunRecord:
+    """The records of one attempt, on one rank."""
+
+    def __init__(self, run: RunFolder, config: Config, plan: BatchPlan, *, rank: int) -> None:
+        self._run, self._config, self._plan, self._rank = run, config, plan, rank
+        self._journal = run.journal
+        self._metrics: MetricsLog | None = None
+        self._tensorboard: TensorBoardLog | None = None
+        self._replay: dict[int, dict[str, Any]] = {}
+        self._layouts: list[tuple[int, dict[str, Any]]] = []
+        self._layout: dict[str, Any] = {}
+        self._flops = 0.0
+        last = self._journal.last("attempt_started")
+        self.attempt = int(last["attempt"]) if last else 1
+        """Number of this attempt over the run's life."""
+
+    def __enter__(self) -> RunRecord:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """A line in the journal and in the rank's log."""
+        if self._rank == 0:
+            self._journal.try_write(kind, **{"attempt": self.attempt, **fields})
+            print(f"{kind} {json.dumps(fields)}", flush=True)
+
+    def resumes(self) -> list[tuple[int, int]]:
+        """(attempt, step it resumed from) of all earlier attempts that began to train, for fencing."""
+        return [(int(e["attempt"]), int(e["step"])) for e in self._journal.events("resumed")]
+
+    def begin(self, step: int, layout: dict[str, Any], *, resumed: bool) -> None:
+        """Open the records at `step`: lines of later steps are superseded, and what is replayed will be compared."""
+        self._layout = layout
+        if self._rank:
+            return
+        self._layouts = [(int(e["step"]), e["layout"]) for e in self._journal.events("resumed")]
+        self._metrics = MetricsLog(self._run.metrics, lambda message: self.event("metrics_failed", message=message))
+        self._replay = self._metrics.resume(step)
+        self.event("resumed", step=step, of=self._plan.total_steps, layout=layout, plan=self._plan.describe())
+        if self._config.metrics.tensorboard:
+            self._tensorboard = TensorBoardLog(
+                self._run.path / "tensorboard",
+                purge_step=step + 1,
+                on_failure=lambda message: self.event("tensorboard_failed", message=message),
+            )
+            if not resumed:
+                rows = "\n".join(f"| {key} | `{value}` |" for key, value in flatten(self._config).items())
+                self._tensorboard.text(0, "run/configuration", f"| key | value |\n|---|---|\n{rows}")
+
+    def step(self, line: StepLine) -> None:
+        """One step is done."""
+        line.lap("log")
+        if self._rank:
+            return
+        assert self._metrics is not None, "begin() comes before step()"
+        record = line.to_json()
+        self._metrics.append(record)
+        before = self._replay.pop(line.step, None)
+        if before is not None:
+            self._compare(before, record)
+        if line.skipped:
+            self.event("update_skipped", step=line.step, reason="the gradient norm is not finite")
+        if line.step % self._config.metrics.every_steps == 0 or line.step == self._plan.total_steps:
+            rate = line.tokens / max(line.seconds, 1e-9)
+            print(
+                f"step {line.step}/{self._plan.total_steps} loss {line.loss:.4f} grad_norm {line.grad_norm:.3f}"
+                f" lr {line.lr:.2e} tokens/s {rate:,.0f}",
+                flush=True,
+            )
+            if self._tensorboard is not None:
+                self._tensorboard.scalars(line.step, self._scalars(line, rate))
+
+    def saved(self, step: int, seconds: float) -> None:
+        """A checkpoint was written, or refused by the disk."""
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(step, {"perf/checkpoint_stall_seconds": seconds})
+
+    def evaluated(self, step: int, loss: float, bits_per_byte: float, rows: int) -> None:
+        """A held-out evaluation is done."""
+        self.event("evaluated", step=step, loss=loss, bits_per_byte=bits_per_byte, rows=rows)
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(step, {"eval/loss": loss, "eval/bits_per_byte": bits_per_byte})
+
+    def sync(self) -> None:
+        """Before a checkpoint: no durable step may lack its line or its point."""
+        if self._metrics is not None:
+            self._metrics.sync()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """A replayed step must be what it was (data to the bit always, numbers by the promise of the layout)."""
+        earlier = [layout for start, layout in self._layouts if start < now["step"]]
+        exact = self._layout["device"] == "cpu" or self._config.run.deterministic
+        same = exact and bool(earlier) and earlier[-1] == self._layout
+        differences = replay_differences(
+            before, now, same_layout=same, precision=str(self._layout["precision"])
+        )
+        if differences:
+            self.event("replay_mismatch", step=now["step"], differences=differences, same_layout=same)
+
+    def _scalars(self, line: StepLine, rate: float) -> dict[str, float]:
+        values = {
+            "train/loss": line.loss,
+            "train/grad_norm": line.grad_norm,
+            "train/lr": line.lr,
+            "perf/tokens_per_second": rate,
+            "perf/step_seconds": line.seconds,
+            **{f"perf/{name}_seconds": seconds for name, seconds in line.laps.items()},
+            "perf/model_tflops_per_second": rate * self._flops_per_token() / 1e12,
+            # ru_maxrss is in KiB on Linux.
+            "memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "data/padding_rate": line.padding,
+            "health/update_skipped": float(line.skipped),
+        }
+        if torch.cuda.is_available():
+            values["memory/device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return values
+
+    def _flops_per_token(self) -> float:
+        if not self._flops:
+            vocabulary = self._config.tokenizer.vocab_size
+            self._flops = flops_per_token(self._config.model, vocabulary, self._plan.sequence_tokens)
+        return self._flops

@@ -1,0 +1,281 @@
+"""The run folder: the record of a run, and the lock that lets one command at a time work on it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from solomonov.config import Config, Loaded, flatten
+from solomonov.errors import ConfigurationError
+from solomonov.host import environment_facts, git_facts, versions
+from solomonov.journal import Journal
+
+SCHEMA_VERSION = 1
+
+FREE_KEYS = (
+    "run.folder",
+    "data.",
+    "parallel.",
+    "training.micro_batch_sequences",
+    "training.activation_checkpointing",
+    "training.compile",
+    "checkpoint.",
+    "resilience.",
+    "evaluation.",
+    "metrics.",
+)
+"""Keys (or beginnings of keys) that may change when a run goes on: they change where and how fast, not what is
+learned. The data's identity is compared by digest instead."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and records of one run."""
+
+    path: Path
+
+    @property
+    def resolved_path(self) -> Path:
+        """resolved.json: every value with its origin, versions, host."""
+        return self.path / "resolved.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def exports(self) -> Path:
+        """Folder of the exports."""
+        return self.path / "exports"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the ranks' logs, one folder an attempt."""
+        return self.path / "logs"
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.jsonl: one line a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def journal(self) -> Journal:
+        """journal.jsonl: the events of the run's life."""
+        return Journal(self.path / "journal.jsonl")
+
+    def resolved(self) -> dict[str, Any]:
+        """resolved.json as written.
+
+        Raises:
+            ConfigurationError: this is not a run folder, or its record is damaged.
+        """
+        try:
+            record = json.loads(self.resolved_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                "this is not the folder of a run",
+                got=f"{self.path}: {error}",
+                rule="a run folder holds resolved.json, which `solomonov train` writes",
+                remedy="give the name or folder of a run; `ls` the folder named by run.folder",
+            ) from error
+        if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
+            raise ConfigurationError(
+                "the run's record has a schema that this release cannot read",
+                got=f"{self.resolved_path}: schema_version {record.get('schema_version') if isinstance(record, dict) else None}",
+                rule=f"schema_version {SCHEMA_VERSION}",
+                remedy="use the release that wrote the run",
+            )
+        return record
+
+    def config(self) -> Config:
+        """The run's configuration, as resolved when it was last started."""
+        nested: dict[str, Any] = {}
+        for dotted, entry in self.resolved()["values"].items():
+            *parents, last = dotted.split(".")
+            place = nested
+            for part in parents:
+                place = place.setdefault(part, {})
+            place[last] = entry["value"]
+        return Config.model_validate(nested)
+
+    def run_id(self) -> str:
+        """Random identity of the run, also in each of its checkpoints."""
+        return str(self.resolved()["run_id"])
+
+    def data_folder(self) -> Path:
+        """The prepared data set of the run."""
+        return Path(self.resolved()["working_folder"]) / self.config().data.folder
+
+
+def find_run(name: str, folder: str = "runs") -> RunFolder:
+    """The run of that name in the folder of runs, or at that path.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    for path in (Path(name), Path(folder) / name):
+        if (path / "resolved.json").is_file():
+            return RunFolder(path)
+    raise ConfigurationError(
+        "there is no such run",
+        got=name,
+        rule=f"the name of a run in {folder}/, or the path of its folder",
+        remedy="start it with `solomonov train CONFIG`, or give its folder's path",
+    )
+
+
+def open_run(loaded: Loaded, *, launch: Mapping[str, Any], data: Mapping[str, Any], derived: Mapping[str, Any]) -> RunFolder:
+    """Create the run's folder, or take up the one that is there, and write config.yaml and resolved.json.
+
+    Args:
+        launch: the validated launch section.
+        data: identity of the data: digests that must not change over the run's life.
+        derived: numbers for the record.
+
+    Raises:
+        ConfigurationError: the folder cannot be written, or belongs to a run with another configuration or data.
+    """
+    config = loaded.config
+    run = RunFolder(Path(config.run.folder) / config.run.name)
+    old = run.resolved() if run.resolved_path.exists() else None
+    if old is None and run.path.is_dir() and any(p.name not in ("lock",) for p in run.path.iterdir()):
+        raise ConfigurationError(
+            "the run's folder exists and holds something else",
+            got=f"{run.path} without resolved.json",
+            rule="a run starts in a new folder, or in its own",
+            remedy="choose another run.name or run.folder, or move the folder away",
+        )
+    values = {
+        key: {"value": value, "origin": loaded.origins.get(key, "default")} for key, value in flatten(config).items()
+    }
+    if old is not None:
+        _refuse_another_run(run, old, values, data)
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": old["run_id"] if old else uuid.uuid4().hex,
+        "values": values,
+        "launch": dict(launch),
+        "overrides": list(loaded.overrides),
+        "data": dict(data),
+        "derived": dict(derived),
+        "working_folder": str(Path.cwd()),
+        "versions": versions(),
+        "git": git_facts(),
+        "host": environment_facts(),
+    }
+    try:
+        for folder in (run.path, run.checkpoints, run.exports, run.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.path / "config.yaml", loaded.text)
+        write_atomically(run.resolved_path, json.dumps(record, indent=1, sort_keys=True) + "\n")
+    except OSError as error:
+        raise unwritable(run.path, error) from error
+    if old is None:
+        run.journal.write("run_created", run_id=record["run_id"], name=config.run.name)
+    return run
+
+
+def unwritable(path: Path, error: OSError) -> ConfigurationError:
+    """The message for a folder that cannot be written."""
+    return ConfigurationError(
+        "the run's folder cannot be written",
+        got=f"{path}: {error.strerror or error}",
+        rule="the folder named by run.folder must be writable and have free space",
+        remedy="change its permissions, free space, or set run.folder to another place",
+    )
+
+
+def _refuse_another_run(
+    run: RunFolder, old: Mapping[str, Any], values: Mapping[str, Any], data: Mapping[str, Any]
+) -> None:
+    """Raise where what is learned would change half-way."""
+    changed = []
+    before = {key: entry["value"] for key, entry in old["values"].items()}
+    now = {key: entry["value"] for key, entry in values.items()}
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS):
+            changed.append(f"{key}: was {before.get(key)!r}, now {now.get(key)!r}")
+    for key in sorted({*old["data"], *data}):
+        if old["data"].get(key) != data.get(key):
+            changed.append(f"data {key}: was {old['data'].get(key)}, now {data.get(key)}")
+    if changed:
+        raise ConfigurationError(
+            f"{run.path} belongs to a run with another configuration",
+            got="\n          ".join(changed),
+            rule="a run goes on with the model, data, objective, optimizer, schedule and batch that it began with",
+            remedy="set run.name to a new name, or restore these values",
+        )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one step: write aside, sync, rename."""
+    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+
+
+@contextmanager
+def run_lock(run: RunFolder, *, wait_seconds: float = 10.0) -> Iterator[int]:
+    """Hold the run's lock; yields its descriptor, which the ranks inherit.
+
+    The lock is released when the last process that holds the descriptor has ended, so a command that follows a kill
+    waits (up to `wait_seconds`) until no rank of the killed one is left.
+
+    Raises:
+        ConfigurationError: another live command works on the run.
+    """
+    path = run.path / "lock"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise unwritable(run.path, error) from error
+    try:
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise _held(run, path) from None
+                time.sleep(0.05)  # flock has no time-out of its own
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": round(time.time())}
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps(holder).encode(), 0)
+        os.set_inheritable(fd, True)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def lock_holder(run: RunFolder) -> dict[str, Any]:
+    """Who last took the lock: pid, host, since; empty if nobody did."""
+    try:
+        holder = json.loads((run.path / "lock").read_text())
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _held(run: RunFolder, path: Path) -> ConfigurationError:
+    holder = lock_holder(run)
+    age = round(time.time() - holder["since"]) if "since" in holder else 0
+    return ConfigurationError(
+        "another command is working on this run",
+        got=f"{path} is held by process {holder.get('pid')} on {holder.get('host')}, for {age} s",
+        rule="one command at a time works on a run",
+        remedy="wait for it, stop it (Ctrl-C there, or kill the process), or use another run.name",
+    )

@@ -1,0 +1,90 @@
+"""Everything that can be refused before a rank is started is refused here, in well under a second."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.manifest import Manifest
+from solomonov.config import Loaded
+from solomonov.errors import ConfigurationError
+from solomonov.host import visible_gpus
+from solomonov.model.counts import parameter_count
+from solomonov.parallel import check_layout
+from solomonov.plan import BatchPlan, plan_batch
+from solomonov.runfolder import RunFolder, open_run, unwritable
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that may start: its plan is legal and its data is there."""
+
+    run: RunFolder
+    plan: BatchPlan
+    loaded: Loaded
+    launch: Mapping[str, Any]
+    data: Mapping[str, Any]
+    derived: Mapping[str, Any]
+
+    def write(self) -> None:
+        """Write config.yaml and resolved.json; call it with the run's lock held."""
+        open_run(self.loaded, launch=self.launch, data=self.data, derived=self.derived)
+
+
+def prepare_run(loaded: Loaded, *, ranks: int, launch: Mapping[str, Any]) -> PreparedRun:
+    """Check layout, batch and data of a run, and make sure that its folder can be written.
+
+    Args:
+        ranks: number of ranks that will be started.
+        launch: the validated launch section, for the record.
+
+    Raises:
+        ConfigurationError: anything that retrying will not help.
+        DataError: the prepared data is missing or damaged.
+    """
+    config = loaded.config
+    precision = config.training.precision
+    if precision == "auto" and visible_gpus():
+        precision = "bf16"  # every CUDA device of the last five generations has it; the rank itself decides
+    data_parallel = check_layout(config.parallel, precision=precision, world=ranks)
+    plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel)
+    if not (Path(config.data.folder) / "MANIFEST.json").exists():
+        raise ConfigurationError(
+            "the data is not prepared",
+            got=f"{config.data.folder} holds no MANIFEST.json",
+            rule="training reads the folder that `solomonov prepare` writes (data.folder)",
+            remedy="run `solomonov prepare` with this configuration first",
+        )
+    manifest = Manifest.load(Path(config.data.folder))
+    if manifest.vocab_size != config.tokenizer.vocab_size:
+        raise ConfigurationError(
+            "the data was prepared with another vocabulary",
+            got=f"{manifest.vocab_size} ids in {config.data.folder}, tokenizer.vocab_size {config.tokenizer.vocab_size}",
+            rule="training uses the tokenizer of its data",
+            remedy="prepare the data with this configuration in another data.folder, or restore tokenizer.vocab_size",
+        )
+    run = RunFolder(Path(config.run.folder) / config.run.name)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(run.path, error) from error
+    parameters = parameter_count(config.model, manifest.vocab_size)
+    return PreparedRun(
+        run=run,
+        plan=plan,
+        loaded=loaded,
+        launch=launch,
+        data={"manifest_digest": manifest.digest, "tokenizer_digest": manifest.tokenizer_digest},
+        derived={"batch": plan.describe(), "ranks": ranks, "parameters": parameters},
+    )
+
+
+def finished_step(run: RunFolder, total_steps: int) -> int | None:
+    """The last step, if the run has trained to its end and the checkpoint of that step is still there."""
+    event = run.journal.last("training_finished", "resumed")
+    if event is None or event["event"] != "training_finished" or event["step"] < total_steps:
+        return None
+    step = int(event["step"])
+    return step if (run.checkpoints / f"step-{step:08d}" / "MANIFEST.json").exists() else None

@@ -1,0 +1,277 @@
+"""The training loop: one function, `train`, that reads as what happens in a step, in order."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+
+from data_pipeline.dataset import Dataset
+from data_pipeline.loader import Loader
+from data_pipeline.stream import HeldOutRows, Stream
+from solomonov.batch import TokenBatch, empty_batch, to_tensors
+from solomonov.checkpoint.checkpointer import Checkpointer
+from solomonov.checkpoint.reader import CheckpointReader
+from solomonov.config import Config
+from solomonov.distributed import Control
+from solomonov.engine import Engine, EngineSpec, resolve_precision
+from solomonov.errors import ConfigurationError, NumericalError
+from solomonov.exits import AGAIN, DONE
+from solomonov.heartbeat import Heartbeat
+from solomonov.parallel import check_layout
+from solomonov.plan import BatchPlan, plan_batch
+from solomonov.record import RunRecord, StepLine
+from solomonov.runfolder import RunFolder
+from solomonov.schedule import lr_factor
+from solomonov.signals import StopRequest
+from solomonov.toolchain import compiler_missing
+
+
+@dataclass
+class TrainState:
+    """What moves while training, beside the weights; equal on all ranks."""
+
+    step: int = 0
+    """Updates done; the next update trains on rows [step x batch_rows, (step + 1) x batch_rows)."""
+    tokens: int = 0
+    """Tokens predicted so far."""
+    skipped: int = 0
+    """Updates skipped in a row for a non-finite gradient, up to now."""
+
+
+@dataclass
+class Trainer:
+    """The finished parts of a run, as `build` makes them."""
+
+    config: Config
+    plan: BatchPlan
+    device: torch.device
+    control: Control
+    engine: Engine
+    stream: Stream
+    held_out: HeldOutRows | None
+    checkpointer: Checkpointer
+    record: RunRecord
+    heartbeat: Heartbeat
+    stop: StopRequest
+    state: TrainState = field(default_factory=TrainState)
+
+
+def train(run: RunFolder, control: Control, device: torch.device, stop: StopRequest, heartbeat: Heartbeat) -> int:
+    """Train a run from where it stands to its end, or to a request to stop.
+
+    Returns:
+        the exit code: DONE, or AGAIN where it was asked to stop and saved.
+
+    Raises:
+        NumericalError: more updates in a row were skipped than the configuration allows.
+    """
+    with ExitStack() as stack:
+        trainer = build(run, control, device, stop, heartbeat, stack)
+        state, plan, record = trainer.state, trainer.plan, trainer.record
+        loader = stack.enter_context(_loader(trainer))
+        steps = iter(loader)
+        while state.step < plan.total_steps:
+            line = StepLine(step=state.step + 1)
+            heartbeat.beat("data", line.step)
+            batches = [to_tensors(rows, device) for rows in next(steps)]
+            line.tokens = control.sum_integers([sum(batch.valid_tokens for batch in batches)])[0]
+            line.lap("data_wait")
+
+            heartbeat.beat("forward_backward")
+            line.lr = trainer.config.optimizer.lr * lr_factor(trainer.config.schedule, state.step, plan.total_steps)
+            loss_sum = trainer.engine.forward_backward(batches, line.tokens, line.lr)
+            line.lap("forward_backward")
+
+            heartbeat.beat("update")
+            update = trainer.engine.update()
+            line.lap("update")
+
+            heartbeat.beat("log")
+            state.step, state.tokens = line.step, state.tokens + line.tokens
+            state.skipped = state.skipped + 1 if update.skipped else 0
+            line.loss = control.sum_floats([float(loss_sum)])[0] / max(1, line.tokens)
+            line.grad_norm, line.skipped = update.grad_norm, update.skipped
+            digest, stopping = control.sum_integers([_digest(batches), int(stop.requested)])
+            line.data_digest = f"{digest:016x}"
+            line.padding = 1.0 - line.tokens / (plan.batch_rows * plan.sequence_tokens)
+            record.step(line)
+            _refuse_endless_skipping(trainer, line)
+
+            last = state.step == plan.total_steps
+            if trainer.config.evaluation.every_steps and (state.step % trainer.config.evaluation.every_steps == 0 or last):
+                heartbeat.beat("evaluate")
+                evaluate_held_out(trainer)
+            if stopping or last or state.step % trainer.config.checkpoint.every_steps == 0:
+                heartbeat.beat("save")
+                saved = save(trainer)
+                if (stopping or last) and not saved:
+                    record.event("left_without_checkpoint", step=state.step)
+                    return AGAIN
+            if stopping and not last:
+                record.event("preempted", step=state.step, signal=stop.received)
+                return AGAIN
+        heartbeat.beat("leave")
+        record.event("training_finished", step=state.step, tokens=state.tokens)
+        return DONE
+
+
+def build(
+    run: RunFolder, control: Control, device: torch.device, stop: StopRequest, heartbeat: Heartbeat, stack: ExitStack
+) -> Trainer:
+    """Make all parts of a run and bring them to the newest checkpoint that verifies, or to the start."""
+    config = run.config()
+    precision = resolve_precision(config.training.precision, device)
+    data_parallel = check_layout(config.parallel, precision=precision, world=control.size)
+    plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel)
+    dataset = stack.enter_context(Dataset.open(run.data_folder()))
+    stream = Stream(
+        dataset,
+        sequence_tokens=config.data.sequence_tokens,
+        packing=config.data.packing,
+        seed=config.run.seed,
+        weights={source.name: source.weight for source in config.data.sources},
+        cache_bytes=config.data.cache_bytes,
+    )
+    held_out = HeldOutRows(dataset, sequence_tokens=config.data.sequence_tokens, packing=config.data.packing)
+    record = stack.enter_context(RunRecord(run, config, plan, rank=control.rank))
+    missing = compiler_missing(device) if config.training.compile is True or _compile_by_default(config, device) else None
+    if missing:
+        record.event("fallback", what="torch.compile", to="eager", reason=missing)
+    spec = EngineSpec(
+        model=config.model,
+        vocab_size=dataset.manifest.vocab_size,
+        seed=config.run.seed,
+        plan=plan,
+        precision=precision,
+        zero_stage=config.parallel.zero_stage,
+        optimizer=config.optimizer,
+        gradient_clipping=config.training.gradient_clipping,
+        activation_checkpointing=config.training.activation_checkpointing,
+        compile=(config.training.compile is True or _compile_by_default(config, device)) and not missing,
+    )
+    engine = Engine(spec, device)
+    checkpointer = Checkpointer(
+        run.checkpoints,
+        control,
+        run_id=run.run_id(),
+        attempt=record.attempt,
+        keep_last=config.checkpoint.keep_last,
+        on_event=lambda kind, fields: record.event(kind, **fields),
+    )
+    trainer = Trainer(
+        config, plan, device, control, engine, stream, held_out if len(held_out) else None,
+        checkpointer, record, heartbeat, stop,
+    )  # fmt: skip
+    resume(trainer)
+    return trainer
+
+
+def _compile_by_default(config: Config, device: torch.device) -> bool:
+    return config.training.compile == "auto" and device.type == "cuda"
+
+
+def resume(trainer: Trainer) -> None:
+    """Restore the newest checkpoint that verifies, if there is any, and open the records at its step."""
+    control, record = trainer.control, trainer.record
+    reader = trainer.checkpointer.find(record.resumes())
+    if reader is not None:
+        _check_same_stream(trainer, reader)
+        trainer.engine.restore(reader, int(reader.scalars["optimizer_step"]))
+        saved = reader.state
+        trainer.state = TrainState(step=saved["step"], tokens=saved["tokens"], skipped=saved["skipped"])
+    layout = trainer.engine.layout
+    record.begin(trainer.state.step, layout, resumed=reader is not None)
+    control.barrier()
+
+
+def _check_same_stream(trainer: Trainer, reader: CheckpointReader) -> None:
+    stored = reader.state["stream"]
+    if stored != trainer.stream.identity:
+        raise ConfigurationError(
+            "the checkpoint was trained on another stream of rows",
+            got=f"stream {stored} in the checkpoint, {trainer.stream.identity} from the data folder and configuration",
+            rule="a run resumes on the data set, seed, row length, packing and weights that it began with",
+            remedy="restore the data folder and these keys, or set run.name to a new name",
+        )
+
+
+def save(trainer: Trainer) -> bool:
+    """Write a checkpoint of the current step; False where the disk refused it (the run goes on)."""
+    started = time.monotonic()
+    trainer.record.sync()
+    engine, state = trainer.engine, trainer.state
+    info = trainer.checkpointer.save(
+        state.step,
+        engine.fragments(),
+        expected=engine.shapes(),
+        scalars={"optimizer_step": engine.updates_applied()},
+        state={
+            "step": state.step,
+            "tokens": state.tokens,
+            "skipped": state.skipped,
+            "next_row": state.step * trainer.plan.batch_rows,
+            "stream": trainer.stream.identity,
+        },
+        topology=engine.layout,
+    )
+    trainer.record.saved(state.step, time.monotonic() - started)
+    return info is not None
+
+
+def evaluate_held_out(trainer: Trainer) -> None:
+    """Loss on the first `evaluation.rows` held-out rows, the same ones every time."""
+    held_out, plan = trainer.held_out, trainer.plan
+    if held_out is None:
+        return
+    rows = min(len(held_out), trainer.config.evaluation.rows)
+    mine = range(trainer.control.rank, rows, plan.data_parallel)
+    forwards = math.ceil(math.ceil(rows / plan.data_parallel) / plan.micro_rows)
+    total, tokens = 0.0, 0
+    indices = iter(mine)
+    for _ in range(forwards):  # the same number on every rank: with ZeRO 3 each forward is a collective
+        part = list(islice(indices, plan.micro_rows))
+        batch = (
+            to_tensors(held_out.rows(part), trainer.device)
+            if part
+            else empty_batch(plan.sequence_tokens, trainer.device)
+        )
+        total += trainer.engine.evaluate(batch)
+        tokens += batch.valid_tokens
+    tokens = trainer.control.sum_integers([tokens])[0]
+    loss = trainer.control.sum_floats([total])[0] / max(1, tokens)
+    nats_to_bits_per_byte = held_out.tokens / max(1, held_out.text_bytes) / math.log(2)
+    trainer.record.evaluated(trainer.state.step, loss, loss * nats_to_bits_per_byte, rows)
+
+
+def _loader(trainer: Trainer) -> Loader:
+    return Loader(
+        trainer.stream,
+        batch_rows=trainer.plan.batch_rows,
+        dp_rank=trainer.control.rank,
+        dp_size=trainer.plan.data_parallel,
+        micro_batch_rows=trainer.plan.micro_rows,
+        first_step=trainer.state.step,
+        prefetch_steps=trainer.config.data.prefetch_steps,
+    )
+
+
+def _digest(batches: Sequence[TokenBatch]) -> int:
+    return sum(batch.digest() for batch in batches) % 2**64
+
+
+def _refuse_endless_skipping(trainer: Trainer, line: StepLine) -> None:
+    """End the run where skipping no longer helps; the last good checkpoint stays the newest."""
+    limit = trainer.config.resilience.max_skipped_updates
+    if trainer.state.skipped > limit:
+        raise NumericalError(
+            "the gradients are not finite any more",
+            got=f"{trainer.state.skipped} updates skipped in a row up to step {line.step}, loss {line.loss}",
+            rule=f"at most {limit} in a row (resilience.max_skipped_updates)",
+            remedy="lower optimizer.lr or lengthen schedule.warmup_steps, and start under a new run.name",
+        )

@@ -1,0 +1,43 @@
+"""Small models and rows that several tests of the model use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from solomonov.model.config import ModelConfig
+from solomonov.model.transformer import Transformer
+
+VOCAB = 23
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    """Two layers, width 16, four heads on two key-value heads."""
+    return ModelConfig.model_validate(
+        {"layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "d_ff": 24} | changes
+    )
+
+
+def spread_model(config: ModelConfig, *, seed: int = 3, **options: Any) -> Transformer:
+    """A model whose every parameter is far from its initial value, norm gains included."""
+    model = Transformer(config, VOCAB, seed=seed, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def float64_state(model: Transformer) -> dict[str, NDArray[np.float64]]:
+    """Canonical name -> float64 array."""
+    return {name: value.detach().double().numpy() for name, value in model.named_parameters()}
+
+
+def random_ids(rows: int, tokens: int, seed: int = 0) -> Tensor:
+    """(rows, tokens) int32 token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (rows, tokens), generator=generator, dtype=torch.int32)

@@ -1,0 +1,59 @@
+"""Counts from the configuration against the parameters of the built module; FLOPs against torch's counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from solomonov.model.config import ModelConfig
+from solomonov.model.counts import flops_per_token, parameter_count, parameter_shapes
+from solomonov.model.transformer import Transformer
+from tests.solomonov.model.common import VOCAB, random_ids, tiny_config
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": True}, {"attention": {"qk_norm": False}}, {"head_dim": 6}]
+)
+def test_shapes_are_those_of_the_module(changes: dict[str, object]) -> None:
+    config = tiny_config(**changes)
+    model = Transformer(config, VOCAB, seed=None)
+    built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert parameter_shapes(config, VOCAB) == built
+    assert list(parameter_shapes(config, VOCAB)) == [
+        name
+        for layer in ["embedding", "layers", "final_norm", "head"]
+        for name in built
+        if name.startswith(layer)
+    ]
+    assert parameter_count(config, VOCAB) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_flops_agree_with_a_count_of_the_products() -> None:
+    config = ModelConfig(layers=3, d_model=32, heads=4, kv_heads=2)
+    tokens = 16
+    model = Transformer(config, VOCAB, seed=0)
+    documents = torch.zeros(1, tokens, dtype=torch.int32)
+    with FlopCounterMode(display=False) as counter:
+        model(random_ids(1, tokens), documents, random_ids(1, tokens, seed=1)).backward()
+    # The counter sees the whole T x T products and, on CPU, only the matrices: add ours without attention.
+    products = counter.get_total_flops() - _attention_flops_seen(counter)
+    attention = 6.0 * config.layers * config.heads * config.head_width * (tokens + 1)
+    # The embedding's output needs no product backward towards the ids, so the first layer loses nothing.
+    assert tokens * (flops_per_token(config, VOCAB, tokens) - attention) == pytest.approx(products, rel=1e-6)
+
+
+def test_attention_term_is_the_sum_over_visible_keys() -> None:
+    config = ModelConfig(layers=5, d_model=32, heads=4)
+    tokens = 9
+    visible = sum(position + 1 for position in range(tokens)) / tokens
+    without = flops_per_token(config, VOCAB, -1)  # T + 1 = 0: no attention at all
+    assert flops_per_token(config, VOCAB, tokens) - without == pytest.approx(3 * 5 * 2 * 2 * 32 * visible)
+
+
+def _attention_flops_seen(counter: FlopCounterMode) -> int:
+    return sum(
+        flops
+        for operator, flops in counter.get_flop_counts()["Global"].items()
+        if "attention" in str(operator)
+    )

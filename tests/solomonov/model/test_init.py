@@ -1,0 +1,79 @@
+"""Initial values: statistics against the table, and equality whatever was built before, beside or instead."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from solomonov.model import init
+from solomonov.model.counts import parameter_shapes
+from solomonov.model.init import INIT_TABLE, InitRule, init_rule, initial_value
+from solomonov.model.naming import canonical, layer_names
+from solomonov.model.pipeline import pipeline_layers
+from solomonov.model.transformer import Transformer
+from tests.solomonov.model.common import VOCAB, tiny_config
+
+
+def test_a_tensor_depends_on_seed_and_name_alone() -> None:
+    config = tiny_config()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    model = Transformer(config, VOCAB, seed=11)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
+    for name, parameter in reversed(list(model.named_parameters())):
+        assert torch.equal(parameter, initial_value(name, parameter.shape, config, 11)), name
+    other = dict(Transformer(config, VOCAB, seed=12).named_parameters())
+    drawn = [name for name in other if init_rule(name).std is not None]
+    assert all(
+        not torch.equal(other[name], parameter)
+        for name, parameter in model.named_parameters()
+        if name in drawn
+    )
+    firsts = {float(dict(model.named_parameters())[name].flatten()[0].detach()) for name in drawn}
+    assert len(firsts) == len(drawn), "two tensors were drawn from one generator"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_pipeline_layers_have_the_same_numbers(tied: bool) -> None:
+    config = tiny_config(layers=3, tie_embeddings=tied)
+    plain = dict(Transformer(config, VOCAB, seed=4).named_parameters())
+    names = layer_names(config)
+    met = set()
+    for number, layer in reversed(list(enumerate(pipeline_layers(config, VOCAB, seed=4)))):
+        place = number if layer.tied_key is None else f"tied_modules.{layer.tied_key}"
+        for name, parameter in layer.build().named_parameters():
+            ours = canonical(f"{place}.{name}", names)
+            met.add(ours)
+            assert torch.equal(parameter, plain[ours]), ours
+    assert met == set(plain)
+
+
+@pytest.mark.parametrize("residual", ["prenorm", "scaled"])
+def test_spreads_are_those_of_the_table(residual: str) -> None:
+    config = tiny_config(layers=8, d_model=128, d_ff=256, residual=residual)
+    out = math.sqrt(16) if residual == "prenorm" else 1.0
+    expected = {
+        "layers.5.attention.q.weight": 1 / math.sqrt(128),
+        "layers.5.feed_forward.gate.weight": 1 / math.sqrt(128),
+        "layers.5.attention.out.weight": 1 / math.sqrt(128) / out,
+        "layers.5.feed_forward.down.weight": 1 / math.sqrt(256) / out,
+        "head.weight": 1 / 128,
+    }
+    shapes = parameter_shapes(config, 300)
+    for name, std in expected.items():
+        value = initial_value(name, shapes[name], config, 0)
+        assert float(value.std()) == pytest.approx(std, rel=0.03), name
+        assert abs(float(value.mean())) < 0.03 * std, name
+    assert torch.equal(initial_value("final_norm.weight", (128,), config, 0), torch.ones(128))
+
+
+def test_every_parameter_has_exactly_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in parameter_shapes(tiny_config(), VOCAB):
+        init_rule(name)
+    with pytest.raises(ValueError, match="0 rows"):
+        init_rule("layers.0.attention.gate.weight")
+    monkeypatch.setattr(init, "INIT_TABLE", (*INIT_TABLE, InitRule(r"head\..*", None)))
+    with pytest.raises(ValueError, match="2 rows"):
+        init_rule("head.weight")

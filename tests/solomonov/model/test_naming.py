@@ -1,0 +1,65 @@
+"""Names: ours to the pipeline's and back over all parameters of random shapes, with and without wrappers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from solomonov.model.config import ModelConfig
+from solomonov.model.counts import parameter_shapes
+from solomonov.model.naming import canonical, layer_names, pipeline_name
+from solomonov.model.pipeline import pipeline_layers
+
+
+def _config(layers: int, tied: bool) -> ModelConfig:
+    return ModelConfig(layers=layers, d_model=4, heads=1, tie_embeddings=tied)
+
+
+def test_layer_names() -> None:
+    assert layer_names(_config(2, False)) == ["embedding", "layers.0", "layers.1", "final_norm", "head"]
+
+
+@given(
+    layers=st.integers(1, 120),
+    tied=st.booleans(),
+    prefix=st.sampled_from(["", "module.", "_orig_mod.", "module.module.", "module._orig_mod."]),
+    data=st.data(),
+)
+def test_there_and_back(layers: int, tied: bool, prefix: str, data: st.DataObject) -> None:
+    config = _config(layers, tied)
+    names = layer_names(config)
+    shapes = list(parameter_shapes(config, 5))
+    pipeline_names = [pipeline_name(name, names, tied=tied) for name in shapes]
+    assert len(set(pipeline_names)) == len(shapes)
+    name = data.draw(st.sampled_from(shapes))
+    in_pipeline = pipeline_name(name, names, tied=tied)
+    assert canonical(prefix + in_pipeline, names) == name
+    assert canonical(prefix + name, names) == name
+    head, dot, tail = name.rpartition(".")
+    assert canonical(f"{head}._orig_mod{dot}{tail}", names) == name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_of_a_built_pipeline(tied: bool) -> None:
+    config = _config(3, tied)
+    names = layer_names(config)
+    found = set()
+    for number, layer in enumerate(pipeline_layers(config, 5, seed=0)):
+        place = f"{number}." if layer.tied_key is None else f"tied_modules.{layer.tied_key}."
+        found |= {place + name for name, _ in layer.build().named_parameters()}
+    assert {canonical(name, names) for name in found} == set(parameter_shapes(config, 5))
+    assert found == {pipeline_name(name, names, tied=tied) for name in parameter_shapes(config, 5)}
+
+
+@pytest.mark.parametrize(
+    "name", ["9.weight", "layers.7.attention.q.weight", "embedding", "layers.1", "wte.weight", ""]
+)
+def test_names_of_no_layer_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="no layer of this model"):
+        canonical(name, layer_names(_config(2, False)))
+
+
+def test_the_heads_name_of_a_tied_matrix_is_refused() -> None:
+    with pytest.raises(ValueError, match="is tied"):
+        pipeline_name("head.weight", layer_names(_config(2, True)), tied=True)
