@@ -1,7 +1,7 @@
 """A document: one unit of text, its stable name, and the keyed hashes that place it.
 
-Where a document goes (train or held-out, which shard) depends on its name and the seed alone: not on the
-other documents, nor on the order in which files were read.
+Where a document goes (train or held-out, which shard) follows from the order of these hashes: from names and
+seed, never from the order in which files were read or from who read them.
 """
 
 from __future__ import annotations

@@ -242,6 +242,8 @@ class Manifest(Section):
     """Sources in the order of the data section."""
 
     _folder: Path | None = PrivateAttr(default=None)
+    _digest: str | None = PrivateAttr(default=None)
+    _digest: str | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -252,9 +254,7 @@ class Manifest(Section):
             raise ValueError(f"lanes is {self.lanes}, not a power of two")
         for source in self.sources:
             if source.train.block_count < self.lanes:
-                raise ValueError(
-                    f"source {source.name!r} has {source.train.block_count} blocks for {self.lanes} lanes"
-                )
+                raise ValueError(f"source {source.name!r} has {source.train.block_count} blocks for {self.lanes} lanes")
         files = [record.file for record in self.files()]
         if len(set(files)) != len(files):
             raise ValueError("two entries name the same file")
@@ -269,7 +269,9 @@ class Manifest(Section):
     @property
     def digest(self) -> str:
         """xxh3-128 of the bytes of MANIFEST.json."""
-        return digest_hex(self.to_bytes())
+        if self._digest is None:
+            self._digest = digest_hex(self.to_bytes())
+        return self._digest
 
     @property
     def tokenizer_digest(self) -> str:
@@ -330,8 +332,9 @@ class Manifest(Section):
             DamagedDataError: a named file is missing or has another size.
         """
         folder = Path(folder)
-        manifest = parse_manifest(_read_manifest(folder), folder / MANIFEST_FILE)
-        manifest._folder = folder
+        raw = _read_manifest(folder)
+        manifest = parse_manifest(raw, folder / MANIFEST_FILE)
+        manifest._folder, manifest._digest = folder, digest_hex(raw)
         root = folder.resolve()
         for record in manifest.files():
             check_size(root, record)
@@ -359,6 +362,7 @@ def parse_manifest(raw: bytes, path: Path) -> Manifest:
     """
     try:
         content = json.loads(raw)
+        canonical = isinstance(content, dict) and _canonical(content) == raw
     except ValueError as error:
         raise _damaged_manifest(path, f"not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -372,7 +376,7 @@ def parse_manifest(raw: bytes, path: Path) -> Manifest:
             remedy="run `solomonov prepare` again with this version, or use the version that wrote it",
         )
     seal = content.pop("seal", None)
-    if seal != digest_hex(_canonical(content)):
+    if not canonical or seal != digest_hex(_canonical(content)):
         raise _damaged_manifest(path, f"content with digest {digest_hex(_canonical(content))}, seal {seal!r}")
     try:
         return Manifest.model_validate_json(json.dumps(content))

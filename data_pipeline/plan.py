@@ -1,4 +1,4 @@
-"""The plan of a preparation: the inputs with their digests, and every setting that decides the output's bytes."""
+"""The plan of a preparation: the inputs with their digests, and each setting that decides the bytes."""
 
 from __future__ import annotations
 
@@ -70,9 +70,7 @@ class Plan:
             key = f"data.sources {source.config.name!r}"
             settings[f"{key} documents"] = source.config.documents
             settings[f"{key} text_field"] = source.config.text_field
-            settings[f"{key} files"] = (
-                f"{len(source.files)} files, {source.bytes} bytes, xxh3-128 {source.digest}"
-            )
+            settings[f"{key} files"] = f"{len(source.files)} files, {source.bytes} bytes, xxh3-128 {source.digest}"
         return settings
 
     @property
@@ -137,5 +135,5 @@ def check_same(plan: Plan, prepared: dict[str, Any]) -> None:
             f"{plan.folder} holds a dataset that was prepared from other text or with other settings.",
             got="\n          ".join(differences),
             rule="a dataset is never changed in place: runs that trained on it must find it again",
-            remedy=f"set data.folder to another folder; or, if nobody needs the old one, remove {plan.folder}",
+            remedy=f"set data.folder to another folder; or, if nobody needs the old dataset, remove it: {plan.folder}",
         )

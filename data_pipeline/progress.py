@@ -43,7 +43,7 @@ class Phase:
 
 
 class Progress:
-    """Shows phases on `stream`: bars where it is a terminal, lines elsewhere, nothing where `show` is false."""
+    """Shows phases on `stream`: bars on a terminal, lines elsewhere, nothing where `show` is false."""
 
     def __init__(self, *, show: bool, stream: TextIO | None = None) -> None:
         self._show = show

@@ -1,7 +1,7 @@
 """Input files: finding those of a source, and reading documents out of them one after the other.
 
-Formats: text (`file`, `line` or `blank_line` documents) and JSON lines. UTF-8 is checked strictly: a byte that
-is not UTF-8 is an error that names file and offset, never a silent replacement.
+Formats: text (`file`, `line` or `blank_line` documents) and JSON lines. UTF-8 is checked strictly: a byte
+that is not UTF-8 is an error that names file and offset, never a silent replacement.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class InputFile:
 
 
 def find_inputs(source: SourceConfig, base_folder: Path, dataset_folder: Path) -> list[InputFile]:
-    """The files of a source, sorted by name; files inside `dataset_folder` and hidden files are not among them.
+    """The files of a source, sorted by name, without hidden files and those inside `dataset_folder`.
 
     Raises:
         DataConfigurationError: nothing matches, or a file has a format that cannot be read.

@@ -1,8 +1,8 @@
 """Shards: writing blocks as WebDataset tars with an index beside each. The only importer of `webdataset`.
 
-A block is one sample: `KEY.documents.json` (where each document comes from), `KEY.lengths.bin` (uint32, tokens
-of each document) and `KEY.tokens.bin` (token ids one after the other). Members have mtime, uid and gid 0 and no
-owner names, so equal blocks give equal bytes.
+A block is one sample: `KEY.documents.json` (where each document comes from), `KEY.lengths.bin` (uint32,
+tokens of each document) and `KEY.tokens.bin` (token ids one after the other). Members have mtime, uid and
+gid 0 and no owner names, so equal blocks give equal bytes.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The tasks of a preparation: each reads what earlier ones wrote, and writes its own files atomically.
 
-    read_table    input files      -> one record a document
-    train         sampled texts    -> tokenizer
-    tokenise      documents        -> token spill in file order
-    make_shard    spills, layout   -> one shard and its index
-    remake_shard  input files      -> the same shard, when it was lost later
-    make_blocks   indexes          -> the block array of a split
-    make_rows     shards           -> rows per block for one row length and packing
+read_table    input files      -> one record a document
+train         sampled texts    -> tokenizer
+tokenise      documents        -> token spill in file order
+make_shard    spills, layout   -> one shard and its index
+remake_shard  input files      -> the same shard, when it was lost later
+make_blocks   indexes          -> the block array of a split
+make_rows     shards           -> rows per block for one row length and packing
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -92,26 +94,19 @@ class Documents:
         Raises:
             DataConfigurationError: a file was changed since it was found.
         """
-        opened, stream = -1, None
-        try:
-            for file, index, offset, size in self.rows[["file", "index", "offset", "size"]].tolist():
-                if file != opened or stream is None:
-                    if stream is not None:
-                        stream.close()
-                    opened, stream = file, _open_unchanged(self.files[file])
-                    extract = text_extractor(self.files[file], self.source)
-                yield extract(index, offset, os.pread(stream.fileno(), size, offset))
-        finally:
-            if stream is not None:
-                stream.close()
+        columns = self.rows[["file", "index", "offset", "size"]].tolist()
+        for number, group in groupby(columns, key=itemgetter(0)):
+            extract = text_extractor(self.files[number], self.source)
+            with Path(self.files[number].path).open("rb") as stream:
+                _check_unchanged(stream, self.files[number])
+                for _, index, offset, size in group:
+                    yield extract(index, offset, os.pread(stream.fileno(), size, offset))
 
 
-def _open_unchanged(file: InputFile) -> IO[bytes]:
-    stream = open(file.path, "rb")
+def _check_unchanged(stream: IO[bytes], file: InputFile) -> None:
     status = os.fstat(stream.fileno())
     if (status.st_size, status.st_mtime_ns) == (file.size, file.mtime_ns):
-        return stream
-    stream.close()
+        return
     raise DataConfigurationError(
         f"{file.path} was changed while the dataset was being prepared.",
         got=f"{status.st_size} bytes, modified since",
@@ -136,9 +131,7 @@ def read_table(
     return {"files": [_work_record(folder, output)], "documents": len(table)}
 
 
-def train(
-    folder: Path, samples: list[tuple[Documents, int]], kind: str, vocab_size: int
-) -> Result:
+def train(folder: Path, samples: list[tuple[Documents, int]], kind: str, vocab_size: int) -> Result:
     """Task: trains the tokenizer on the first characters of sampled documents and reports on it.
 
     Args:
@@ -191,7 +184,7 @@ def tokenise(folder: Path, documents: Documents, token_dtype: str, output: str) 
     def write(file: IO[bytes]) -> None:
         for tokens in _tokens(tokenizer, documents, token_dtype):
             lengths.append(len(tokens))
-            file.write(memoryview(tokens).cast("B"))
+            file.write(tokens.tobytes())
 
     aside = folder / WORK / "tmp"
     write_atomically(folder / f"{output}.bin", aside, write)
@@ -234,7 +227,7 @@ def make_shard(
         return mapped[spill][offset : offset + int(entry["tokens"])]
 
     def blocks() -> Iterator[Block]:
-        for first, end in zip(offsets, offsets[1:], strict=False):
+        for first, end in pairwise(offsets):
             members = entries[first:end]
             rows = selection[members["row"]]
             origins = zip(rows["file"].tolist(), rows["index"].tolist(), members["part"].tolist(), strict=True)
@@ -249,7 +242,12 @@ def make_shard(
 
 
 def remake_shard(
-    folder: Path, shard: str, documents: Documents, bounds: tuple[int, int], block_tokens: int, token_dtype: str
+    folder: Path,
+    shard: str,
+    documents: Documents,
+    bounds: tuple[int, int],
+    block_tokens: int,
+    token_dtype: str,
 ) -> Result:
     """Task: writes one lost shard again from the input files, tokenising only its own documents.
 
@@ -275,7 +273,7 @@ def remake_shard(
     offsets = cut_blocks(entries.tokens, block_tokens).tolist()
 
     def blocks() -> Iterator[Block]:
-        for first, stop in zip(offsets, offsets[1:], strict=False):
+        for first, stop in pairwise(offsets):
             yield _block(documents, tokens, entries, text_bytes, range(first, stop))
 
     return _shard_result(folder, shard, blocks())
@@ -294,9 +292,7 @@ def _block(
         parts.append(tokens[document][start : start + int(entries.tokens[entry])])
         row = documents.rows[document]
         name = documents.files[int(row["file"])].name
-        origins.append(
-            provenance(documents.source.name, name, int(row["index"]), int(entries.part[entry]))
-        )
+        origins.append(provenance(documents.source.name, name, int(row["index"]), int(entries.part[entry])))
     span = slice(members.start, members.stop)
     return Block(np.concatenate(parts), entries.tokens[span], origins, int(text_bytes[span].sum()))
 
@@ -319,9 +315,7 @@ def make_blocks(folder: Path, shards: list[str], output: str) -> Result:
     }
 
 
-def make_rows(
-    folder: Path, shards: list[str], blocks: str, rows: tuple[int, str], output: str
-) -> Result:
+def make_rows(folder: Path, shards: list[str], blocks: str, rows: tuple[int, str], output: str) -> Result:
     """Task: writes how many rows each block of a split gives for one (sequence_tokens, packing).
 
     Raises:
@@ -329,26 +323,20 @@ def make_rows(
     """
     records = open_array(folder / blocks)
     counts = np.zeros(len(records), dtype="<i8")
-    opened, stream = -1, None
-    try:
-        for number, record in enumerate(records):
-            if int(record["shard"]) != opened or stream is None:
-                if stream is not None:
-                    stream.close()
-                opened = int(record["shard"])
-                stream = (folder / shards[opened]).open("rb")
-            raw = os.pread(stream.fileno(), int(record["lengths_size"]), int(record["lengths_offset"]))
-            if digest_pair(raw) != tuple(int(word) for word in record["digest_lengths"]):
-                raise DamagedDataError(
-                    f"{shards[opened]} was changed after it was prepared.",
-                    got=f"other document lengths in block {number} of the split",
-                    rule=f"the digests in {blocks}",
-                    remedy="run `solomonov prepare` again: it rebuilds the shard",
-                )
-            counts[number] = rows_per_block(np.frombuffer(raw, dtype=LENGTH_DTYPE), *rows)
-    finally:
-        if stream is not None:
-            stream.close()
+    done = 0
+    for number, group in groupby(records, key=lambda record: int(record["shard"])):
+        with (folder / shards[number]).open("rb") as stream:
+            for record in group:
+                raw = os.pread(stream.fileno(), int(record["lengths_size"]), int(record["lengths_offset"]))
+                if digest_pair(raw) != tuple(int(word) for word in record["digest_lengths"]):
+                    raise DamagedDataError(
+                        f"{shards[number]} was changed after it was prepared.",
+                        got=f"other document lengths in block {done} of the split",
+                        rule=f"the digests in {blocks}",
+                        remedy="run `solomonov prepare` again: it rebuilds the shard",
+                    )
+                counts[done] = rows_per_block(np.frombuffer(raw, dtype=LENGTH_DTYPE), *rows)
+                done += 1
     write_array(folder / output, folder / WORK / "tmp", counts)
     return {"files": [file_record(folder, output)], "rows": int(counts.sum())}
 

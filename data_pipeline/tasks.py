@@ -72,6 +72,8 @@ class Runner:
             DataError: what the first failing task raised, or a worker process died.
             OSError: a task could not read or write.
         """
+        if not tasks:
+            return []
         results = [self._recorded(task) for task in tasks]
         missing = [number for number, result in enumerate(results) if result is None]
         with self.progress.phase(phase, len(tasks)) as shown:
@@ -176,9 +178,7 @@ class _Outcome:
         if self.message is not None:
             kind = DamagedDataError if self.damaged else DataConfigurationError
             message = self.message
-            raise kind(
-                message["what"], got=message["got"], rule=message["rule"], remedy=message["remedy"]
-            ) from None
+            raise kind(message["what"], got=message["got"], rule=message["rule"], remedy=message["remedy"]) from None
         if self.os_error is not None:
             raise OSError(*self.os_error)
         assert self.result is not None, "an outcome is a result or a failure"

@@ -1,10 +1,10 @@
 """SentencePiece: training, encoding, decoding. The only module that imports `sentencepiece`.
 
-Every setting serves one property: `decode(encode(text)) == normalize(text)` for any text. Bytes stand in for
-characters without a piece, nothing is normalised, stripped or prefixed. The newline is a piece of its own that
-no other piece can contain, so text is encoded line by line: the ids of a document are those of its lines in
-order, whatever stands before or after. (SentencePiece sums scores in 32 bits; over a whole document they
-round, and equal lines would get different ids depending on where they stand.)
+Every setting serves one property: `decode(encode(text)) == normalize(text)` for any text. Bytes stand in
+for characters without a piece, nothing is normalised, stripped or prefixed. The newline is a piece of its
+own that no other piece can contain, so text is encoded line by line: the ids of a document are those of its
+lines in order, whatever stands before or after. (SentencePiece sums scores in 32 bits; over a whole document
+they round, and equal lines would get different ids depending on where they stand.)
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Tokenizer:
 
 
 def sample_lines(texts: Iterable[str]) -> Iterator[str]:
-    """What the trainer sees of the sampled texts: their lines, normalised, long ones cut, blank ones left out."""
+    """What the trainer sees of the sampled texts: lines, normalised, long ones cut, empty ones left out."""
     for text in texts:
         for line in normalize(text).replace(_TRAINER_MARK, " ").split(NEWLINE):
             for start in range(0, len(line), SAMPLE_LINE_CHARACTERS):

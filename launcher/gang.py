@@ -24,7 +24,8 @@ def rank_environment(
     """The whole environment of one rank: what we inherited, what the job adds, and what makes it a rank.
 
     OMP_NUM_THREADS, unless someone chose it, is this rank's share of the cores that we may use: without it
-    the thread pool of each rank takes all of them, and two ranks on two cores run several times slower than one.
+    the thread pool of each rank takes all of them, and two ranks on two cores run several times slower than
+    one.
     """
     given = {**inherited, **spec.environment}
     share = max(1, usable_cores() // place.local_world_size)

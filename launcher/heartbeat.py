@@ -50,9 +50,7 @@ def decode(record: bytes) -> Heartbeat | None:
     magic, monotonic_ns, step, section_id, pid, name, checksum = struct.unpack(FORMAT, record)
     if magic != MAGIC or checksum != zlib.crc32(record[: RECORD_BYTES - 8]):
         return None
-    return Heartbeat(
-        monotonic_ns, step, section_id, pid, name.rstrip(b"\0").decode("utf-8", errors="replace")
-    )
+    return Heartbeat(monotonic_ns, step, section_id, pid, name.rstrip(b"\0").decode("utf-8", errors="replace"))
 
 
 def read_heartbeat(path: Path) -> Heartbeat | None:

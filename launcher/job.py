@@ -168,8 +168,8 @@ class EventCallback(Protocol):
     """Receives each event of a job, in order, in the thread that supervises it.
 
     * attempt_started: attempt, ranks, pids, master_port
-    * rank_exited: attempt, rank, pid, exit_code (None: a signal), signal (its name or None), killed_by_launcher,
-      seconds, and of the last heartbeat, or None: step, section, heartbeat_age_seconds
+    * rank_exited: attempt, rank, pid, exit_code (None: a signal), signal (its name or None), seconds,
+      killed_by_launcher, and of the last heartbeat, or None: step, section, heartbeat_age_seconds
     * restart: attempt (the one that will start), cause, backoff_seconds
     * stopping: signal (its name, or `cancel`), now
     * finished: exit_code, attempts (how many ran), reason

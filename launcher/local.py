@@ -182,9 +182,7 @@ class LocalJob:
             attempt = Attempt(number=number, folder=folder, pids=gang.pids, master_port=port)
             self.attempts.append(attempt)
             self._supervisor.attempt_started()
-            self._emit(
-                "attempt_started", attempt=number, ranks=self.spec.ranks, pids=attempt.pids, master_port=port
-            )
+            self._emit("attempt_started", attempt=number, ranks=self.spec.ranks, pids=attempt.pids, master_port=port)
             self._watch(gang, attempt)
         cause = attempt.cause
         assert cause is not None, "every rank has ended"
@@ -263,7 +261,7 @@ class LocalJob:
 
 
 class Mailbox:
-    """Requests from signal handlers and other threads to the supervising one, and a descriptor to sleep on."""
+    """Requests from signal handlers and other threads to the supervising one, which sleeps on `fd`."""
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe()

@@ -45,9 +45,7 @@ class SupervisorState(enum.Enum):
         return self in (SupervisorState.RUNNING, SupervisorState.STOPPING, SupervisorState.KILLING)
 
 
-_TERMINAL = frozenset(
-    {SupervisorState.DONE, SupervisorState.SAVED, SupervisorState.CANCELLED, SupervisorState.FAILED}
-)
+_TERMINAL = frozenset({SupervisorState.DONE, SupervisorState.SAVED, SupervisorState.CANCELLED, SupervisorState.FAILED})
 
 
 class Action(enum.Enum):
@@ -151,14 +149,10 @@ class Supervisor:
             return self._end(SupervisorState.CANCELLED, ExitCode.INTERRUPTED, "told to leave at once")
         if self.state is SupervisorState.STOPPING:
             if code == -signal.SIGTERM:  # our own signal, before the rank could have had anything to save
-                return self._end(
-                    SupervisorState.SAVED, ExitCode.AGAIN, "stopped before there was more to save"
-                )
+                return self._end(SupervisorState.SAVED, ExitCode.AGAIN, "stopped before there was more to save")
             return self._end(SupervisorState.FAILED, shell_code(code), f"{describe(code)} while stopping")
         if outcome is not Outcome.CRASH:
-            return self._end(
-                SupervisorState.FAILED, code, f"{describe(code)}; another try would only repeat it"
-            )
+            return self._end(SupervisorState.FAILED, code, f"{describe(code)}; another try would only repeat it")
         return self._crashed(code, step)
 
     def _crashed(self, code: int, step: int | None) -> Decision:

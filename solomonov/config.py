@@ -150,9 +150,13 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not text", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} is not text", problem_mark=key_node.start_mark
+                )
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -237,7 +241,11 @@ def configuration_mistakes(
             known = [*_fields_at(model, mistake["loc"][:-1]), *(extra if len(mistake["loc"]) == 1 else ())]
             near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1, cutoff=0.5)
             parent = dotted.rpartition(".")[0]
-            hint = f"did you mean {parent + '.' if parent else ''}{near[0]}?" if near else f"known: {', '.join(known)}"
+            hint = (
+                f"did you mean {parent + '.' if parent else ''}{near[0]}?"
+                if near
+                else f"known: {', '.join(known)}"
+            )
             lines.append(f"{dotted}: there is no such key; {hint}")
             remedies.append(f"rename {dotted} to {near[0]}" if near else f"remove {dotted}")
         elif mistake["type"] == "missing":

@@ -11,7 +11,14 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from solomonov import exits
 from solomonov.runfolder import RunFolder
@@ -134,8 +141,16 @@ def _sentence(record: Mapping[str, Any]) -> str | None:
         return f"{record['what']}: {record['to']} instead ({record['reason']})"
     if kind == "evaluated":
         return f"held-out loss {record['loss']:.4f} ({record['bits_per_byte']:.3f} bits a byte) at step {record['step']}"
-    if kind in ("checkpoint_failed", "checkpoint_damaged", "replay_mismatch", "tensorboard_failed", "metrics_failed"):
-        details = {k: v for k, v in record.items() if k not in ("schema_version", "time", "event", "pid", "attempt")}
+    if kind in (
+        "checkpoint_failed",
+        "checkpoint_damaged",
+        "replay_mismatch",
+        "tensorboard_failed",
+        "metrics_failed",
+    ):
+        details = {
+            k: v for k, v in record.items() if k not in ("schema_version", "time", "event", "pid", "attempt")
+        }
         return f"{kind.replace('_', ' ')}: {json.dumps(details)}"
     return None
 

@@ -165,7 +165,9 @@ class Engine:
         weighs the same wherever it is. DeepSpeed divides by the accumulation steps and averages over the
         data-parallel ranks; the factor below undoes both.
         """
-        assert len(batches) == self.spec.plan.accumulation, f"{len(batches)} micro-batches, not the plan's number"
+        assert len(batches) == self.spec.plan.accumulation, (
+            f"{len(batches)} micro-batches, not the plan's number"
+        )
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr
         scale = self.spec.plan.accumulation * self.spec.plan.data_parallel / max(1, valid_tokens)
@@ -203,8 +205,12 @@ class Engine:
         apply = optimizer.step
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
+            gradients = [
+                p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+            ]
+            norm = torch.linalg.vector_norm(
+                torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients])
+            )
             self._norm = float(norm)
             if not math.isfinite(self._norm):
                 return None
@@ -343,4 +349,3 @@ class Engine:
                     rule="a run resumes with the model that it was started with",
                     remedy="use the configuration of the run, or another run.name",
                 )
-

@@ -105,4 +105,3 @@ def _load_export(folder: Path) -> LoadedModel:
         source=folder,
         run=None,
     )
-

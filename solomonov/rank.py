@@ -41,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (SolomonovError, DataError) as error:
         # Messages for people; the peers learn of it by this rank's end.
         print(f"error: {error}", file=sys.stderr, flush=True)
-        run.journal.try_write("fault", rank=int(os.environ.get("RANK", "0")), kind=type(error).__name__, message=str(error))
+        run.journal.try_write(
+            "fault", rank=int(os.environ.get("RANK", "0")), kind=type(error).__name__, message=str(error)
+        )
         return error.exit_code
     finally:
         heartbeat.close()

@@ -113,7 +113,9 @@ class RunRecord:
         if self._rank:
             return
         self._layouts = [(int(e["step"]), e["layout"]) for e in self._journal.events("resumed")]
-        self._metrics = MetricsLog(self._run.metrics, lambda message: self.event("metrics_failed", message=message))
+        self._metrics = MetricsLog(
+            self._run.metrics, lambda message: self.event("metrics_failed", message=message)
+        )
         self._replay = self._metrics.resume(step)
         self.event("resumed", step=step, of=self._plan.total_steps, layout=layout, plan=self._plan.describe())
         if self._config.metrics.tensorboard:

@@ -134,7 +134,9 @@ def find_run(name: str, folder: str = "runs") -> RunFolder:
     )
 
 
-def open_run(loaded: Loaded, *, launch: Mapping[str, Any], data: Mapping[str, Any], derived: Mapping[str, Any]) -> RunFolder:
+def open_run(
+    loaded: Loaded, *, launch: Mapping[str, Any], data: Mapping[str, Any], derived: Mapping[str, Any]
+) -> RunFolder:
     """Create the run's folder, or take up the one that is there, and write config.yaml and resolved.json.
 
     Args:
@@ -156,7 +158,8 @@ def open_run(loaded: Loaded, *, launch: Mapping[str, Any], data: Mapping[str, An
             remedy="choose another run.name or run.folder, or move the folder away",
         )
     values = {
-        key: {"value": value, "origin": loaded.origins.get(key, "default")} for key, value in flatten(config).items()
+        key: {"value": value, "origin": loaded.origins.get(key, "default")}
+        for key, value in flatten(config).items()
     }
     if old is not None:
         _refuse_another_run(run, old, values, data)

@@ -49,7 +49,9 @@ def prepare_run(loaded: Loaded, *, ranks: int, launch: Mapping[str, Any]) -> Pre
     if precision == "auto" and visible_gpus():
         precision = "bf16"  # every CUDA device of the last five generations has it; the rank itself decides
     data_parallel = check_layout(config.parallel, precision=precision, world=ranks)
-    plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel)
+    plan = plan_batch(
+        config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel
+    )
     if not (Path(config.data.folder) / "MANIFEST.json").exists():
         raise ConfigurationError(
             "the data is not prepared",

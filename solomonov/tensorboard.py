@@ -20,7 +20,12 @@ LAYOUT = {
     "Step time": {
         "parts": [
             "Multiline",
-            ["perf/data_wait_seconds", "perf/forward_backward_seconds", "perf/update_seconds", "perf/log_seconds"],
+            [
+                "perf/data_wait_seconds",
+                "perf/forward_backward_seconds",
+                "perf/update_seconds",
+                "perf/log_seconds",
+            ],
         ],
         "tokens per second": ["Multiline", ["perf/tokens_per_second"]],
     },

@@ -24,6 +24,7 @@ from tests.support.source_tree import (
     called_name,
     classes,
     enclosing,
+    fail_with,
     find_cycle,
     functions,
     imports,
@@ -64,10 +65,6 @@ BARE_RAISES_ALLOWED = {"StopIteration", "KeyboardInterrupt"}  # they are signals
 
 def own_error_names() -> set[str]:
     return {item.name for module in modules() if module.path.name == "errors.py" for item in classes(module)}
-
-
-def fail_with(lines: list[str], law: str) -> None:
-    assert not lines, f"{law}:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 # --- imports -----------------------------------------------------------------------------------------------
@@ -318,11 +315,6 @@ def test_nothing_that_is_read_can_execute() -> None:
 # --- sections ----------------------------------------------------------------------------------------------
 
 
-def test_section_copies_are_equal() -> None:
-    texts = {name: (ROOT / name / "section.py").read_bytes() for name in PACKAGES}
-    assert len(set(texts.values())) == 1, "the copies of section.py differ"
-
-
 def test_every_section_is_strict_and_every_field_documented() -> None:
     wrong, count = [], 0
     for package in PACKAGES:
@@ -371,21 +363,6 @@ def test_init_files_only_re_export() -> None:
         if set(exported) != given:
             wrong.append(f"{module.file}: __all__ and the imports differ in {sorted(set(exported) ^ given)}")
     fail_with(wrong, "__init__.py re-exports public names and does nothing else")
-
-
-def test_every_package_folder_is_listed_in_pyproject() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    listed = set(project["tool"]["setuptools"]["packages"])
-    real = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for name in PACKAGES
-        for path in (ROOT / name).rglob("*.py")
-    }
-    assert listed == real, (
-        f"packages in pyproject.toml and folders with code differ in {sorted(listed ^ real)}"
-    )
-    for name in sorted(listed):
-        assert (ROOT / name.replace(".", "/") / "__init__.py").is_file(), f"{name} has no __init__.py"
 
 
 def test_files_and_functions_are_short() -> None:
@@ -451,45 +428,6 @@ def test_nothing_is_left_to_do_later() -> None:
             if pattern.search(line):
                 wrong.append(f"{module.file}:{number} {line.strip()}")
     fail_with(wrong, "do it, or leave it unsaid")
-
-
-# --- the repository ----------------------------------------------------------------------------------------
-
-
-def test_version_is_the_changelog_s_newest() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    headings = re.findall(
-        r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
-    assert headings, "CHANGELOG.md has no `## [version]` heading"
-    assert headings[0] == project["version"], (
-        "pyproject.toml and the top of CHANGELOG.md name different versions"
-    )
-
-
-def test_no_machine_path_and_no_registry_host_in_any_file() -> None:
-    folders = "|".join(("wo" + "rk", "ro" + "ot", "fa" + "rm"))
-    hosts = "|".join(("pypi" + r"\.org", "python" + "hosted", "download" + r"\.pytorch", "index" + "-url"))
-    pattern = re.compile(rf"(?<![\w.)}}\]*~$-])/({folders})/|{hosts}")
-    wrong = []
-    for path in tracked_files():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        for number, line in enumerate(text.splitlines(), start=1):
-            if match := pattern.search(line):
-                wrong.append(f"{path.relative_to(ROOT)}:{number} {match.group()}")
-    fail_with(wrong, "paths of one machine and addresses of registries stay out of the repository")
-
-
-def test_constraints_pin_every_declared_dependency() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
-    wrong = [line for line in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]*", line)]
-    fail_with(wrong, "a line of constraints.txt that is no plain pin")
-    pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in pins}
-    declared = [*project["dependencies"], *project["optional-dependencies"]["test"]]
-    names = {re.sub(r"[-_.]+", "-", re.split(r"[^A-Za-z0-9_.-]", item)[0]).lower() for item in declared}
-    assert names <= pinned, f"constraints.txt does not pin {sorted(names - pinned)}"
 
 
 # --- these tools can see -----------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""Verified, topology-free checkpoints: fragments of flattened tensors in safetensors, a manifest in JSON, nothing executable."""
+"""Verified, topology-free checkpoints: fragments in safetensors, a manifest in JSON, nothing executable."""

@@ -1,21 +1,27 @@
-"""Save and find checkpoints together: every rank calls, all ranks come to the same end, and none waits for ever.
+"""Save and find checkpoints together: every rank calls, all come to the same end, and none waits for ever.
 
-Whatever happens on one rank between two collectives is told to all in the next one: a full disk makes the save
-fail everywhere and the run go on; a programming error is raised everywhere.
+A full disk on one rank makes the save fail on all, and the run goes on; a programming error is raised on all;
+a checkpoint is used only after every byte of it was verified and all ranks have seen the same one.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from solomonov.checkpoint import files, store
+from solomonov.checkpoint.agreement import (
+    Collective,
+    SystemFailure,
+    on_first,
+    raise_failures,
+    together,
+)
 from solomonov.checkpoint.format import RankEntry, TensorId
 from solomonov.checkpoint.fragments import Fragment
 from solomonov.checkpoint.reader import CheckpointReader
@@ -23,71 +29,33 @@ from solomonov.checkpoint.store import CheckpointInfo, DamagedFolder, ResumeFact
 from solomonov.checkpoint.writer import Header, commit, write_rank_file
 from solomonov.errors import ConfigurationError, DamagedCheckpointError
 
-T = TypeVar("T")
+V = TypeVar("V")
 EventSink = Callable[[str, dict[str, Any]], None]
 """Takes an event's name and its plain-JSON fields. Called on rank 0 only."""
 
 
-class Collective(Protocol):
-    """What the ranks need to agree; any process group of the control plane."""
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a checkpoint, in a form that travels between ranks."""
 
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    def all_gather_object(self, value: T) -> list[T]: ...
-    def broadcast_object(self, value: T, src: int = 0) -> T: ...
-    def barrier(self) -> None: ...
+    what: str
+    got: str
+    rule: str
 
-
-class SingleProcess:
-    """The collective of a process that is alone."""
-
-    rank = 0
-    size = 1
-
-    def all_gather_object(self, value: T) -> list[T]:
-        """Its own value."""
-        return [value]
-
-    def broadcast_object(self, value: T, src: int = 0) -> T:
-        """Its own value."""
-        return value
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""
+    @staticmethod
+    def of(error: DamagedCheckpointError) -> Problem:
+        """The fields of the error."""
+        return Problem(error.what, error.got, error.rule)
 
 
 @dataclass(frozen=True)
-class SystemFailure:
-    """An OSError of one rank, told to all."""
+class _Doubt:
+    """A folder that is not to be used: damaged, or fenced off."""
 
-    rank: int
-    errno: int
-    message: str
-    path: str
-    free_bytes: int | None
-    """Free in the checkpoints' file system when it happened; None where that could not be asked."""
-
-
-@dataclass(frozen=True)
-class _Outcome(Generic[T]):
-    """What came of one rank's share of a phase."""
-
-    value: T | None = None
-    failure: SystemFailure | None = None
-    raised: str | None = None
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """What one rank found when it looked at a checkpoint."""
-
-    visible: bool
-    run_id: str = ""
-    step: int = -1
-    digest: str = ""
-    problem: DamagedCheckpointError | None = None
+    folder: Path
+    step: int
+    problem: Problem | None = None
+    fence: ResumeFact | None = None
 
 
 class Checkpointer:
@@ -99,8 +67,8 @@ class Checkpointer:
         run_id: identity of the run; checkpoints of another are refused.
         attempt: number of this start of the run, higher than every earlier one's.
         keep_last: newest verified checkpoints that retention keeps, at least 1.
-        on_event: takes `checkpoint_durable`, `checkpoint_failed`, `checkpoint_damaged`, `checkpoint_set_aside`,
-            `checkpoint_pruned` and `checkpoint_retention_failed`; called on rank 0 only.
+        on_event: takes `checkpoint_durable`, `checkpoint_failed`, `checkpoint_pruned`,
+            `checkpoint_retention_failed`, `checkpoint_damaged` and `checkpoint_set_aside`; called on rank 0.
     """
 
     def __init__(
@@ -117,63 +85,14 @@ class Checkpointer:
         self.folder, self.collective, self.run_id = folder, collective, run_id
         self.attempt, self.keep_last = attempt, keep_last
         self.consecutive_failures = 0
+        """Saves that failed since the last durable one."""
         self._on_event = on_event
         self._verified: set[str] = set()
         self._parent_step: int | None = None
 
-    # --- agreement -----------------------------------------------------------------------------------------
-
     def _event(self, name: str, **fields: Any) -> None:
         if self.collective.rank == 0:
             self._on_event(name, fields)
-
-    def _together(self, work: Callable[[], T]) -> tuple[list[T], list[SystemFailure]]:
-        """Run `work` on this rank and tell all ranks what came of it.
-
-        Returns:
-            Every rank's value in the order of ranks, and the OSErrors; the same on every rank. With failures,
-            the values are those of the ranks that had none.
-
-        Raises:
-            RuntimeError: another rank raised something else than an OSError; that rank raises its own error.
-        """
-        outcome: _Outcome[T] | None = None
-        try:
-            try:
-                outcome = _Outcome(value=work())
-            except OSError as error:
-                outcome = _Outcome(failure=self._failure(error))
-        finally:
-            if outcome is None:
-                error_type, error, _ = sys.exc_info()
-                name = error_type.__name__ if error_type else "unknown"
-                outcome = _Outcome(raised=f"{name}: {error}")
-            outcomes = self.collective.all_gather_object(outcome)
-        for rank, other in enumerate(outcomes):
-            if other.raised is not None:
-                raise RuntimeError(f"rank {rank} stopped while all worked on a checkpoint: {other.raised}")
-        failures = [other.failure for other in outcomes if other.failure is not None]
-        values: list[Any] = [other.value for other in outcomes if other.failure is None]
-        return values, failures
-
-    def _on_first(self, work: Callable[[], T]) -> tuple[T | None, list[SystemFailure]]:
-        """Run `work` on rank 0 alone; its value, or its failure, on every rank."""
-        values, failures = self._together(lambda: work() if self.collective.rank == 0 else None)
-        return (None if failures else values[0]), failures
-
-    def _failure(self, error: OSError) -> SystemFailure:
-        path, number = str(error.filename or self.folder), error.errno or errno.EIO
-        return SystemFailure(self.collective.rank, number, error.strerror or str(error), path, self._free_bytes())
-
-    def _free_bytes(self) -> int | None:
-        """Bytes that this user may still write, in the nearest folder that exists."""
-        existing = next((path for path in (self.folder, *self.folder.parents) if path.is_dir()), None)
-        if existing is None:
-            return None
-        status = os.statvfs(existing)
-        return status.f_bavail * status.f_frsize
-
-    # --- before the first step -----------------------------------------------------------------------------
 
     def check_writable(self) -> None:
         """Create the folder and write a probe. ConfigurationError where that fails, on every rank."""
@@ -184,7 +103,7 @@ class Checkpointer:
             files.write_atomically(probe, b"probe\n")
             os.unlink(probe)
 
-        _, failures = self._together(write)
+        _, failures = together(self.collective, write)
         if failures:
             first = failures[0]
             raise ConfigurationError(
@@ -210,7 +129,7 @@ class Checkpointer:
 
         Args:
             step: updates done; the same on all ranks.
-            fragments: this rank's; together the ranks' tile every expected tensor exactly once.
+            fragments: this rank's, views are enough; those of all ranks tile every expected tensor once.
             expected: (name, kind) -> shape; a rank may know only its own tensors, the union counts.
             scalars: optimizer state that is one number; ranks may know different keys, not different values.
             state: rank 0's is stored.
@@ -223,32 +142,31 @@ class Checkpointer:
 
         Raises:
             ValueError, RuntimeError: the fragments do not tile what is expected, or the like; on every rank.
-            ConfigurationError: the ranks disagree on run, attempt, step or folder; on every rank, before anything
-                is written.
+            ConfigurationError: the ranks disagree on run, attempt, step or folder; on every rank, before
+                anything is written.
         """
         started = time.monotonic()
-        held = list(fragments)
-        final = self.folder / store.folder_name(step)
-        asked = self.collective.all_gather_object(
-            (self.run_id, self.attempt, step, sum(fragment.nbytes for fragment in held))
-        )
-        if len({claim[:3] for claim in asked}) > 1:
-            raise ConfigurationError(
-                "the ranks do not mean the same checkpoint",
-                got="; ".join(f"rank {r}: run {c[0]}, attempt {c[1]}, step {c[2]}" for r, c in enumerate(asked)),
-                rule="all ranks save the same step of the same attempt of the same run",
-                remedy="start all ranks from the same run folder",
-            )
-        needed = sum(claim[3] for claim in asked)
-        tmp, failures = self._on_first(lambda: self._begin(step, needed))
+        held: list[Fragment] = []
+
+        def claim() -> tuple[str, int, int, int]:
+            held.extend(fragments)
+            return self.run_id, self.attempt, step, sum(fragment.nbytes for fragment in held)
+
+        claims, failures = together(self.collective, claim)
+        raise_failures(failures)
+        self._check_claims(claims)
+        needed = sum(nbytes for *_, nbytes in claims)
+        tmp, failures = on_first(self.collective, lambda: self._begin(step, needed))
         if tmp is None:
-            return self._give_up(step, needed, failures, None)
+            self._give_up(step, needed, failures, None)
+            return None
         self._check_same_folder(tmp)
-        entries, failures = self._together(
-            lambda: write_rank_file(self.folder / tmp, self.collective.rank, held)
+        entries, failures = together(
+            self.collective, lambda: write_rank_file(self.folder / tmp, self.collective.rank, held)
         )
         if failures:
-            return self._give_up(step, needed, failures, self.folder / tmp)
+            self._give_up(step, needed, failures, self.folder / tmp)
+            return None
         wholes = self.collective.all_gather_object((dict(expected), dict(scalars)))
         header = Header(
             run_id=self.run_id,
@@ -256,35 +174,37 @@ class Checkpointer:
             attempt=self.attempt,
             parent_step=self._parent_step,
             topology=topology,
-            scalars=_merged([scalars for _, scalars in wholes], "scalar"),
+            scalars=_merged([numbers for _, numbers in wholes]),
             state=state,
         )
-        shapes = _merged([shapes for shapes, _ in wholes], "tensor")
-        info, failures = self._on_first(lambda: self._commit(self.folder / tmp, final, entries, shapes, header))
-        if info is None:
-            return self._give_up(step, needed, failures, self.folder / tmp)
-        self.consecutive_failures = 0
-        self._parent_step = step
-        self._verified.add(info.digest)
-        seconds = round(time.monotonic() - started, 3)
-        self._event(
-            "checkpoint_durable",
-            step=step,
-            folder=str(info.folder),
-            bytes=info.nbytes,
-            seconds=seconds,
-            digest=info.digest,
+        shapes = _merged([known for known, _ in wholes])
+        info, failures = on_first(
+            self.collective, lambda: self._commit(self.folder / tmp, entries, shapes, header)
         )
-        self._retain(info)
+        if info is None:
+            self._give_up(step, needed, failures, self.folder / tmp)
+            return None
+        self._succeed(info, time.monotonic() - started)
         return info
 
+    def _check_claims(self, claims: Sequence[tuple[str, int, int, int]]) -> None:
+        """ConfigurationError on every rank where they do not mean the same checkpoint."""
+        if len({claim[:3] for claim in claims}) > 1:
+            raise ConfigurationError(
+                "the ranks do not mean the same checkpoint",
+                got="; ".join(
+                    f"rank {r}: run {c[0]}, attempt {c[1]}, step {c[2]}" for r, c in enumerate(claims)
+                ),
+                rule="all ranks save the same step of the same attempt of the same run",
+                remedy="start all ranks from the same run folder",
+            )
+
     def _begin(self, step: int, needed: int) -> str:
-        """Make the folder to write in; its name. OSError(ENOSPC) where the disk cannot hold what is to come."""
+        """Make the folder to write in; its name. OSError(ENOSPC) where the disk cannot hold what comes."""
         files.make_folder(self.folder)
-        free = self._free_bytes()
-        if free is not None and free < needed:
-            # Filling the disk to the last block would also stop whoever else writes to it: logs, metrics.
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for all ranks' files", str(self.folder))
+        if files.free_bytes(self.folder) < needed:
+            # Filling the disk to its last block would also stop whoever else writes there: logs, metrics.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
         name = store.temporary_name(step, self.attempt)
         os.mkdir(self.folder / name)
         return name
@@ -293,67 +213,72 @@ class Checkpointer:
         """ConfigurationError on every rank where one does not see the folder that rank 0 made."""
         seen = self.collective.all_gather_object((self.folder / tmp).is_dir())
         if not all(seen):
-            blind = [rank for rank, sees in enumerate(seen) if not sees]
             if self.collective.rank == 0:
                 os.rmdir(self.folder / tmp)
-            raise ConfigurationError(
-                f"ranks {blind} do not see the checkpoint folder of rank 0",
-                got=f"{self.folder / tmp} is not there on them",
-                rule="the run folder lies on a file system that all ranks share, under the same path",
-                remedy="move the run folder to a shared file system, or correct its path on those machines",
-            )
+            raise self._not_shared([rank for rank, sees in enumerate(seen) if not sees], self.folder / tmp)
+
+    def _not_shared(self, blind: list[int], folder: Path) -> ConfigurationError:
+        return ConfigurationError(
+            f"ranks {blind} do not see the checkpoint folder of the others",
+            got=f"no {folder} on them",
+            rule="the run folder lies on a file system that all ranks share, under the same path",
+            remedy="move the run folder to a shared file system, or correct its path on those machines",
+        )
 
     def _commit(
         self,
         tmp: Path,
-        final: Path,
         entries: list[RankEntry],
         expected: Mapping[TensorId, tuple[int, ...]],
         header: Header,
     ) -> CheckpointInfo:
-        """Rank 0's part of a save. A damaged folder of the same name is set aside, a good one replaced."""
-        if os.path.lexists(final):
-            found = store.inspect(final) if final.is_dir() and not final.is_symlink() else None
-            if not isinstance(found, CheckpointInfo) or self._damage(found) is not None:
-                store.set_aside(final, "damaged")
+        """Rank 0's part of a save. A damaged folder of the same name is set aside; a good one is replaced."""
+        final = self.folder / store.folder_name(header.step)
+        if os.path.lexists(final) and isinstance(store.check(final), DamagedFolder):
+            store.set_aside(final, "damaged")
         return commit(tmp, final, entries=entries, expected=expected, header=header)
-
-    def _damage(self, info: CheckpointInfo) -> DamagedCheckpointError | None:
-        try:
-            store.verify_checkpoint(info)
-        except DamagedCheckpointError as error:
-            return error
-        return None
 
     def _give_up(self, step: int, needed: int, failures: list[SystemFailure], tmp: Path | None) -> None:
         """Remove what was written, say what happened, and let the run go on."""
         self.consecutive_failures += 1
-        leftover = ""
-        if self.collective.rank == 0:
-            try:
-                if tmp is not None and tmp.is_dir():
-                    store.delete(tmp)
-                store.recover(self.folder)
-            except OSError as error:
-                leftover = f"{error.strerror} ({error.filename})"
+        if self.collective.rank != 0:
+            return
+        free, not_removed = None, None
+        try:
+            free = files.free_bytes(self.folder)
+            if tmp is not None and tmp.is_dir():
+                store.delete(tmp)
+            store.recover(self.folder)
+        except OSError as error:
+            not_removed = f"{error.strerror} ({error.filename})"
         first = failures[0]
         self._event(
             "checkpoint_failed",
             step=step,
-            cause=errno.errorcode.get(first.errno, str(first.errno)),
+            cause=first.cause,
             message=first.message,
             path=first.path,
             ranks=[failure.rank for failure in failures],
             bytes_needed=needed,
-            bytes_free=first.free_bytes,
+            bytes_free=free,
             consecutive_failures=self.consecutive_failures,
-            not_removed=leftover or None,
+            not_removed=not_removed,
         )
 
-    def _retain(self, info: CheckpointInfo) -> None:
-        """Retention after a durable save, on rank 0, while the others go on; it never ends the run."""
+    def _succeed(self, info: CheckpointInfo, seconds: float) -> None:
+        """Say that it is durable, then retention on rank 0, while the others go on; it never ends the run."""
+        self.consecutive_failures, self._parent_step = 0, info.step
+        self._verified.add(info.digest)
         if self.collective.rank != 0:
             return
+        self._event(
+            "checkpoint_durable",
+            step=info.step,
+            folder=info.folder.name,
+            bytes=info.nbytes,
+            seconds=round(seconds, 3),
+            digest=info.digest,
+        )
         try:
             store.write_latest(self.folder, info.folder)
             report = store.prune(
@@ -367,7 +292,7 @@ class Checkpointer:
             self._event("checkpoint_retention_failed", step=info.step, message=str(error))
             return
         for broken in report.damaged:
-            self._tell_damage(broken)
+            self._tell_damage(_Doubt(broken.folder, broken.step, Problem.of(broken.error)))
         if report.deleted:
             steps = [old.step for old in report.deleted]
             self._event("checkpoint_pruned", step=info.step, steps=steps, bytes_freed=report.bytes_freed)
@@ -377,35 +302,164 @@ class Checkpointer:
     def find(self, facts: Iterable[ResumeFact] = (), *, fresh: bool = False) -> CheckpointReader | None:
         """The newest checkpoint that verifies, opened on every rank; None where the run starts from step 0.
 
+        The ranks share the reading: each verifies some of the files. Folders that are damaged or fenced off
+        are set aside once it is clear where the run goes on; where nothing is left to go on from, all stay.
+
         Args:
             facts: where earlier attempts went on from, see `store.superseded_by`; rank 0's count.
             fresh: start from step 0 whatever is there; all checkpoints are set aside.
 
         Raises:
-            DamagedCheckpointError: there are checkpoints and none of them verifies.
+            DamagedCheckpointError: there are checkpoints and none of them can be used.
             ConfigurationError: they are another run's, or not all ranks see the same ones.
         """
-        known = self.collective.broadcast_object([tuple(fact) for fact in facts])
-        past = [ResumeFact(*fact) for fact in known]
-        folders, failures = self._on_first(lambda: self._list(fresh))
-        self._raise_failures(failures)
-        damage: list[DamagedFolder] = []
-        for name in folders or []:
-            probes, failures = self._together(lambda name=name: self._probe(self.folder / name, past))
-            self._raise_failures(failures)
-            self._check_agreement(name, probes)
-            problem = next((probe.problem for probe in probes if probe.problem is not None), None)
-            if problem is not None:
-                damage.append(DamagedFolder(self.folder / name, probes[0].step, problem))
+        past = [ResumeFact(*fact) for fact in self.collective.broadcast_object([tuple(f) for f in facts])]
+        names, failures = on_first(self.collective, lambda: self._list(fresh))
+        raise_failures(failures)
+        doubts: list[_Doubt] = []
+        for name in names or []:
+            doubt, digest = self._judge(self.folder / name, past)
+            if doubt is None:
+                doubt = self._verify_together(self.folder / name, digest)
+            if doubt is not None:
+                doubts.append(doubt)
+                if doubt.problem:
+                    self._tell_damage(doubt)
                 continue
-            fence = store.superseded_by(probes[0].attempt, probes[0].step, past)
-            if fence is not None:
-                self._fence_off(self.folder / name, probes[0].step, fence)
-                continue
-            for broken in damage:
-                self._set_aside(broken)
+            self._set_aside(doubts)
             reader = CheckpointReader.open(self.folder / name)
             self._verified.add(reader.digest)
             self._parent_step = reader.step
             return reader
+        if not fresh:
+            self._check_nothing_lost(doubts)
+        self._set_aside(doubts)
+        self._parent_step = None
         return None
+
+    def _list(self, fresh: bool) -> list[str]:
+        """Rank 0: names of the folders to try, newest first; with `fresh` none, and all are set aside."""
+        if self.folder.is_dir():
+            store.recover(self.folder)
+        names = store.candidates(self.folder)
+        if fresh:
+            for folder in (*names, *store.set_aside_for(self.folder, "damaged")):
+                store.set_aside(folder, "fresh")
+            names = []
+        return [folder.name for folder in names]
+
+    def _judge(self, folder: Path, past: list[ResumeFact]) -> tuple[_Doubt | None, str]:
+        """Whether the manifest, as rank 0 reads it, speaks for this folder; and its digest."""
+
+        def look() -> tuple[_Doubt | None, str, str]:
+            found = store.inspect(folder)
+            if isinstance(found, DamagedFolder):
+                return _Doubt(folder, found.step, Problem.of(found.error)), "", self.run_id
+            fence = store.superseded_by(found.attempt, found.step, past)
+            return _Doubt(folder, found.step, fence=fence) if fence else None, found.digest, found.run_id
+
+        seen, failures = on_first(self.collective, look)
+        raise_failures(failures)
+        assert seen is not None, "a rank that has no failure has a value"
+        doubt, digest, run_id = seen
+        if run_id != self.run_id:
+            raise ConfigurationError(
+                f"{folder} is a checkpoint of another run",
+                got=f"run id {run_id}",
+                rule=f"run id {self.run_id}, as this run's folder says",
+                remedy="give this run a folder of its own, or move the other run's checkpoints away",
+            )
+        return (replace(doubt, folder=folder) if doubt else None), digest  # each rank's own path
+
+    def _verify_together(self, folder: Path, digest: str) -> _Doubt | None:
+        """Every rank reads the manifest and its share of the files; what is wrong, the same on every rank."""
+
+        def look() -> tuple[bool, str, int, Problem | None]:
+            try:
+                reader = CheckpointReader.open(folder)
+                reader.verify(reader.share(self.collective.rank, self.collective.size))
+            except DamagedCheckpointError as error:
+                return True, "", 0, Problem.of(error)
+            except FileNotFoundError:
+                return False, "", 0, None
+            return True, reader.digest, reader.step, None
+
+        probes, failures = together(self.collective, look)
+        raise_failures(failures)
+        blind = [rank for rank, (visible, *_) in enumerate(probes) if not visible]
+        if blind:
+            raise self._not_shared(blind, folder)
+        for _, _, _, problem in probes:
+            if problem is not None:
+                return _Doubt(folder, store.step_of(folder), problem)
+        if {seen for _, seen, _, _ in probes} != {digest}:
+            raise ConfigurationError(
+                f"the ranks see different checkpoints at {folder}",
+                got="; ".join(f"rank {rank}: manifest {probe[1]}" for rank, probe in enumerate(probes)),
+                rule="the run folder lies on a file system that all ranks share, under the same path",
+                remedy="move the run folder to a shared file system, or correct its path on those machines",
+            )
+        return None
+
+    def _check_nothing_lost(self, doubts: list[_Doubt]) -> None:
+        """DamagedCheckpointError where starting from step 0 would throw away what a checkpoint holds."""
+        kept, failures = on_first(
+            self.collective, lambda: [path.name for path in store.set_aside_for(self.folder, "damaged")]
+        )
+        raise_failures(failures)
+        lost = [doubt for doubt in doubts if doubt.problem or (doubt.fence and doubt.fence.resumed_step > 0)]
+        if not lost and not kept:
+            return
+        got = [f"{doubt.folder.name}: {_reason(doubt)}" for doubt in lost] + [
+            f"{name}: damaged" for name in kept or []
+        ]
+        raise DamagedCheckpointError(
+            f"none of the checkpoints in {self.folder} can be used",
+            got="; ".join(got),
+            rule="a run goes on from its newest intact checkpoint, and never silently from step 0",
+            remedy="restore one of them from a copy, or ask for a fresh start, which sets them aside",
+        )
+
+    def _set_aside(self, doubts: list[_Doubt]) -> None:
+        """Rank 0: rename what is not to be used. Where that fails (read-only), it is found again."""
+        for doubt in doubts if self.collective.rank == 0 else []:
+            try:
+                target = store.set_aside(doubt.folder, "damaged" if doubt.problem else "fenced").name
+            except OSError as error:
+                target = f"not renamed: {error.strerror}"
+            self._event(
+                "checkpoint_set_aside",
+                step=doubt.step,
+                folder=doubt.folder.name,
+                reason=_reason(doubt),
+                renamed_to=target,
+            )
+
+    def _tell_damage(self, doubt: _Doubt) -> None:
+        problem = doubt.problem
+        assert problem is not None, "only damage is told"
+        self._event(
+            "checkpoint_damaged",
+            step=doubt.step,
+            folder=doubt.folder.name,
+            what=problem.what,
+            got=problem.got,
+            rule=problem.rule,
+        )
+
+
+def _reason(doubt: _Doubt) -> str:
+    if doubt.fence is not None:
+        return f"attempt {doubt.fence.attempt} went on from step {doubt.fence.resumed_step}"
+    assert doubt.problem is not None, "a doubt has a reason"
+    return f"{doubt.problem.what}: got {doubt.problem.got}, not {doubt.problem.rule}"
+
+
+def _merged(parts: list[dict[Any, V]]) -> dict[Any, V]:
+    """The union of what the ranks know. ValueError where two ranks differ."""
+    union: dict[Any, V] = {}
+    for rank, part in enumerate(parts):
+        for key, value in part.items():
+            if union.setdefault(key, value) != value:
+                raise ValueError(f"{key}: rank {rank} has {value}, a lower rank has {union[key]}")
+    return union

@@ -124,3 +124,9 @@ def digest_file(path: Path) -> tuple[int, str]:
             hasher.update(buffer[:count])
             size += count
     return size, hasher.hexdigest()
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write to the file system of a folder."""
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize

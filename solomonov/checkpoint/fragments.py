@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-KIND_PATTERN = r"^[a-z][a-z0-9_]{0,63}$"
-NAME_PATTERN = r"^[!-~]{1,512}$"
+KIND_PATTERN = r"[a-z][a-z0-9_]{0,63}"
+NAME_PATTERN = r"[!-~]{1,512}"
 
 DTYPE_CODES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -54,7 +54,7 @@ class Fragment:
 
     def __post_init__(self) -> None:
         where = f"fragment {self.kind}/{self.name}[{self.start}:{self.end}]"
-        if not re.match(NAME_PATTERN, self.name) or not re.match(KIND_PATTERN, self.kind):
+        if not re.fullmatch(NAME_PATTERN, self.name) or not re.fullmatch(KIND_PATTERN, self.kind):
             raise ValueError(f"{where}: a name is 1-512 printable ASCII characters, a kind [a-z][a-z0-9_]*")
         if self.slices is not None:
             raise ValueError(f"{where}: slices are reserved, got {self.slices!r}")
@@ -89,7 +89,7 @@ class Fragment:
 def host_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a 1-D tensor, without a copy where it is contiguous on the host already."""
     flat = tensor.detach().to("cpu").contiguous()
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B") if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def whole(name: str, kind: str, tensor: torch.Tensor) -> Fragment:

@@ -1,7 +1,7 @@
 """Read tensors from a checkpoint, any range of them, whatever layout they were saved in.
 
-No byte of a tensor is returned before the digest of the stored fragment that holds it was checked, on the very
-copy that is returned from.
+No byte of a tensor is returned before the digest of the stored fragment that holds it was checked, on the
+very copy that is returned from.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class CheckpointReader:
         digest: xxh3-128 of the bytes of MANIFEST.json: the identity of the checkpoint.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, digest: str, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, digest: str, *, cache_bytes: int = CACHE_BYTES
+    ) -> None:
         self.folder, self.manifest, self.digest = folder, manifest, digest
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
@@ -115,7 +117,7 @@ class CheckpointReader:
         Raises:
             KeyError: no such tensor.
             ValueError: the range does not lie within it.
-            DamagedCheckpointError: a stored fragment that holds a part of it has other bytes than were committed.
+            DamagedCheckpointError: a stored fragment that is needed has other bytes than were committed.
         """
         records = self._of(name, kind)
         numel = math.prod(records[0].shape)
@@ -208,7 +210,9 @@ def diff(folder_a: Path, folder_b: Path, kinds: Iterable[str] | None = None) -> 
 def _diff_row(a: CheckpointReader, b: CheckpointReader, name: str, kind: str) -> DiffRow:
     shape_a, shape_b = a.shapes().get((name, kind)), b.shapes().get((name, kind))
     if shape_a is None or shape_b is None:
-        return DiffRow(kind, name, False, None, "only in the second" if shape_a is None else "only in the first")
+        return DiffRow(
+            kind, name, False, None, "only in the second" if shape_a is None else "only in the first"
+        )
     if shape_a != shape_b:
         return DiffRow(kind, name, False, None, f"shapes {shape_a} and {shape_b}")
     equal, difference, norm = a.dtype(name, kind) == b.dtype(name, kind), 0.0, 0.0

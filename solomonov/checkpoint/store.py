@@ -66,8 +66,8 @@ class ResumeFact(NamedTuple):
 def superseded_by(attempt: int, step: int, facts: Iterable[ResumeFact]) -> ResumeFact | None:
     """The fact that fences a checkpoint off, if any.
 
-    Attempt K went on from step S: what an earlier attempt wrote above S is not on K's line of history, even
-    if it appears later, written by a process that would not die. Where several facts say so, the last attempt's.
+    Attempt K went on from step S: what an earlier attempt wrote above S is not on K's line of history,
+    even if it appears later, written by a process that would not die. Of several such facts, the last.
     """
     fencing = [fact for fact in facts if fact.attempt > attempt and step > fact.resumed_step]
     return max(fencing, key=lambda fact: fact.attempt, default=None)
@@ -108,14 +108,21 @@ def _entries(checkpoints: Path) -> list[str]:
 
 def _asides(checkpoints: Path) -> list[tuple[Path, re.Match[str]]]:
     """Folders that were moved aside, with the match of their names."""
-    matches = ((name, _ASIDE.match(name)) for name in _entries(checkpoints))
+    matches = ((name, _ASIDE.fullmatch(name)) for name in _entries(checkpoints))
     return [(checkpoints / name, match) for name, match in matches if match]
 
 
 def candidates(checkpoints: Path) -> list[Path]:
     """Folders that are named like a checkpoint, newest step first, unread."""
-    steps = [(int(match[1]), name) for name in _entries(checkpoints) if (match := _FOLDER.match(name))]
+    steps = [(int(match[1]), name) for name in _entries(checkpoints) if (match := _FOLDER.fullmatch(name))]
     return [checkpoints / name for _, name in sorted(steps, reverse=True)]
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a folder that `candidates` gave."""
+    match = _FOLDER.fullmatch(folder.name)
+    assert match, f"{folder} is not named like a checkpoint"
+    return int(match[1])
 
 
 def inspect(folder: Path) -> CheckpointInfo | DamagedFolder:
@@ -124,15 +131,14 @@ def inspect(folder: Path) -> CheckpointInfo | DamagedFolder:
     Raises:
         ConfigurationError: not readable, or of a later release.
     """
-    match = _FOLDER.match(folder.name)
-    assert match, f"{folder} is not named like a checkpoint"
+    step = step_of(folder)
     try:
         manifest, raw = open_manifest(folder)
-        if manifest.step != int(match[1]):
-            rule = f"step {int(match[1])}, as the folder's name says"
+        if manifest.step != step:
+            rule = f"step {step}, as the folder's name says"
             raise damaged(folder, got=f"a manifest of step {manifest.step}", rule=rule)
     except DamagedCheckpointError as error:
-        return DamagedFolder(folder, int(match[1]), error)
+        return DamagedFolder(folder, step, error)
     return info_of(folder, manifest, raw)
 
 
@@ -147,12 +153,33 @@ def scan(checkpoints: Path) -> list[CheckpointInfo]:
 
 
 def verify_checkpoint(info: CheckpointInfo) -> int:
-    """Read all files of a checkpoint and compare them; bytes read. DamagedCheckpointError names the first bad one."""
+    """Read all files and compare them; the bytes read. DamagedCheckpointError names the first bad file."""
     manifest, raw = open_manifest(info.folder)
     if files.digest_bytes(raw) != info.digest:
         got = f"manifest xxh3-128 {files.digest_bytes(raw)}"
         raise damaged(info.folder, got=got, rule=f"{info.digest}, as when it was listed")
     return verify_files(info.folder, manifest) + len(raw)
+
+
+def check(folder: Path) -> CheckpointInfo | DamagedFolder:
+    """Like `inspect`, and every byte is read and verified. What is no folder at all is damaged, too."""
+    if folder.is_symlink() or not folder.is_dir():
+        return DamagedFolder(
+            folder, step_of(folder), damaged(folder, got="no folder", rule="a folder stands here")
+        )
+    return _checked(inspect(folder), set())
+
+
+def _checked(found: CheckpointInfo | DamagedFolder, known: set[str]) -> CheckpointInfo | DamagedFolder:
+    """Verify all of a checkpoint, unless its digest is known already; then it is."""
+    if isinstance(found, DamagedFolder) or found.digest in known:
+        return found
+    try:
+        verify_checkpoint(found)
+    except DamagedCheckpointError as error:
+        return DamagedFolder(found.folder, found.step, error)
+    known.add(found.digest)
+    return found
 
 
 def newest_verified(checkpoints: Path, facts: Iterable[ResumeFact] = ()) -> CheckpointInfo | None:
@@ -161,16 +188,13 @@ def newest_verified(checkpoints: Path, facts: Iterable[ResumeFact] = ()) -> Chec
     for info in scan(checkpoints):
         if superseded_by(info.attempt, info.step, known):
             continue
-        try:
-            verify_checkpoint(info)
-        except DamagedCheckpointError:
-            continue
-        return info
+        if isinstance(checked := _checked(info, set()), CheckpointInfo):
+            return checked
     return None
 
 
 def publish(tmp: Path, final: Path) -> None:
-    """Give a complete, synced folder its final name, durably; a folder that has the name is moved aside first."""
+    """Give a complete, synced folder its final name, durably; what has the name is moved aside first."""
     if os.path.lexists(final):
         os.rename(final, final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}"))
     os.rename(tmp, final)
@@ -198,7 +222,7 @@ def set_aside(folder: Path, reason: str) -> Path:
         reason: one word of small letters, part of the new name (`damaged`, `fenced`, `fresh`).
     """
     target = folder.with_name(f"{folder.name.split('.')[0]}.set-aside-{reason}-{secrets.token_hex(4)}")
-    assert _ASIDE.match(target.name), f"{target.name} would not be known again"
+    assert _ASIDE.fullmatch(target.name), f"{target.name} would not be known again"
     os.rename(folder, target)
     files.sync_folder(folder.parent)
     return target
@@ -210,8 +234,8 @@ def set_aside_for(checkpoints: Path, reason: str) -> list[Path]:
 
 
 def delete(folder: Path) -> None:
-    """Delete a folder; whenever it is interrupted, nothing is left that `scan` would take for a checkpoint."""
-    match = _ASIDE.match(folder.name)
+    """Delete a folder; whenever this is interrupted, nothing is left that looks like a checkpoint."""
+    match = _ASIDE.fullmatch(folder.name)
     doomed = folder
     if not match or match[2] != "deleted":
         doomed = folder.with_name(f"{folder.name.split('.')[0]}.deleted-{secrets.token_hex(4)}")
@@ -236,7 +260,11 @@ class PruneReport:
     """Not counted; set aside unless nothing else is left."""
     leftovers: list[Path] = field(default_factory=list)
     """Of writers and deleters that were killed; deleted."""
-    bytes_freed: int = 0
+
+    @property
+    def bytes_freed(self) -> int:
+        """Size of the checkpoints that were deleted."""
+        return sum(info.nbytes for info in self.deleted)
 
 
 def prune(
@@ -248,18 +276,18 @@ def prune(
     attempt: int | None = None,
     dry_run: bool = False,
 ) -> PruneReport:
-    """Keep the newest `keep_last` checkpoints that verify, delete older ones; never the last one that verifies.
+    """Keep the newest `keep_last` checkpoints that verify, delete older ones; never the last that verifies.
 
-    What is kept is verified first, whole, unless its digest is in `verified`: so what is damaged is not counted,
-    and as long as nothing verifies nothing is deleted.
+    What is kept is verified first, whole, unless its digest is in `verified`: so what is damaged is not
+    counted, and as long as nothing verifies nothing is deleted.
 
     Args:
         checkpoints: the folder.
         keep_last: at least 1.
         verified: digests of manifests whose checkpoints this process wrote or verified; added to.
         newest_step: leave checkpoints above this step alone (they are not of this run's line).
-        attempt: the attempt that calls; leftovers of it and of earlier ones are deleted. None deletes none that
-            a living writer might still use.
+        attempt: the attempt that calls; leftovers of it and of earlier ones are deleted. None deletes none
+            that a living writer might still use.
         dry_run: only report.
     """
     assert keep_last >= 1, f"keep_last is {keep_last}: the last checkpoint is never deleted"
@@ -271,36 +299,25 @@ def prune(
         if isinstance(found, CheckpointInfo) and len(report.kept) == keep_last:
             report.deleted.append(found)
             continue
-        checked = _verified(found, known)
+        checked = _checked(found, known)
         if isinstance(checked, CheckpointInfo):
             report.kept.append(checked)
-        elif report.kept or len(report.kept) < keep_last:
+        else:
             report.damaged.append(checked)
-    report.leftovers.extend(_leftovers(checkpoints, attempt))
-    freed = sum(info.nbytes for info in report.deleted)
-    report = PruneReport(report.kept, report.deleted, report.damaged, report.leftovers, freed)
+    bad = {broken.folder for broken in report.damaged}
+    report.leftovers.extend(_leftovers(checkpoints, attempt, bad))
     if not dry_run:
         _apply(report)
     return report
 
 
-def _verified(found: CheckpointInfo | DamagedFolder, known: set[str]) -> CheckpointInfo | DamagedFolder:
-    if isinstance(found, DamagedFolder) or found.digest in known:
-        return found
-    try:
-        verify_checkpoint(found)
-    except DamagedCheckpointError as error:
-        return DamagedFolder(found.folder, found.step, error)
-    known.add(found.digest)
-    return found
-
-
-def _leftovers(checkpoints: Path, attempt: int | None) -> list[Path]:
-    """Folders that nobody will finish: of deleters, of writers up to `attempt`, replaced ones whose successor stands."""
+def _leftovers(checkpoints: Path, attempt: int | None, bad: set[Path]) -> list[Path]:
+    """Folders that nobody will finish: of deleters, of writers up to `attempt`, replaced ones."""
     found = []
     for path, match in _asides(checkpoints):
         stale = match[3] is not None and attempt is not None and int(match[3]) <= attempt
-        replaced = match[2] == "replaced" and (checkpoints / match[1]).is_dir()
+        successor = checkpoints / match[1]
+        replaced = match[2] == "replaced" and successor.is_dir() and successor not in bad
         if stale or replaced or match[2] == "deleted":
             found.append(path)
     return found

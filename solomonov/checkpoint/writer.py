@@ -8,6 +8,7 @@ its parent synced. Before that last sync nothing may be called durable.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import sys
 import time
@@ -84,7 +85,7 @@ def write_rank_file(folder: Path, rank: int, fragments: Iterable[Fragment]) -> R
         (fragment for fragment in fragments if not fragment.empty),
         key=lambda f: (-f.data.element_size(), f.kind, f.name, f.start),
     )
-    for before, after in zip(kept, kept[1:], strict=False):
+    for before, after in itertools.pairwise(kept):
         if before.key == after.key:
             raise ValueError(f"rank {rank} holds the fragment {after.key} twice")
     path = folder / rank_file(rank)

@@ -36,9 +36,17 @@ def _branch_output_std(config: ModelConfig, fan_in: int) -> float:
     return plain / sqrt(2 * config.layers) if config.residual_mode == "prenorm" else plain
 
 
+def _embedding_std(config: ModelConfig, fan_in: int) -> float:
+    """1, the size of what the branches add; as a head too (tied), 1/sqrt(D), so that logits start at size 1.
+
+    After 180 steps of a 6-layer model on source text, held-out loss was 5.37 with 0.02 and 4.62 with 1.
+    """
+    return 1.0 / sqrt(fan_in) if config.tie_embeddings else 1.0
+
+
 INIT_TABLE: tuple[InitRule, ...] = (
-    InitRule(r"embedding\.weight", lambda config, fan_in: 0.02),
-    InitRule(r"head\.weight", lambda config, fan_in: 1.0 / fan_in),
+    InitRule(r"embedding\.weight", _embedding_std),
+    InitRule(r"head\.weight", lambda config, fan_in: 1.0 / sqrt(fan_in)),
     InitRule(r"layers\.\d+\.attention\.[qkv]\.weight", lambda config, fan_in: 1.0 / sqrt(fan_in)),
     InitRule(r"layers\.\d+\.feed_forward\.(gate|up)\.weight", lambda config, fan_in: 1.0 / sqrt(fan_in)),
     InitRule(r"layers\.\d+\.(attention\.out|feed_forward\.down)\.weight", _branch_output_std),

@@ -26,9 +26,7 @@ def shares(report: dict[str, dict[str, dict[str, dict[str, int]]]]) -> dict[str,
     return {package: 100.0 * ran[package] / all_[package] if all_[package] else 0.0 for package in FLOORS}
 
 
-def weakest(
-    report: dict[str, dict[str, dict[str, dict[str, int]]]], count: int
-) -> list[tuple[str, int, float]]:
+def weakest(report: dict[str, dict[str, dict[str, dict[str, int]]]], count: int) -> list[tuple[str, int, float]]:
     """The files with the most lines and branches that did not run: name, how many, per cent that ran."""
     rows = []
     for name, file in report["files"].items():

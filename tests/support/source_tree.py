@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("launcher", "solomonov", "data_pipeline")
 
 
 @dataclass(frozen=True)
 class Import:
-    """One import statement's target, as written out in full: `import a.b` and `from a import b` both give a.b."""
+    """One import statement's target, written out: `import a.b` and `from a import b` both give a.b."""
 
     target: str
     line: int
@@ -176,3 +178,9 @@ def find_cycle(edges: dict[str, set[str]]) -> list[str]:
         if cycle := visit(start, []):
             return cycle
     return []
+
+
+def fail_with(lines: list[str], law: str) -> None:
+    """Fails, naming each offender, unless there is none."""
+    if lines:
+        pytest.fail(f"{law}:\n" + "\n".join(f"  {line}" for line in lines), pytrace=False)

@@ -17,9 +17,7 @@ VOCAB = 23
 
 def tiny_config(**changes: Any) -> ModelConfig:
     """Two layers, width 16, four heads on two key-value heads."""
-    return ModelConfig.model_validate(
-        {"layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "d_ff": 24} | changes
-    )
+    return ModelConfig.model_validate({"layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "d_ff": 24} | changes)
 
 
 def spread_model(config: ModelConfig, *, seed: int = 3, **options: Any) -> Transformer:

@@ -12,19 +12,14 @@ from solomonov.model.transformer import Transformer
 from tests.solomonov.model.common import VOCAB, random_ids, tiny_config
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"tie_embeddings": True}, {"attention": {"qk_norm": False}}, {"head_dim": 6}]
-)
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"attention": {"qk_norm": False}}, {"head_dim": 6}])
 def test_shapes_are_those_of_the_module(changes: dict[str, object]) -> None:
     config = tiny_config(**changes)
     model = Transformer(config, VOCAB, seed=None)
     built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert parameter_shapes(config, VOCAB) == built
     assert list(parameter_shapes(config, VOCAB)) == [
-        name
-        for layer in ["embedding", "layers", "final_norm", "head"]
-        for name in built
-        if name.startswith(layer)
+        name for layer in ["embedding", "layers", "final_norm", "head"] for name in built if name.startswith(layer)
     ]
     assert parameter_count(config, VOCAB) == sum(parameter.numel() for parameter in model.parameters())
 
@@ -52,8 +47,4 @@ def test_attention_term_is_the_sum_over_visible_keys() -> None:
 
 
 def _attention_flops_seen(counter: FlopCounterMode) -> int:
-    return sum(
-        flops
-        for operator, flops in counter.get_flop_counts()["Global"].items()
-        if "attention" in str(operator)
-    )
+    return sum(flops for operator, flops in counter.get_flop_counts()["Global"].items() if "attention" in str(operator))

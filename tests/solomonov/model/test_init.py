@@ -26,11 +26,7 @@ def test_a_tensor_depends_on_seed_and_name_alone() -> None:
         assert torch.equal(parameter, initial_value(name, parameter.shape, config, 11)), name
     other = dict(Transformer(config, VOCAB, seed=12).named_parameters())
     drawn = [name for name in other if init_rule(name).std is not None]
-    assert all(
-        not torch.equal(other[name], parameter)
-        for name, parameter in model.named_parameters()
-        if name in drawn
-    )
+    assert all(not torch.equal(other[name], parameter) for name, parameter in model.named_parameters() if name in drawn)
     firsts = {float(dict(model.named_parameters())[name].flatten()[0].detach()) for name in drawn}
     assert len(firsts) == len(drawn), "two tensors were drawn from one generator"
 
@@ -59,7 +55,8 @@ def test_spreads_are_those_of_the_table(residual: str) -> None:
         "layers.5.feed_forward.gate.weight": 1 / math.sqrt(128),
         "layers.5.attention.out.weight": 1 / math.sqrt(128) / out,
         "layers.5.feed_forward.down.weight": 1 / math.sqrt(256) / out,
-        "head.weight": 1 / 128,
+        "head.weight": 1 / math.sqrt(128),
+        "embedding.weight": 1.0,
     }
     shapes = parameter_shapes(config, 300)
     for name, std in expected.items():

@@ -30,9 +30,7 @@ def test_value_and_gradients_equal_torch_for_any_chunk(chunk_tokens: int) -> Non
     found = torch.autograd.grad(loss, (hidden, weight))
     wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
     logits = (wide[0] @ wide[1].T).reshape(11, 9)
-    reference = functional.cross_entropy(
-        logits, labels.reshape(-1).long(), reduction="sum", ignore_index=-100
-    )
+    reference = functional.cross_entropy(logits, labels.reshape(-1).long(), reduction="sum", ignore_index=-100)
     expected = torch.autograd.grad(reference, wide)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(reference.item(), rel=1e-6)
@@ -43,9 +41,7 @@ def test_value_and_gradients_equal_torch_for_any_chunk(chunk_tokens: int) -> Non
 def test_value_equals_a_loop() -> None:
     hidden, weight, labels = _case()
     logits = (hidden.detach().double() @ weight.detach().double().T)[0].numpy()
-    expected = sum(
-        naive.cross_entropy(logits[i], int(labels[0, i])) for i in range(11) if int(labels[0, i]) >= 0
-    )
+    expected = sum(naive.cross_entropy(logits[i], int(labels[0, i])) for i in range(11) if int(labels[0, i]) >= 0)
     assert pipeline_loss((hidden, weight), labels).item() == pytest.approx(expected, rel=1e-6)
 
 

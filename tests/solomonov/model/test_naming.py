@@ -52,9 +52,7 @@ def test_names_of_a_built_pipeline(tied: bool) -> None:
     assert found == {pipeline_name(name, names, tied=tied) for name in parameter_shapes(config, 5)}
 
 
-@pytest.mark.parametrize(
-    "name", ["9.weight", "layers.7.attention.q.weight", "embedding", "layers.1", "wte.weight", ""]
-)
+@pytest.mark.parametrize("name", ["9.weight", "layers.7.attention.q.weight", "embedding", "layers.1", "wte.weight", ""])
 def test_names_of_no_layer_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="no layer of this model"):
         canonical(name, layer_names(_config(2, False)))

@@ -40,8 +40,7 @@ def test_products_depend_on_distance_alone(first: int, second: int, shift: int) 
 
     def product(a: int, b: int) -> float:
         turned = [
-            rotate(x, *rope_tables(torch.tensor([[position]]), 16, 10_000.0))
-            for x, position in ((query, a), (key, b))
+            rotate(x, *rope_tables(torch.tensor([[position]]), 16, 10_000.0)) for x, position in ((query, a), (key, b))
         ]
         return float((turned[0] * turned[1]).sum())
 

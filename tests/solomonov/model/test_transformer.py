@@ -46,9 +46,7 @@ def test_logits_equal_float64_loops(changes: dict[str, object]) -> None:
 def test_packed_logits_equal_those_of_single_documents(lengths: list[int], padding: int) -> None:
     model = spread_model(tiny_config())
     ids = random_ids(1, sum(lengths) + padding)
-    documents = torch.tensor(
-        [[d for d, tokens in enumerate(lengths) for _ in range(tokens)] + [-1] * padding]
-    )
+    documents = torch.tensor([[d for d, tokens in enumerate(lengths) for _ in range(tokens)] + [-1] * padding])
     packed = model(ids, documents)
     assert bool(torch.isfinite(packed).all())
     begin = 0
@@ -138,9 +136,7 @@ def test_cached_logits_equal_those_of_the_whole_row(cuts: list[int], qk_norm: bo
     bounds = [0, *sorted(cuts), 12]
     with torch.no_grad():
         whole = model(ids, documents)
-        pieces = [
-            model(ids[:, begin:end], documents[:, begin:end], cache=cache) for begin, end in pairwise(bounds)
-        ]
+        pieces = [model(ids[:, begin:end], documents[:, begin:end], cache=cache) for begin, end in pairwise(bounds)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
         with pytest.raises(ValueError, match="do not fit"):
             model(ids[:, :1], documents[:, -1:], cache=cache)
@@ -154,7 +150,7 @@ def test_bf16_stays_near_fp32() -> None:
     wide = model(ids, documents, labels)
     narrow = model.bfloat16()(ids, documents, labels)
     assert narrow.dtype == torch.float32
-    assert float(narrow) == pytest.approx(float(wide), rel=5e-3)
+    assert narrow.item() == pytest.approx(wide.item(), rel=5e-3)
 
 
 def test_blocks_are_compiled_in_place_under_the_same_names() -> None:

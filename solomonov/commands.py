@@ -1,0 +1,235 @@
+"""The bodies of the commands that read or write files here and now; training is started by cli.py."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from solomonov import exits
+from solomonov.errors import ConfigurationError
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """`solomonov prepare CONFIG [key=value ...]`."""
+    from data_pipeline.build import prepare as build_dataset
+    from solomonov.config import load_config
+
+    loaded = load_config(Path(options.config), options.overrides)
+    report = build_dataset(
+        loaded.config.data, loaded.config.tokenizer, base_folder=Path.cwd(), show_progress=not options.json
+    )
+    _answer(options, dict(report.summary()))
+    return exits.DONE
+
+
+def checkpoints(options: argparse.Namespace) -> int:
+    """`solomonov checkpoints list|verify|digest|diff|prune RUN`."""
+    from solomonov.checkpoint.reader import diff, digest
+    from solomonov.checkpoint.store import CheckpointInfo, folder_name, prune, survey
+    from solomonov.runfolder import find_run, run_lock
+
+    run = find_run(options.run)
+    if options.action == "prune":
+        keep = options.keep_last or run.config().checkpoint.keep_last
+        with run_lock(run, wait_seconds=1.0):
+            report = prune(run.checkpoints, keep)
+        _answer(
+            options,
+            {
+                "kept steps": [info.step for info in report.kept],
+                "deleted steps": [info.step for info in report.deleted],
+                "damaged": [str(broken.folder) for broken in report.damaged],
+                "bytes freed": report.bytes_freed,
+            },
+        )
+        return exits.DONE
+    found = [item for item in survey(run.checkpoints) if options.step in (None, item.step)]
+    if not found:
+        raise ConfigurationError(
+            "the run has no such checkpoint",
+            got=f"{run.checkpoints}" + (f", step {options.step}" if options.step is not None else ""),
+            rule="a step at which a checkpoint was written and kept",
+            remedy=f"list them: solomonov checkpoints list {run.path}",
+        )
+    if options.action == "digest":
+        _answer(options, {"step": found[0].step, "digest": digest(found[0].folder)})
+        return exits.DONE
+    if options.action == "diff":
+        if options.step is None or options.other is None:
+            raise ConfigurationError(
+                "diff compares two steps",
+                got=f"--step {options.step} --other {options.other}",
+                rule="both steps must be named",
+                remedy="solomonov checkpoints diff RUN --step A --other B",
+            )
+        rows = diff(found[0].folder, run.checkpoints / folder_name(options.other))
+        _table(options, [dataclasses.asdict(row) for row in rows])
+        return exits.DONE
+    lines, damaged = [], False
+    for item in found:
+        line: dict[str, Any] = {"step": item.step, "folder": item.folder.name}
+        if isinstance(item, CheckpointInfo):
+            line |= {"attempt": item.attempt, "bytes": item.nbytes, "manifest": item.digest}
+            problem = _verify(item) if options.action == "verify" else None
+        else:
+            problem = item.error.what
+        line["state"] = (
+            "damaged: " + problem if problem else ("verified" if options.action == "verify" else "listed")
+        )
+        damaged = damaged or bool(problem)
+        lines.append(line)
+    _table(options, lines)
+    return exits.DAMAGED if damaged else exits.DONE
+
+
+def _verify(info: Any) -> str | None:
+    """What is wrong with a checkpoint's bytes, or None."""
+    from solomonov.checkpoint.store import verify_checkpoint
+    from solomonov.errors import DamagedCheckpointError
+
+    try:
+        verify_checkpoint(info)
+    except DamagedCheckpointError as error:
+        return f"{error.what} ({error.got})"
+    return None
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`solomonov evaluate RUN_OR_EXPORT`."""
+    from solomonov.evaluate import evaluate as run_evaluation
+    from solomonov.loading import load_model
+
+    model = load_model(options.target, step=options.step)
+    if options.data is None and model.run is None:
+        raise ConfigurationError(
+            "an export does not say which data to evaluate it on",
+            got=f"{options.target} without --data",
+            rule="evaluation reads the held-out documents of a prepared data folder",
+            remedy="add --data FOLDER",
+        )
+    data = Path(options.data) if options.data else model.run.data_folder()  # type: ignore[union-attr]
+    result = run_evaluation(model, data, inference_device(), max_bytes=options.max_bytes)
+    _answer(
+        options,
+        {"source": str(model.source), "step": model.step, **dataclasses.asdict(result)},
+    )
+    return exits.DONE
+
+
+def generate(options: argparse.Namespace) -> int:
+    """`solomonov generate RUN_OR_EXPORT --prompt TEXT`."""
+    from data_pipeline.tokenizer import Tokenizer
+    from solomonov.generate import generate as continue_ids
+    from solomonov.loading import load_model
+
+    model = load_model(options.target, step=options.step)
+    tokenizer = Tokenizer.load(model.tokenizer_model)
+    prompt = [tokenizer.bos, *tokenizer.encode(options.prompt)]
+    new = continue_ids(
+        model.module(inference_device()),
+        prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        eos_id=tokenizer.eos,
+    )
+    text = tokenizer.decode([i for i in new if i != tokenizer.eos])
+    if options.json:
+        print(json.dumps({"prompt": options.prompt, "text": text, "tokens": len(new)}, ensure_ascii=False))
+    else:
+        print(options.prompt + text)
+    return exits.DONE
+
+
+def export(options: argparse.Namespace) -> int:
+    """`solomonov export RUN`."""
+    from solomonov.export import export_hf
+    from solomonov.loading import load_model
+
+    model = load_model(options.run, step=options.step)
+    if model.run is None:
+        raise ConfigurationError(
+            "this is an export already",
+            got=options.run,
+            rule="export reads a run's checkpoint",
+            remedy="give a run's name or folder",
+        )
+    folder = Path(options.to) if options.to else model.run.exports / f"step-{model.step:08d}"
+    report = export_hf(
+        model.state,
+        model.config,
+        model.tokenizer_model,
+        folder,
+        sequence_tokens=model.sequence_tokens,
+        dtype=options.dtype,
+    )
+    model.run.journal.try_write("exported", step=model.step, folder=str(folder))
+    _answer(options, {"folder": str(folder), "step": model.step, **dataclasses.asdict(report)})
+    return exits.DONE
+
+
+def tensorboard(options: argparse.Namespace) -> int:
+    """`solomonov tensorboard RUN ...`: TensorBoard's own server on the runs' event files, until Ctrl-C."""
+    from solomonov.runfolder import find_run
+
+    runs = [find_run(name) for name in options.runs]
+    spec = ",".join(f"{run.path.name}:{run.path / 'tensorboard'}" for run in runs)
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir_spec", spec, "--port", str(options.port)]
+    return subprocess.run(command, check=False).returncode
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """`solomonov doctor`."""
+    from solomonov.doctor import examine
+
+    findings = examine()
+    if options.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            print(f"{finding.verdict:<8} {finding.name:<18} {finding.value}")
+            if finding.remedy:
+                print(f"{'':<27} -> {finding.remedy}")
+    return exits.CONFIGURATION if any(finding.verdict == "missing" for finding in findings) else exits.DONE
+
+
+def inference_device() -> Any:
+    """The first CUDA device where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _answer(options: argparse.Namespace, values: Mapping[str, Any]) -> None:
+    """One answer: JSON for scripts, aligned lines for people."""
+    if options.json:
+        print(json.dumps(values, ensure_ascii=False))
+        return
+    width = max(map(len, values))
+    for name, value in values.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
+        print(f"{name.replace('_', ' '):<{width}}  {shown}")
+
+
+def _table(options: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table: one JSON line a row for scripts, columns for people."""
+    if options.json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    names = list(rows[0])
+    cells = [
+        [name.replace("_", " ") for name in names],
+        *([str(row.get(name, "")) for name in names] for row in rows),
+    ]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -1,0 +1,444 @@
+"""Hugging Face export: a folder that stock `transformers` loads, checked before it gets its name.
+
+The only module that imports `transformers`. With `qk_norm` the model is a Qwen3, without it a Llama; the
+branch factor of `scaled` is folded into the output projections, so the exported model is a plain pre-norm one
+with the same logits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from data_pipeline.tokenizer import Tokenizer
+from solomonov.errors import ConfigurationError, DamagedCheckpointError, NumericalError
+from solomonov.fast_tokenizer import build_tokenizer
+from solomonov.model.config import ModelConfig
+from solomonov.model.counts import parameter_count, parameter_shapes
+from solomonov.model.transformer import Transformer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CHECK_TOKENS = 64
+CHECK_TOLERANCE = 1e-4
+"""Largest difference of logits that passes in fp32, relative to the largest logit where that is above 1."""
+_MARKER = "solomonov.json"
+_SHARD_BYTES = 4 << 30
+_CHECK_TEXT = (
+    "def depth(layers):\n\treturn sum(1 for _ in layers)  # naïve, höchstens 1,000\n\n"
+    "       seven spaces, <s> is not a token, 日本語 😀 …\r\n" + "The quick brown fox jumps over the lazy dog. " * 4
+)
+
+# Ours -> theirs, of one block; what stands outside the blocks comes after.
+_BLOCK_NAMES = {
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "attention_norm": "input_layernorm",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
+_OUTER_NAMES = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
+_FOLDED = ("attention.out.weight", "feed_forward.down.weight")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how it was checked."""
+
+    architecture: str
+    """Class of `transformers` that loads it."""
+
+    parameters: int
+    """Trained values."""
+
+    weight_bytes: int
+    """Size of the safetensors files together."""
+
+    dtype: str
+    """Of the stored weights."""
+
+    max_abs_difference: float
+    """Largest difference between our logits and those of `transformers`, both in fp32, on the check text."""
+
+    max_abs_logit: float
+    """Largest of these logits."""
+
+
+def export_hf(
+    state: Mapping[str, Tensor],
+    model: ModelConfig,
+    tokenizer_model_path: Path | str,
+    folder: Path | str,
+    *,
+    sequence_tokens: int,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    shard_bytes: int = _SHARD_BYTES,
+) -> ExportReport:
+    """Write the folder, load it with `transformers`, compare logits and token ids, and only then name it.
+
+    Args:
+        state: canonical name -> fp32 tensor on the CPU, one for every parameter.
+        model: shape of the model.
+        tokenizer_model_path: the SentencePiece model.
+        folder: to be made; an earlier export in its place is replaced.
+        sequence_tokens: T of training, written as the longest position.
+        shard_bytes: most bytes of one weight file (a larger tensor gets a file of its own).
+
+    Raises:
+        ConfigurationError: the state is not this model's, or `folder` holds something else than an export.
+        NumericalError: the loaded export does not give the same logits.
+    """
+    target = Path(folder)
+    tokenizer = Tokenizer.load(tokenizer_model_path)
+    shapes = parameter_shapes(model, tokenizer.vocab_size)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if found != shapes:
+        odd = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        raise ConfigurationError(
+            "The weights are not those of this model and tokenizer.",
+            got=f"{len(odd)} parameters differ, the first is {odd[0]}: {found.get(odd[0], 'missing')}",
+            rule=f"{odd[0]}: {shapes.get(odd[0], 'no such parameter')}",
+            remedy="export with the configuration and the tokenizer that the run was trained with",
+        )
+    if target.exists() and not (target / _MARKER).is_file() and any(target.iterdir()):
+        raise ConfigurationError(
+            "The export folder is in use.",
+            got=f"{target} holds files that no export wrote",
+            rule="a new or empty folder, or an earlier export, which is replaced",
+            remedy="choose another folder",
+        )
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    exported = {name: _folded(name, tensor, model).to(DTYPES[dtype]) for name, tensor in state.items()}
+    weight_bytes = _write_weights(aside, exported, shard_bytes)
+    config = hf_config(model, tokenizer, sequence_tokens, dtype)
+    _write_json(aside / "config.json", config)
+    _write_json(aside / "generation_config.json", _generation_config(tokenizer))
+    _write_tokenizer(aside, tokenizer, sequence_tokens)
+    difference, largest = _check(aside, state if dtype == "float32" else None, model, tokenizer, sequence_tokens)
+    report = ExportReport(
+        architecture=config["architectures"][0],
+        parameters=parameter_count(model, tokenizer.vocab_size),
+        weight_bytes=weight_bytes,
+        dtype=dtype,
+        max_abs_difference=difference,
+        max_abs_logit=largest,
+    )
+    _write_text(aside / "README.md", _card(target.name, report, model, tokenizer, sequence_tokens))
+    _write_json(aside / _MARKER, {"schema_version": 1, "model": model.model_dump(mode="json")})
+    _sync(aside)
+    _replace(aside, target)
+    return report
+
+
+def load_hf(folder: Path | str) -> tuple[ModelConfig, dict[str, Tensor], int]:
+    """Read back a folder that `export_hf` wrote; needs neither `transformers` nor the network.
+
+    Returns:
+        The model's shape (plain pre-norm: branch factors are folded), canonical name -> fp32 tensor, and
+        sequence_tokens.
+
+    Raises:
+        ConfigurationError: the folder holds no export, or one of a model that we cannot hold.
+        DamagedCheckpointError: a weight file is missing, truncated, or lacks a tensor.
+    """
+    path = Path(folder)
+    config = _read_config(path)
+    model = _model_config(path, config)
+    shapes = parameter_shapes(model, config["vocab_size"])
+    names = {hf_name(name): name for name in shapes}
+    state = {names[theirs]: tensor.float() for theirs, tensor in _read_weights(path) if theirs in names}
+    for name, shape in shapes.items():
+        if name not in state or tuple(state[name].shape) != shape:
+            got = tuple(state[name].shape) if name in state else "missing"
+            raise _damaged(path, f"{hf_name(name)} is {got}", f"a tensor of shape {shape}")
+    return model, {name: state[name] for name in shapes}, int(config["max_position_embeddings"])
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name (Llama and Qwen3 share them) of the parameter that we call `name`."""
+    layer, _, _ = name.rpartition(".")
+    if layer in _OUTER_NAMES:
+        return f"{_OUTER_NAMES[layer]}.weight"
+    _, index, part = layer.split(".", 2)
+    return f"model.layers.{index}.{_BLOCK_NAMES[part]}.weight"
+
+
+def hf_config(model: ModelConfig, tokenizer: Tokenizer, sequence_tokens: int, dtype: str) -> dict[str, Any]:
+    """The content of config.json."""
+    qwen = model.attention.qk_norm
+    config: dict[str, Any] = {
+        "architectures": ["Qwen3ForCausalLM" if qwen else "LlamaForCausalLM"],
+        "model_type": "qwen3" if qwen else "llama",
+        "vocab_size": tokenizer.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.feed_forward_width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_head_count,
+        "head_dim": model.head_width,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.attention.rope_theta,
+        "max_position_embeddings": sequence_tokens,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+        "initializer_range": 0.02,
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "pad_token_id": tokenizer.pad,
+        # `dtype` is read since transformers 4.56, `torch_dtype` before.
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    return config | ({"use_sliding_window": False} if qwen else {"mlp_bias": False})
+
+
+def _folded(name: str, tensor: Tensor, model: ModelConfig) -> Tensor:
+    return tensor * model.branch_scale if name.endswith(_FOLDED) else tensor
+
+
+def _write_weights(folder: Path, state: Mapping[str, Tensor], shard_bytes: int) -> int:
+    """Write model.safetensors, or numbered shards and their index; returns the bytes of all files."""
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][hf_name(name)] = tensor.contiguous()
+        size += tensor.nbytes
+    count = len(shards)
+    files = [f"model-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
+    if count == 1:
+        files = ["model.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        _sync(folder / file)
+    if count > 1:
+        place = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(tensor.nbytes for tensor in state.values())
+        index = {"metadata": {"total_size": total}, "weight_map": place}
+        _write_json(folder / "model.safetensors.index.json", index)
+    return sum((folder / file).stat().st_size for file in files)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, sequence_tokens: int) -> None:
+    names = [piece.text for _, piece in zip(range(tokenizer.pad + 1), tokenizer.pieces(), strict=False)]
+    _write_text(folder / "tokenizer.json", build_tokenizer(tokenizer).to_str())
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": names[tokenizer.unk],
+        "bos_token": names[tokenizer.bos],
+        "eos_token": names[tokenizer.eos],
+        "pad_token": names[tokenizer.pad],
+        "model_max_length": sequence_tokens,
+        "clean_up_tokenization_spaces": False,
+        # Text that contains "</s>" is text: nobody ends a document by writing about one.
+        "split_special_tokens": True,
+    }
+    _write_json(folder / "tokenizer_config.json", config)
+    (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    _sync(folder / "tokenizer.model")
+
+
+def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "pad_token_id": tokenizer.pad,
+        "do_sample": True,
+        "temperature": 0.8,
+    }
+
+
+def _check(
+    folder: Path,
+    state: Mapping[str, Tensor] | None,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    sequence_tokens: int,
+) -> tuple[float, float]:
+    """Largest difference of logits and largest logit, ours against those of the folder as loaded by others.
+
+    Args:
+        state: our weights; None: those in the folder, for a type that rounds them.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    theirs_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = [tokenizer.bos, *tokenizer.encode(_CHECK_TEXT)]
+    theirs_ids = theirs_tokenizer(_CHECK_TEXT)["input_ids"]
+    if ids != theirs_ids:
+        raise NumericalError(
+            "The exported tokenizer does not give the token ids of ours.",
+            got=_first_difference(ids, theirs_ids),
+            rule="equal ids for the check text",
+            remedy="report this with tokenizer.model attached; the incomplete export was left aside",
+        )
+    ids = ids[: min(CHECK_TOKENS, sequence_tokens)]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    if state is None:
+        model, state, _ = load_hf(folder)
+    ours = Transformer(model, tokenizer.vocab_size, seed=None)
+    ours.load_state_dict(dict(state), strict=False)
+    rows = torch.tensor([ids])
+    with torch.inference_mode():
+        expected = ours.eval()(rows, torch.zeros_like(rows))
+        found = theirs.eval()(input_ids=rows).logits
+    difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
+    if not difference <= CHECK_TOLERANCE * max(1.0, largest):
+        raise NumericalError(
+            "The export does not give the same logits in transformers.",
+            got=f"largest difference {difference:.3g} where logits reach {largest:.3g}",
+            rule=f"at most {CHECK_TOLERANCE:g} of the largest logit",
+            remedy=f"report this; the incomplete export stands in {folder}",
+        )
+    return difference, largest
+
+
+def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
+    place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return f"{list(ours[place : place + 5])} and {list(theirs[place : place + 5])} from token {place} on"
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except FileNotFoundError as error:
+        raise _not_ours(folder, "no config.json") from error
+    except ValueError as error:
+        raise _damaged(folder, f"config.json: {error}", "JSON") from error
+    if not isinstance(config, dict):
+        raise _damaged(folder, "config.json is not an object", "a JSON object")
+    return config
+
+
+def _model_config(folder: Path, config: Mapping[str, Any]) -> ModelConfig:
+    kind = config.get("model_type")
+    if kind not in ("qwen3", "llama") or not (folder / _MARKER).is_file():
+        raise _not_ours(folder, f"model_type {kind!r}, {_MARKER} {'there' if kind else 'missing'}")
+    try:
+        return ModelConfig.model_validate(
+            {
+                "layers": config["num_hidden_layers"],
+                "d_model": config["hidden_size"],
+                "heads": config["num_attention_heads"],
+                "kv_heads": config["num_key_value_heads"],
+                "head_dim": config["head_dim"],
+                "d_ff": config["intermediate_size"],
+                "residual": "prenorm",
+                "norm_eps": config["rms_norm_eps"],
+                "tie_embeddings": config["tie_word_embeddings"],
+                "attention": {"rope_theta": config["rope_theta"], "qk_norm": kind == "qwen3"},
+            }
+        )
+    except (KeyError, ValidationError) as error:
+        raise _damaged(folder, f"config.json: {error}", "the keys that export writes") from error
+
+
+def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise _damaged(folder, "no weight file", "model.safetensors or numbered shards of it")
+    for file in files:
+        try:
+            yield from load_file(file).items()
+        except SafetensorError as error:
+            raise _damaged(file, str(error), "a whole safetensors file") from error
+
+
+def _card(name: str, report: ExportReport, model: ModelConfig, tokenizer: Tokenizer, sequence_tokens: int) -> str:
+    folded = "" if model.branch_scale == 1.0 else f"; branch factor {model.branch_scale:.4g} folded into the weights"
+    begin = list(tokenizer.pieces())[tokenizer.bos].text
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+Trained from scratch with Solomonov. {report.parameters:,} parameters: {model.layers} layers of width
+{model.d_model}, {model.heads} heads on {model.kv_head_count} key-value heads{folded}.
+Vocabulary of {tokenizer.vocab_size:,}, trained on rows of {sequence_tokens:,} tokens. It is a base model: it
+continues text. Every text begins with `{begin}`, which the tokenizer adds.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+inputs = tokenizer("def main", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
+```
+
+Checked when it was written: the largest difference between the trainer's logits and those of
+`{report.architecture}`, in fp32, was {report.max_abs_difference:.2g}, where logits reach
+{report.max_abs_logit:.2g}.
+
+What it was trained on, what it is good for and where it fails: to be filled in by whoever publishes it.
+"""
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(aside: Path, target: Path) -> None:
+    """Give the finished folder its name; what stood there is moved away first and removed last."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _not_ours(folder: Path, got: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{folder} is not an export of ours.",
+        got=got,
+        rule=f"a folder that `solomonov export` wrote: config.json of a qwen3 or llama, and {_MARKER}",
+        remedy="name the folder of an export, or export the run again",
+    )
+
+
+def _damaged(path: Path, got: str, rule: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"The export {path} is damaged.", got=got, rule=rule, remedy="export the run again")

@@ -1,0 +1,227 @@
+"""`solomonov quickstart`: prepare, train, evaluate, export, generate, on text that every Python carries."""
+
+from __future__ import annotations
+
+import json
+import os
+import sysconfig
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from solomonov import exits
+from solomonov.config import load_config
+from solomonov.host import usable_cores, visible_gpus
+from solomonov.runfolder import RunFolder, unwritable, write_atomically
+
+PROMPT = "def read_lines(path):\n"
+EVALUATION_BYTES = 200_000
+
+
+class PeakMemory:
+    """Largest memory of this process and all its descendants together, sampled four times a second.
+
+    Memory that several processes share (libraries) is counted once: the sum of proportional set sizes.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="memory", daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        import psutil
+
+        root = psutil.Process()
+        while not self._over.wait(0.25):
+            total = 0
+            for process in [root, *root.children(recursive=True)]:
+                try:
+                    total += proportional_bytes(process)
+                except (psutil.Error, OSError):
+                    continue  # it ended between listing and reading
+            self.bytes = max(self.bytes, total)
+
+
+def proportional_bytes(process: Any) -> int:
+    """Proportional set size of a process where the system tells it (Linux), else its resident set."""
+    rollup = Path(f"/proc/{process.pid}/smaps_rollup")
+    if rollup.exists():
+        for line in rollup.read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return int(process.memory_info().rss)
+
+
+def quickstart(folder: Path, *, train: Callable[[Path], int]) -> int:
+    """Run the whole life once; run again, it goes on where it stopped, or shows the summary of what is done.
+
+    Args:
+        folder: where everything is made.
+        train: starts training of a configuration file and returns its exit code.
+    """
+    console = Console(highlight=False)
+    config_path = folder / "config.yaml"
+    summary_path = folder / "summary.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(config_path, configuration(folder))
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    config = load_config(config_path).config
+    run = RunFolder(Path(config.run.folder) / config.run.name)
+    if summary_path.exists():
+        console.print(f"{folder}: all of it is done; remove the folder to begin anew\n")
+        show(console, json.loads(summary_path.read_text()), folder, run)
+        return exits.DONE
+    console.print(
+        f"[bold]solomonov quickstart[/]: {usable_cores()} cores, {visible_gpus() or 'no'} GPU, in {folder}/"
+    )
+    seconds: dict[str, float] = {}
+    with PeakMemory() as peak:
+        with _stage(console, "prepare", seconds, f"solomonov prepare {config_path}"):
+            prepared = _prepare(config_path)
+        with _stage(console, "train", seconds, f"solomonov train {config_path}"):
+            code = train(config_path)
+        if code != exits.DONE:
+            return code
+        results = _use(console, run, seconds)
+    summary = {
+        "prepared": prepared,
+        **results,
+        "seconds": seconds,
+        "peak_memory_bytes": peak.bytes,
+        "training": _training_facts(run),
+    }
+    write_atomically(summary_path, json.dumps(summary, indent=1) + "\n")
+    show(console, summary, folder, run)
+    return exits.DONE
+
+
+def configuration(folder: Path) -> str:
+    """The quickstart's YAML for this machine: two ranks on the CPU, one a GPU (at most one) otherwise."""
+    text = files("solomonov").joinpath("quickstart.yaml").read_text(encoding="utf-8")
+    places = {
+        "FOLDER": str(folder),
+        "STDLIB": sysconfig.get_path("stdlib"),
+        "RANKS": "1" if visible_gpus() else "2",
+    }
+    for name, value in places.items():
+        text = text.replace(name, value)
+    return text
+
+
+def _prepare(config_path: Path) -> dict[str, str]:
+    from data_pipeline.build import prepare
+
+    config = load_config(config_path).config
+    report = prepare(config.data, config.tokenizer, base_folder=Path.cwd(), show_progress=True)
+    return dict(report.summary())
+
+
+def _use(console: Console, run: RunFolder, seconds: dict[str, float]) -> dict[str, Any]:
+    """Evaluate, export and generate from the newest checkpoint."""
+    import dataclasses
+
+    from data_pipeline.tokenizer import Tokenizer
+    from solomonov.commands import export, inference_device
+    from solomonov.evaluate import evaluate
+    from solomonov.generate import generate
+    from solomonov.loading import load_model
+
+    target = str(run.path)
+    with _stage(console, "evaluate", seconds, f"solomonov evaluate {target}"):
+        model = load_model(target)
+        device = inference_device()
+        evaluation = evaluate(model, run.data_folder(), device, max_bytes=EVALUATION_BYTES)
+    folder = run.exports / f"step-{model.step:08d}"
+    with _stage(console, "export", seconds, f"solomonov export {target}"):
+        export(Namespace(run=target, step=model.step, to=str(folder), dtype="float32", json=False))
+    with _stage(console, "generate", seconds, f"solomonov generate {target} --prompt ..."):
+        tokenizer = Tokenizer.load(model.tokenizer_model)
+        prompt = [tokenizer.bos, *tokenizer.encode(PROMPT)]
+        new = generate(
+            model.module(device), prompt, max_new_tokens=64, temperature=0.7, top_k=0, top_p=0.9, seed=1,
+            eos_id=tokenizer.eos,
+        )  # fmt: skip
+        sample = tokenizer.decode([i for i in new if i != tokenizer.eos])
+    return {"evaluation": dataclasses.asdict(evaluation), "export": str(folder), "sample": PROMPT + sample}
+
+
+@contextmanager
+def _stage(console: Console, name: str, seconds: dict[str, float], command: str) -> Iterator[None]:
+    console.print(f"\n[bold]{name}[/]  $ {command}")
+    started = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - started, 1)
+
+
+def _training_facts(run: RunFolder) -> dict[str, Any]:
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    derived = run.resolved()["derived"]
+    return {
+        "steps": lines[-1]["step"],
+        "first_loss": lines[0]["loss"],
+        "last_loss": lines[-1]["loss"],
+        "tokens": sum(line["tokens"] for line in lines),
+        "ranks": derived["ranks"],
+        "parameters": derived["parameters"],
+    }
+
+
+def show(console: Console, summary: dict[str, Any], folder: Path, run: RunFolder) -> None:
+    """The summary, on one screen."""
+    training, evaluation, prepared = summary["training"], summary["evaluation"], summary["prepared"]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("data", "; ".join(f"{name} {value}" for name, value in list(prepared.items())[:4]))
+    table.add_row(
+        "model",
+        f"{training['parameters']:,} parameters, {training['steps']} updates, {training['tokens']:,} predicted tokens"
+        f" on {training['ranks']} DeepSpeed rank(s)",
+    )
+    table.add_row(
+        "training loss", f"{training['first_loss']:.3f} -> {training['last_loss']:.3f} nats a token"
+    )
+    table.add_row(
+        "held-out text",
+        f"{evaluation['bits_per_byte']:.3f} bits a byte; gzip -9 {evaluation['gzip_bits_per_byte']:.3f},"
+        f" xz -9 {evaluation['xz_bits_per_byte']:.3f} on the same {evaluation['text_bytes']:,} bytes",
+    )
+    times = ", ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items())
+    total = sum(summary["seconds"].values())
+    table.add_row("cost", f"{total:.0f} s ({times})")
+    table.add_row("peak memory", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB, all processes together")
+    table.add_row("run", f"{run.path}: checkpoints, journal.jsonl, metrics.jsonl, tensorboard, logs")
+    table.add_row("export", f"{summary['export']}: loads with transformers, logits compared")
+    console.print()
+    console.print(table)
+    console.print("\n[bold]it writes[/]")
+    console.print(summary["sample"].rstrip()[:400], markup=False)
+    console.print("\n[bold]next[/]")
+    for command in (
+        f"solomonov tensorboard {run.path}",
+        f"solomonov generate {summary['export']} --prompt 'import os'",
+        f"solomonov train {folder / 'config.yaml'} run.name=longer training.total_steps=2000",
+    ):
+        console.print(f"  {command}", markup=False, soft_wrap=True)

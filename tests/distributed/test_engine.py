@@ -1,0 +1,165 @@
+"""Every layout gives the same losses, gradient norms and weights as a plain PyTorch loop on one process.
+
+The reference uses neither DeepSpeed nor our engine: the model, torch's AdamW and torch's clipping. The bounds are
+those of the promise: 1e-5 relative on losses, norms and, per tensor, on masters and moments in fp32; 5e-3 on losses
+in bf16. Each case first asserts that its layout really ran.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from solomonov.config import OptimizerConfig
+from solomonov.model.transformer import Transformer
+from solomonov.optim import make_optimizer
+from tests.support import tiny
+from tests.support.ranks import run_ranks
+from tests.support.tiny import Layout, Outcome
+
+STEPS = 5
+pytestmark = pytest.mark.dist
+
+CASES = [
+    *[(1, Layout(zero_stage=stage)) for stage in (0, 1, 2, 3)],
+    (1, Layout(zero_stage=0, accumulation=4)),
+    (1, Layout(zero_stage=3, accumulation=2, activation_checkpointing="full")),
+    *[(2, Layout(zero_stage=stage)) for stage in (0, 1, 2, 3)],
+    *[(2, Layout(zero_stage=stage, accumulation=2)) for stage in (0, 1, 2, 3)],
+    (2, Layout(zero_stage=1, accumulation=2, activation_checkpointing="full")),
+    (1, Layout(zero_stage=1, tied=True)),
+    (2, Layout(zero_stage=3, accumulation=2, tied=True)),
+    (2, Layout(zero_stage=1, accumulation=2, pipeline=2)),
+    (2, Layout(zero_stage=1, accumulation=4, pipeline=2, tied=True)),
+]
+OPTIMIZER_OF_STAGE = {
+    0: "AdamW",
+    1: "DeepSpeedZeroOptimizer",
+    2: "DeepSpeedZeroOptimizer",
+    3: "DeepSpeedZeroOptimizer_Stage3",
+}
+
+
+@cache
+def reference(tied: bool) -> Outcome:
+    """The same five steps in plain PyTorch, the whole batch at once."""
+    torch.manual_seed(0)
+    model = Transformer(tiny.tiny_model(tied), tiny.VOCAB, seed=tiny.SEED)
+    optimizer = make_optimizer(model.named_parameters(), OptimizerConfig(lr=tiny.LEARNING_RATE), fused=False)
+    losses, norms = [], []
+    for step in range(STEPS):
+        rows = tiny.batch(step, list(range(tiny.ROWS)))
+        loss = model(rows.input_ids, rows.document_ids, rows.labels) / rows.valid_tokens
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), tiny.CLIPPING)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    state = {}
+    for name, parameter in model.named_parameters():
+        state[name, "master"] = parameter.detach().reshape(-1)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[name, moment] = optimizer.state[parameter][moment].reshape(-1)
+    return Outcome(losses, norms, {}, state)
+
+
+def assert_layout_ran(outcomes: list[Outcome], layout: Layout) -> None:
+    """The optimizer is that of the stage, the stages are as many as asked, and each rank holds its part only."""
+    parameters = 21728 if layout.tied else 24832
+    for outcome in outcomes:
+        ran = outcome.layout
+        assert ran["optimizer"] == OPTIMIZER_OF_STAGE[layout.zero_stage]
+        assert ran["zero_stage"] == layout.zero_stage
+        assert ran["pipeline"] == layout.pipeline
+        assert ran["world"] == len(outcomes)
+        if layout.zero_stage == 3 or layout.pipeline > 1:
+            share = parameters / len(outcomes)
+            assert ran["parameters_held"] < 1.25 * share, "a rank holds more than its part of the parameters"
+        else:
+            assert ran["parameters_held"] == parameters
+    held = sum(outcome.layout["parameters_held"] for outcome in outcomes)
+    assert held >= parameters
+
+
+def assert_equal_within(outcome: Outcome, expected: Outcome, bound: float) -> None:
+    """Losses, norms and, per tensor, ||a - b|| <= bound ||b||."""
+    torch.testing.assert_close(
+        torch.tensor(outcome.losses), torch.tensor(expected.losses), rtol=bound, atol=0
+    )
+    torch.testing.assert_close(torch.tensor(outcome.norms), torch.tensor(expected.norms), rtol=bound, atol=0)
+    assert outcome.state.keys() == expected.state.keys()
+    for key, tensor in outcome.state.items():
+        reference_tensor = expected.state[key]
+        distance = torch.linalg.vector_norm(tensor - reference_tensor) / torch.linalg.vector_norm(
+            reference_tensor
+        )
+        assert distance <= bound, f"{key} differs by {distance:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"), CASES, ids=[f"ranks{world}-{layout}" for world, layout in CASES]
+)
+def test_layout_equals_plain_pytorch(world: int, layout: Layout) -> None:
+    outcomes = run_ranks(tiny.run, world, layout, STEPS)
+    assert_layout_ran(outcomes, layout)
+    for outcome in outcomes:
+        assert_equal_within(outcome, reference(layout.tied), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world", "layout", "optimizer"),
+    [
+        (1, Layout(zero_stage=1, precision="bf16"), "BF16_Optimizer"),
+        (2, Layout(zero_stage=2, precision="bf16", accumulation=2), "DeepSpeedZeroOptimizer"),
+        (2, Layout(zero_stage=1, precision="bf16_autocast"), "DeepSpeedZeroOptimizer"),
+    ],
+    ids=str,
+)
+def test_bf16_losses_stay_near_fp32(world: int, layout: Layout, optimizer: str) -> None:
+    for outcome in run_ranks(tiny.run, world, layout, STEPS):
+        assert outcome.layout["optimizer"] == optimizer
+        assert outcome.layout["precision"] == layout.precision
+        torch.testing.assert_close(
+            torch.tensor(outcome.losses), torch.tensor(reference(False).losses), rtol=5e-3, atol=0
+        )
+        masters = [tensor for (_, kind), tensor in outcome.state.items() if kind == "master"]
+        assert all(tensor.dtype == torch.float32 for tensor in masters)
+
+
+def test_the_bound_tells_another_learning_rate() -> None:
+    """The comparison can fail: the weights after another learning rate are outside the bound."""
+    expected = reference(False)
+    moved = {key: tensor * (1 + 2e-5) for key, tensor in expected.state.items()}
+    with pytest.raises(AssertionError, match="differs by"):
+        assert_equal_within(Outcome(expected.losses, expected.norms, {}, moved), expected, 1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_nan_skips_the_update_on_all_ranks(stage: int) -> None:
+    """One NaN in one rank's gradient: every rank skips, and the state equals that of a run without the step."""
+    for skipped, equal, finite in run_ranks(poisoned_step, 2, Layout(zero_stage=stage)):
+        assert skipped
+        assert equal
+        assert finite
+
+
+def poisoned_step(layout: Layout) -> tuple[bool, bool, bool]:
+    """Two good steps, one with a NaN in rank 1's loss, one good step; was it skipped, did the state stay?"""
+    import torch.distributed as dist
+
+    engine = tiny.make_engine(layout)
+    tiny.train(engine, 0, 2)
+    before = tiny.whole_state(engine)
+    mine = list(range(dist.get_rank(), tiny.ROWS, 2))
+    poison = float("nan") if dist.get_rank() == 1 else 1.0
+    hook = engine._ds.module.register_forward_hook(lambda module, inputs, loss: loss * poison)
+    valid = tiny.batch(2, list(range(tiny.ROWS))).valid_tokens
+    engine.forward_backward([tiny.batch(2, mine)], valid, tiny.LEARNING_RATE)
+    update = engine.update()
+    hook.remove()
+    after = tiny.whole_state(engine)
+    equal = all(torch.equal(before[key], after[key]) for key in before)
+    losses, norms = tiny.train(engine, 3, 4)
+    return update.skipped, equal, all(torch.isfinite(torch.tensor(losses + norms)).tolist())

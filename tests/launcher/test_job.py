@@ -1,0 +1,221 @@
+"""The contract of every launcher: one set of tests, with real processes, over each kind of place."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.config import LaunchConfig
+from launcher.job import Attempt, Job, JobSpec, JobState, tail
+from launcher.local import LocalLauncher
+from tests.support.processes import assert_no_process, wait_for
+
+SECONDS = 60.0
+Submit = Callable[..., Job]
+
+READY = ': > "$1/ready-$RANK"; while :; do sleep 0.02; done'
+TRAP = f'trap "echo saved > \\"$1/saved-$RANK\\"; exit 75" TERM; {READY}'
+
+
+@pytest.fixture(params=["local"])
+def submit(request: pytest.FixtureRequest, tmp_path: Path) -> Submit:
+    """Starts a shell script as a job; `$1` in it is the test's folder."""
+
+    def start(script: str, *, ranks: int = 1, options: dict[str, object] | None = None, **fields: object) -> Job:
+        config = LaunchConfig.model_validate({"restart_backoff_seconds": 0.0, **(options or {})})
+        command = ["sh", "-c", script, "sh", str(tmp_path)]
+        spec = JobSpec(command=command, log_folder=tmp_path / "logs", ranks=ranks, **fields)  # type: ignore[arg-type]
+        assert request.param == "local"
+        return LocalLauncher(config).submit(spec)
+
+    return start
+
+
+def ready(folder: Path, ranks: int) -> None:
+    """Wait until that many ranks have said that they are ready."""
+    wait_for(lambda: len(list(folder.glob("ready-*"))) == ranks, deadline=SECONDS, what="ranks are ready")
+
+
+def test_success(submit: Submit) -> None:
+    job = submit("exit 0", ranks=2)
+    assert job.wait(SECONDS) == 0
+    assert (job.state, job.exit_code) == (JobState.DONE, 0)
+    assert job.state.is_terminal
+
+
+@pytest.mark.parametrize("code", [2, 70, 74, 78])
+def test_a_verdict_passes_through_and_is_not_retried(submit: Submit, tmp_path: Path, code: int) -> None:
+    job = submit(f'echo tried >> "$1/tries"; exit {code}')
+    assert job.wait(SECONDS) == code
+    assert (job.state, job.exit_code) == (JobState.FAILED, code)
+    assert (tmp_path / "tries").read_text() == "tried\n"
+
+
+def test_failure_passes_its_code_through(submit: Submit) -> None:
+    job = submit("exit 9", options={"max_restarts": 0})
+    assert job.wait(SECONDS) == 9
+    assert job.state is JobState.FAILED
+
+
+def test_a_signal_is_reported_as_a_shell_does(submit: Submit) -> None:
+    assert submit("kill -9 $$", options={"max_restarts": 0}).wait(SECONDS) == 137
+
+
+def test_75_from_all_ranks_passes_through(submit: Submit, tmp_path: Path) -> None:
+    job = submit('echo tried >> "$1/tries-$RANK"; exit 75', ranks=2)
+    assert job.wait(SECONDS) == 75
+    assert job.state is JobState.SAVED
+    assert (tmp_path / "tries-0").read_text() == (tmp_path / "tries-1").read_text() == "tried\n"
+
+
+def test_cancel_saves(submit: Submit, tmp_path: Path) -> None:
+    job = submit(TRAP, ranks=2)
+    ready(tmp_path, 2)
+    assert (job.state, job.exit_code) == (JobState.RUNNING, None)
+    assert job.cancel()
+    assert job.wait(SECONDS) == 75
+    assert (job.state, job.exit_code) == (JobState.SAVED, 75)
+    assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
+    assert not job.cancel()
+
+
+def test_cancel_now_does_not(submit: Submit, tmp_path: Path) -> None:
+    job = submit(TRAP, ranks=2)
+    ready(tmp_path, 2)
+    assert job.cancel(now=True)
+    assert job.wait(SECONDS) == 130
+    assert job.state is JobState.CANCELLED
+    assert not list(tmp_path.glob("saved-*"))
+    assert_no_process(str(tmp_path))
+
+
+def test_waiting_has_a_limit(submit: Submit, tmp_path: Path) -> None:
+    job = submit(TRAP)
+    ready(tmp_path, 1)
+    with pytest.raises(TimeoutError):
+        job.wait(0.01)
+    job.cancel(now=True)
+    job.wait(SECONDS)
+
+
+def test_logs(submit: Submit) -> None:
+    job = submit('echo "out of $RANK"; echo "err of $RANK" >&2', ranks=2)
+    job.wait(SECONDS)
+    assert [path.read_text() for path in job.logs()] == ["out of 0\nerr of 0\n", "out of 1\nerr of 1\n"]
+
+
+def test_environment(submit: Submit, tmp_path: Path) -> None:
+    script = 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $GROUP_RANK $MASTER_ADDR $EXTRA"; pwd'
+    (tmp_path / "work here").mkdir()
+    job = submit(script, ranks=2, environment={"EXTRA": "a 'b' \"c\""}, working_directory=tmp_path / "work here")
+    job.wait(SECONDS)
+    for rank, path in enumerate(job.logs()):
+        place, folder = path.read_text().splitlines()
+        assert place == f"{rank} {rank} 2 2 0 127.0.0.1 a 'b' \"c\""
+        assert Path(folder).name == "work here"
+
+
+def test_all_ranks_are_told_the_same_port(submit: Submit) -> None:
+    job = submit("echo $MASTER_PORT", ranks=3)
+    job.wait(SECONDS)
+    ports = {int(path.read_text()) for path in job.logs()}
+    assert len(ports) == 1
+    assert 0 < ports.pop() < 65536
+
+
+def test_two_ranks_meet(submit: Submit) -> None:
+    # Each rank waits for the other one's file: they must run at the same time.
+    script = ': > "$1/here-$RANK"; while [ ! -e "$1/here-$((1 - RANK))" ]; do sleep 0.02; done'
+    assert submit(script, ranks=2).wait(SECONDS) == 0
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_restart_after_a_rank_was_killed(submit: Submit, tmp_path: Path, deaths: int) -> None:
+    # Rank 1 kills itself in its first attempts; rank 0, as in a broken collective, never ends by itself then.
+    script = f"""
+        echo x >> "$1/tries-$RANK"
+        [ $(wc -l < "$1/tries-$RANK") -gt {deaths} ] && exit 0
+        [ $RANK = 1 ] && kill -9 $$
+        exec sleep 600
+    """
+    job = submit(script, ranks=2)
+    assert job.wait(SECONDS) == 0
+    assert job.state is JobState.DONE
+    assert job.logs()[0].parent.name == f"attempt-{deaths + 1}"
+    assert_no_process(str(tmp_path))
+
+
+def test_restarts_have_a_limit(submit: Submit, tmp_path: Path) -> None:
+    job = submit('echo x >> "$1/tries"; exit 5', options={"max_restarts": 2, "max_no_progress": 100})
+    assert job.wait(SECONDS) == 5
+    assert (tmp_path / "tries").read_text() == "x\n" * 3
+
+
+def test_crashes_without_progress_have_a_lower_one(submit: Submit, tmp_path: Path) -> None:
+    job = submit('echo x >> "$1/tries"; exit 5', options={"max_restarts": 100, "max_no_progress": 2})
+    assert job.wait(SECONDS) == 5
+    assert (tmp_path / "tries").read_text() == "x\n" * 2
+
+
+def test_attempts_are_counted_on(submit: Submit, tmp_path: Path) -> None:
+    job = submit("exit 1", first_attempt=7, options={"max_restarts": 1})
+    job.wait(SECONDS)
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["attempt-7", "attempt-8"]
+
+
+def test_a_command_that_cannot_be_started_comes_out_of_wait(tmp_path: Path) -> None:
+    job = LocalLauncher(LaunchConfig()).submit(JobSpec(["/no/such/program"], tmp_path / "logs"))
+    with pytest.raises(Exception, match="cannot be started"):
+        job.wait(SECONDS)
+    assert job.state is JobState.FAILED
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_file_descriptors_are_passed_on_and_no_others(submit: Submit, tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("w") as lock, (tmp_path / "other").open("w") as other:
+        os.set_inheritable(other.fileno(), True)
+        job = submit(
+            "readlink /proc/$$/fd/* ; echo locked > /proc/self/fd/$FD",
+            pass_fds=[lock.fileno()],
+            environment={"FD": str(lock.fileno())},
+        )
+        job.wait(SECONDS)
+    listed = job.logs()[0].read_text()
+    assert str(tmp_path / "lock") in listed
+    assert str(tmp_path / "other") not in listed
+    assert (tmp_path / "lock").read_text() == "locked\n"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"command": []},
+        {"command": "echo one string"},
+        {"command": ["echo", "a\0b"]},
+        {"ranks": 0},
+        {"environment": {"A": "\0"}},
+        {"environment": {"A=B": "c"}},
+        {"environment": {"": "c"}},
+    ],
+)
+def test_a_spec_that_no_system_can_start_is_a_programming_error(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        JobSpec(**{"command": ["true"], "log_folder": Path("logs"), **fields})  # type: ignore[arg-type]
+
+
+def test_an_attempt_before_its_first_end_has_no_cause(tmp_path: Path) -> None:
+    attempt = Attempt(number=1, folder=tmp_path, pids=[1, 2], master_port=9)
+    assert (attempt.cause, attempt.step, attempt.tail) == (None, None, [])
+    assert [path.name for path in attempt.logs] == ["rank-0.log", "rank-1.log"]
+
+
+def test_the_tail_is_short_and_survives_anything(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert tail(log) == []
+    log.write_bytes(b"\xff" * 100_000 + b"\n" + b"".join(b"line %d\n" % n for n in range(100)))
+    assert tail(log, lines=3) == ["line 97", "line 98", "line 99"]
+    assert len(tail(log)) == 20

@@ -1,0 +1,174 @@
+"""A tiny model, its rows, and engines of any layout on them: what the distributed and golden tests train.
+
+The functions below run inside the ranks of the pool; what they return goes back to the test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from solomonov.batch import TokenBatch
+from solomonov.checkpoint.checkpointer import Checkpointer
+from solomonov.checkpoint.reader import digest
+from solomonov.config import OptimizerConfig
+from solomonov.distributed import Control
+from solomonov.engine import Engine, EngineSpec
+from solomonov.model.config import ModelConfig
+from solomonov.plan import BatchPlan
+
+VOCAB, SEQUENCE, ROWS = 97, 16, 8
+LEARNING_RATE, CLIPPING, SEED = 1e-2, 0.5, 1
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What may differ between two runs that must give the same numbers."""
+
+    zero_stage: int = 1
+    accumulation: int = 1
+    pipeline: int = 1
+    precision: str = "fp32"
+    tied: bool = False
+    activation_checkpointing: Literal["none", "full"] = "none"
+    compile: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"zero{self.zero_stage}", f"acc{self.accumulation}", f"pipe{self.pipeline}", self.precision]
+        parts += ["tied"] * self.tied + ["recompute"] * (self.activation_checkpointing == "full")
+        return "-".join(parts + ["compiled"] * self.compile)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank saw of a run."""
+
+    losses: list[float]
+    norms: list[float]
+    layout: dict[str, Any]
+    state: dict[tuple[str, str], torch.Tensor]
+    """(name, kind) -> whole tensor, put together from all ranks' fragments."""
+
+
+def tiny_model(tied: bool = False) -> ModelConfig:
+    """Two layers with grouped queries: 24,832 parameters untied."""
+    return ModelConfig(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=64, tie_embeddings=tied)
+
+
+def batch(step: int, rows: list[int]) -> TokenBatch:
+    """Rows of a step: random ids, two documents a row, and a number of predicted tokens that differs by row."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, VOCAB, (ROWS, SEQUENCE), generator=generator)
+    labels = torch.randint(0, VOCAB, (ROWS, SEQUENCE), generator=generator)
+    for row in range(ROWS):
+        labels[row, : (row * 3 + step) % SEQUENCE] = -100
+    documents = (torch.arange(SEQUENCE)[None, :] >= torch.arange(ROWS)[:, None]).long()
+    index = torch.tensor(rows)
+    return TokenBatch(step * ROWS + index, ids[index], labels[index], documents[index])
+
+
+def make_engine(layout: Layout) -> Engine:
+    """An engine over all ranks of this pool."""
+    data_parallel = dist.get_world_size() // layout.pipeline
+    micro = ROWS // (data_parallel * layout.accumulation)
+    plan = BatchPlan(SEQUENCE, ROWS, micro, layout.accumulation, data_parallel, total_steps=100)
+    spec = EngineSpec(
+        model=tiny_model(layout.tied),
+        vocab_size=VOCAB,
+        seed=SEED,
+        plan=plan,
+        precision=layout.precision,
+        zero_stage=layout.zero_stage,
+        optimizer=OptimizerConfig(lr=LEARNING_RATE),
+        gradient_clipping=CLIPPING,
+        activation_checkpointing=layout.activation_checkpointing,
+        compile=layout.compile,
+        pipeline=layout.pipeline,
+    )
+    return Engine(spec, CPU)
+
+
+def train(engine: Engine, first: int, last: int) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of the steps first .. last-1."""
+    plan = engine.spec.plan
+    mine = list(range(dist.get_rank() % plan.data_parallel, ROWS, plan.data_parallel))
+    losses, norms = [], []
+    for step in range(first, last):
+        valid = batch(step, list(range(ROWS))).valid_tokens
+        micro = [mine[i : i + plan.micro_rows] for i in range(0, len(mine), plan.micro_rows)]
+        total = engine.forward_backward([batch(step, rows) for rows in micro], valid, LEARNING_RATE)
+        update = engine.update()
+        summed = total.double().reshape(1)
+        dist.all_reduce(summed)
+        losses.append(float(summed) / valid)
+        norms.append(update.grad_norm)
+    return losses, norms
+
+
+def whole_state(engine: Engine) -> dict[tuple[str, str], torch.Tensor]:
+    """All masters and moments, put together from every rank's fragments; each element exactly once."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, [(f.name, f.kind, f.shape, f.start, f.data) for f in engine.fragments()])
+    whole: dict[tuple[str, str], torch.Tensor] = {}
+    filled: dict[tuple[str, str], int] = {}
+    for name, kind, shape, start, data in (fragment for part in parts for fragment in part):
+        tensor = whole.setdefault((name, kind), torch.full((int(torch.Size(shape).numel()),), torch.nan))
+        assert bool(tensor[start : start + data.numel()].isnan().all()), f"{kind} of {name} is written twice"
+        tensor[start : start + data.numel()] = data
+        filled[name, kind] = filled.get((name, kind), 0) + data.numel()
+    holes = [key for key, tensor in whole.items() if filled[key] != tensor.numel()]
+    assert not holes, f"not all elements were written: {holes}"
+    return whole
+
+
+def run(layout: Layout, steps: int) -> Outcome:
+    """Train from the start."""
+    engine = make_engine(layout)
+    losses, norms = train(engine, 0, steps)
+    return Outcome(losses, norms, engine.layout, whole_state(engine))
+
+
+def checkpointer(folder: Path, attempt: int = 1) -> Checkpointer:
+    """Checkpoints over all ranks of this pool."""
+    return Checkpointer(
+        folder, Control(), run_id="tiny", attempt=attempt, keep_last=3, on_event=lambda kind, fields: None
+    )
+
+
+def save(engine: Engine, folder: Path, step: int, attempt: int = 1) -> str:
+    """Save and return the layout-independent digest of what stands on the disk."""
+    info = checkpointer(folder, attempt).save(
+        step,
+        engine.fragments(),
+        expected=engine.shapes(),
+        scalars={"optimizer_step": engine.updates_applied()},
+        state={"step": step},
+        topology=engine.layout,
+    )
+    assert info is not None, "the checkpoint was refused"
+    return digest(info.folder)
+
+
+def run_and_save(layout: Layout, steps: int, folder: Path) -> tuple[str, Outcome]:
+    """Train, save, and train on for two steps: what a resumed run must equal."""
+    engine = make_engine(layout)
+    train(engine, 0, steps)
+    saved = save(engine, folder, steps)
+    losses, norms = train(engine, steps, steps + 2)
+    return saved, Outcome(losses, norms, engine.layout, whole_state(engine))
+
+
+def restore_and_run(layout: Layout, folder: Path, aside: Path) -> tuple[str, Outcome]:
+    """Restore into a new engine, save again at once under another folder, and train on for two steps."""
+    engine = make_engine(layout)
+    reader = checkpointer(folder).find()
+    assert reader is not None, "no checkpoint was found"
+    engine.restore(reader, int(reader.scalars["optimizer_step"]))
+    again = save(engine, aside, reader.step)
+    losses, norms = train(engine, reader.step, reader.step + 2)
+    return again, Outcome(losses, norms, engine.layout, whole_state(engine))

@@ -1,0 +1,118 @@
+"""The suite's own rules, each broken on purpose: pytest's exit code and what it says, and what is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.coverage_floors import FLOORS, shares
+from tests.support.processes import Program, assert_no_process, processes_with, run_program, wait_for
+from tests.support.source_tree import PACKAGES, ROOT
+
+SUITE = """
+import warnings
+import pytest
+
+@pytest.mark.{mark}
+def test_one() -> None:
+    {body}
+"""
+
+
+def run_suite(folder: Path, *, mark: str, body: str, ci: bool, options: tuple[str, ...] = ()) -> tuple[int, str]:
+    (folder / "test_small.py").write_text(SUITE.format(mark=mark, body=body), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CI": "true" if ci else ""}
+    argv = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", str(ROOT / "pyproject.toml")]
+    argv += ["--rootdir", str(folder), "-p", "no:cacheprovider", *options, str(folder / "test_small.py")]
+    return run_program(argv, log=folder / "log.txt", deadline=120, cwd=folder, env=environment)
+
+
+def test_a_skip_fails_under_ci_and_only_there(tmp_path: Path) -> None:
+    code, output = run_suite(tmp_path, mark="golden", body="pytest.skip('no reason')", ci=False)
+    assert code == 0, output
+    code, output = run_suite(tmp_path, mark="golden", body="pytest.skip('no reason')", ci=True)
+    assert code == 1, output
+    assert "skips that CI refuses" in output, "it says why"
+    assert "no reason" in output.split("skips that CI refuses")[1], "and which"
+    assert "1 skipped" in output.splitlines()[-1], "the last line is still pytest's own"
+
+
+def test_a_skip_for_want_of_a_gpu_is_allowed_but_can_be_required(tmp_path: Path) -> None:
+    environment_has_none = "__import__('torch').cuda.is_available() or pytest.skip('no CUDA device')"
+    code, output = run_suite(tmp_path, mark="gpu", body=environment_has_none, ci=True)
+    assert code == 0, output
+    code, output = run_suite(tmp_path, mark="ray", body="pass", ci=False, options=("--require=spark",))
+    assert code == pytest.ExitCode.USAGE_ERROR, output
+    assert "unknown ['spark']" in output, "a misspelt requirement is refused"
+
+
+def test_a_required_system_that_is_absent_fails(tmp_path: Path) -> None:
+    code, output = run_suite(tmp_path, mark="slurm", body="pass", ci=False, options=("--require=slurm",))
+    from shutil import which
+
+    assert (code == 0) == (which("sbatch") is not None), output
+
+
+def test_coverage_is_by_package_over_lines_and_branches() -> None:
+    def file(ran: int, of: int) -> dict[str, dict[str, int]]:
+        return {"summary": {"covered_lines": ran, "num_statements": of, "covered_branches": 1, "num_branches": 2}}
+
+    report = {"files": {"launcher/a.py": file(7, 8), "solomonov/b.py": file(1, 2), "solomonov/c/d.py": file(2, 2)}}
+    assert shares(report) == {"launcher": 80.0, "solomonov": 62.5, "data_pipeline": 0.0}, "sums, not means"
+    assert tuple(FLOORS) == PACKAGES, "each package has its floor"
+
+
+def test_program_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
+    token = f"dies-with-its-parent-{os.getpid()}"
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom tests.support.processes import Program\n"
+        f"child = Program(['sh', '-c', 'while :; do sleep 1; done', '{token}'], log=Path(sys.argv[1]))\n"
+        "print('started', flush=True)\nchild.wait(deadline=600)\n"
+    )
+    log = tmp_path / "parent.txt"
+    with Program([sys.executable, "-c", code, tmp_path / "child.txt"], log=log, cwd=ROOT) as parent:
+        parent.wait_for(lambda: "started" in parent.output(), deadline=60, what="the child to start")
+        assert any(process.ppid() == parent.pid for process in processes_with(token)), "the child runs"
+        with pytest.raises(AssertionError, match="still running"):
+            assert_no_process(token, deadline=0)
+        os.kill(parent.pid, signal.SIGKILL)
+        assert parent.wait(deadline=10) == -signal.SIGKILL, "the parent was killed"
+    assert_no_process(token)
+
+
+def test_leaving_the_with_statement_kills_the_whole_group(tmp_path: Path) -> None:
+    token = f"whole-group-{os.getpid()}"
+    script = f"sh -c 'while :; do sleep 1; done' {token} & wait"
+    with Program(["sh", "-c", script], log=tmp_path / "log.txt"):
+        wait_for(lambda: len(processes_with(token)) == 2, deadline=10, what="parent and child to run")
+    assert_no_process(token)
+
+
+def test_waiting_fails_with_what_it_waited_for_and_what_was_written(tmp_path: Path) -> None:
+    expected = pytest.raises(AssertionError, match=r"(?s)a sign: .* ended with 3 before it.*some words")
+    with Program(["sh", "-c", "echo some words; exit 3"], log=tmp_path / "log.txt") as program, expected:
+        program.wait_for(lambda: False, deadline=60, what="a sign")
+    with pytest.raises(AssertionError, match="the moon: still not so after 0 s"):
+        wait_for(lambda: False, deadline=0, what="the moon")
+
+
+def test_ci_script_and_make_are_well_formed() -> None:
+    assert os.access(ROOT / ".ci" / "run", os.X_OK), ".ci/run is executable"
+    subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    argv = ["make", "--dry-run", "TESTS=", "test", "quickstart"]
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "coverage run -m pytest --coverage-floors" in done.stdout, "make test holds the floors"
+
+
+def test_no_rank_of_an_earlier_session_is_left() -> None:
+    for process in processes_with("tests.support.rank_worker"):
+        assert process.ppid() != 1, f"rank {process.pid} outlived its session"
+        assert psutil.pid_exists(process.ppid()), f"rank {process.pid} has no parent"
