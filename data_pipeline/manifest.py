@@ -243,7 +243,6 @@ class Manifest(Section):
 
     _folder: Path | None = PrivateAttr(default=None)
     _digest: str | None = PrivateAttr(default=None)
-    _digest: str | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:

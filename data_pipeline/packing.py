@@ -67,7 +67,7 @@ def rows_per_block(lengths: Lengths, sequence_tokens: int, packing: str) -> int:
     positions = _positions(lengths, sequence_tokens)
     if packing == "concat":
         return -(-int(positions.sum()) // sequence_tokens)
-    _check_packing(packing)
+    check_packing(packing)
     return int((positions // sequence_tokens).sum()) + len(_fill_rows(positions, sequence_tokens))
 
 
@@ -86,11 +86,12 @@ def pack_arrays(lengths: Lengths, sequence_tokens: int, packing: str) -> Pack:
     positions = _positions(lengths, sequence_tokens)
     if packing == "concat":
         return _concat(positions, sequence_tokens)
-    _check_packing(packing)
+    check_packing(packing)
     return _best_fit(positions, sequence_tokens)
 
 
-def _check_packing(packing: str) -> None:
+def check_packing(packing: str) -> None:
+    """Raises ValueError unless `packing` is one of PACKINGS."""
     if packing not in PACKINGS:
         raise ValueError(f"unknown packing {packing!r}: one of {', '.join(PACKINGS)}")
 

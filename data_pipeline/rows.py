@@ -70,7 +70,7 @@ def rows_digest(
     rows["row"] = _exact(row_ids, np.dtype("<i8"))
     for field, array in enumerate((input_ids, labels, document_ids)):
         rows["ids"][:, field] = _exact(array, np.dtype("<i4"))
-    flat = memoryview(rows.view(np.uint8)) if batch else memoryview(b"")
+    flat = memoryview(rows.tobytes())
     size = record.itemsize
     total = sum(xxhash.xxh3_64_intdigest(flat[row * size : (row + 1) * size]) for row in range(batch))
     return total % 2**64

@@ -58,6 +58,4 @@ def to_tensors(rows: RowBatch, device: torch.device) -> TokenBatch:
 def empty_batch(sequence_tokens: int, device: torch.device) -> TokenBatch:
     """A micro-batch of one row of padding: loss 0, weight 0. Keeps a rank without rows in step with the others."""
     ids = torch.zeros((1, sequence_tokens), dtype=torch.int64, device=device)
-    return TokenBatch(
-        torch.zeros(1, dtype=torch.int64), ids, torch.full_like(ids, -100), torch.full_like(ids, -1)
-    )
+    return TokenBatch(torch.zeros(1, dtype=torch.int64), ids, torch.full_like(ids, -100), torch.full_like(ids, -1))

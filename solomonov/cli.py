@@ -37,12 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
-    quickstart = verbs.add_parser(
-        "quickstart", help="a whole life on this machine, on text that it already has"
-    )
-    quickstart.add_argument(
-        "--folder", default="quickstart", help="where everything is made (default: quickstart)"
-    )
+    quickstart = verbs.add_parser("quickstart", help="a whole life on this machine, on text that it already has")
+    quickstart.add_argument("--folder", default="quickstart", help="where everything is made (default: quickstart)")
 
     for name, text in (
         ("prepare", "raw data -> tokenizer -> shards + manifest"),
@@ -52,9 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("config", metavar="CONFIG", help="YAML file")
         verb.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, YAML values")
 
-    checkpoints = verbs.add_parser(
-        "checkpoints", help="list, verify, digest, diff or prune a run's checkpoints"
-    )
+    checkpoints = verbs.add_parser("checkpoints", help="list, verify, digest, diff or prune a run's checkpoints")
     checkpoints.add_argument("action", choices=("list", "verify", "digest", "diff", "prune"))
     checkpoints.add_argument("run", metavar="RUN")
     checkpoints.add_argument("--step", type=int, help="one checkpoint instead of all (digest: the newest)")
@@ -63,25 +57,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = verbs.add_parser("evaluate", help="held-out loss and bits per byte, beside gzip -9 and xz -9")
     evaluate.add_argument("target", metavar="RUN_OR_EXPORT")
-    evaluate.add_argument(
-        "--step", type=int, help="the checkpoint of this step (default: the newest that verifies)"
-    )
+    evaluate.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest that verifies)")
     evaluate.add_argument("--data", help="prepared data folder (default: the run's own)")
-    evaluate.add_argument(
-        "--max-bytes", type=int, default=1 << 20, help="held-out text to read (default: 1 MiB)"
-    )
+    evaluate.add_argument("--max-bytes", type=int, default=1 << 20, help="held-out text to read (default: 1 MiB)")
 
     generate = verbs.add_parser("generate", help="continue a text")
     generate.add_argument("target", metavar="RUN_OR_EXPORT")
-    generate.add_argument(
-        "--prompt", default="", help="text to continue (default: nothing, from a document's start)"
-    )
+    generate.add_argument("--prompt", default="", help="text to continue (default: nothing, from a document's start)")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     generate.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens (0: all)")
-    generate.add_argument(
-        "--top-p", type=float, default=0.95, help="only the likeliest tokens of this total mass"
-    )
+    generate.add_argument("--top-p", type=float, default=0.95, help="only the likeliest tokens of this total mass")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--step", type=int)
 
@@ -162,9 +148,7 @@ def train(config_path: Path, overrides: Sequence[str] = ()) -> int:
         done = finished_step(run, prepared.plan.total_steps)
         if done is not None:
             print(f"{run.path}: done, {done} updates; nothing is left to train")
-            print(
-                f"  raise training.total_steps under a new run.name to train longer; solomonov export {run.path}"
-            )
+            print(f"  raise training.total_steps under a new run.name to train longer; solomonov export {run.path}")
             return exits.DONE
         return _supervise(run, launch, ranks, lock, prepared.plan.total_steps, prepared.plan.describe())
 
@@ -180,15 +164,11 @@ def _launch_section(loaded: Loaded) -> tuple[LaunchConfig, int]:
     try:
         launch = LaunchConfig.model_validate(dict(loaded.launch))
     except ValidationError as error:
-        raise configuration_mistakes(
-            error, LaunchConfig, where="the launch section", prefix="launch."
-        ) from error
+        raise configuration_mistakes(error, LaunchConfig, where="the launch section", prefix="launch.") from error
     return launch, launch.ranks_per_node or max(1, visible_gpus())
 
 
-def _supervise(
-    run: RunFolder, launch: LaunchConfig, ranks: int, lock: int, total_steps: int, plan: str
-) -> int:
+def _supervise(run: RunFolder, launch: LaunchConfig, ranks: int, lock: int, total_steps: int, plan: str) -> int:
     """Start the ranks, watch them, show their progress, and say how it ended."""
     from launcher.job import JobSpec
     from launcher.local import LocalLauncher

@@ -79,9 +79,7 @@ def checkpoints(options: argparse.Namespace) -> int:
             problem = _verify(item) if options.action == "verify" else None
         else:
             problem = item.error.what
-        line["state"] = (
-            "damaged: " + problem if problem else ("verified" if options.action == "verify" else "listed")
-        )
+        line["state"] = "damaged: " + problem if problem else ("verified" if options.action == "verify" else "listed")
         damaged = damaged or bool(problem)
         lines.append(line)
     _table(options, lines)

@@ -148,20 +148,16 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key!r} is not text", problem_mark=key_node.start_mark
-                )
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not text", problem_mark=key_node.start_mark)
             if key in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark
-                )
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
     list("-+0123456789"),
@@ -175,7 +171,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
         ConfigurationError: not YAML, or a key twice; the message has line and column.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigurationError(
             f"{where} is not valid YAML",
@@ -241,11 +237,7 @@ def configuration_mistakes(
             known = [*_fields_at(model, mistake["loc"][:-1]), *(extra if len(mistake["loc"]) == 1 else ())]
             near = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1, cutoff=0.5)
             parent = dotted.rpartition(".")[0]
-            hint = (
-                f"did you mean {parent + '.' if parent else ''}{near[0]}?"
-                if near
-                else f"known: {', '.join(known)}"
-            )
+            hint = f"did you mean {parent + '.' if parent else ''}{near[0]}?" if near else f"known: {', '.join(known)}"
             lines.append(f"{dotted}: there is no such key; {hint}")
             remedies.append(f"rename {dotted} to {near[0]}" if near else f"remove {dotted}")
         elif mistake["type"] == "missing":

@@ -140,7 +140,8 @@ def _sentence(record: Mapping[str, Any]) -> str | None:
     if kind == "fallback":
         return f"{record['what']}: {record['to']} instead ({record['reason']})"
     if kind == "evaluated":
-        return f"held-out loss {record['loss']:.4f} ({record['bits_per_byte']:.3f} bits a byte) at step {record['step']}"
+        bits = f"{record['bits_per_byte']:.3f} bits a byte"
+        return f"held-out loss {record['loss']:.4f} ({bits}) at step {record['step']}"
     if kind in (
         "checkpoint_failed",
         "checkpoint_damaged",
@@ -148,9 +149,7 @@ def _sentence(record: Mapping[str, Any]) -> str | None:
         "tensorboard_failed",
         "metrics_failed",
     ):
-        details = {
-            k: v for k, v in record.items() if k not in ("schema_version", "time", "event", "pid", "attempt")
-        }
+        details = {k: v for k, v in record.items() if k not in ("schema_version", "time", "event", "pid", "attempt")}
         return f"{kind.replace('_', ' ')}: {json.dumps(details)}"
     return None
 

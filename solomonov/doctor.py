@@ -121,14 +121,10 @@ def _disk(folder: Path) -> Finding:
 def _shared_memory() -> Finding:
     folder = Path("/dev/shm")
     if not folder.is_dir():
-        return Finding(
-            "shared memory", "no /dev/shm", "note", "NCCL between processes of one machine needs it"
-        )
+        return Finding("shared memory", "no /dev/shm", "note", "NCCL between processes of one machine needs it")
     free = shutil.disk_usage(folder).free
     remedy = "" if free > GIB // 4 else "NCCL wants more: start the container with a larger --shm-size"
-    return Finding(
-        "shared memory", f"{free / GIB:.1f} GiB free in {folder}", "note" if remedy else "ok", remedy
-    )
+    return Finding("shared memory", f"{free / GIB:.1f} GiB free in {folder}", "note" if remedy else "ok", remedy)
 
 
 def _open_files() -> Finding:

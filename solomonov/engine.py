@@ -165,9 +165,7 @@ class Engine:
         weighs the same wherever it is. DeepSpeed divides by the accumulation steps and averages over the
         data-parallel ranks; the factor below undoes both.
         """
-        assert len(batches) == self.spec.plan.accumulation, (
-            f"{len(batches)} micro-batches, not the plan's number"
-        )
+        assert len(batches) == self.spec.plan.accumulation, f"{len(batches)} micro-batches, not the plan's number"
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr
         scale = self.spec.plan.accumulation * self.spec.plan.data_parallel / max(1, valid_tokens)
@@ -205,12 +203,8 @@ class Engine:
         apply = optimizer.step
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            gradients = [
-                p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-            ]
-            norm = torch.linalg.vector_norm(
-                torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients])
-            )
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
             self._norm = float(norm)
             if not math.isfinite(self._norm):
                 return None
@@ -243,13 +237,14 @@ class Engine:
             else:
                 tied = (layer.tied_key, layer.module_type, *layer.arguments)
                 layers.append(TiedLayerSpec(*tied, forward_fn=layer.forward, tied_weight_attr=["weight"]))
-        return PipelineModule(
+        module: torch.nn.Module = PipelineModule(
             layers=layers,
             num_stages=spec.pipeline,
             loss_fn=lambda outputs, labels: pipeline_loss(outputs, labels[0]) * labels[1][0],
             partition_method="parameters",
             activation_checkpoint_interval=0,
         )
+        return module
 
     def _pipeline_batch(self, batches: Sequence[TokenBatch], scale: float) -> torch.Tensor:
         """DeepSpeed's own schedule: all micro-batches, the update included."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +77,10 @@ class ExportReport:
     max_abs_logit: float
     """Largest of these logits."""
 
+    equal_token_ids: bool
+    """Whether the exported tokenizer gives our ids for the check text; else it splits some ties another way
+    (see `fast_tokenizer`), into as many tokens of the same text."""
+
 
 def export_hf(
     state: Mapping[str, Tensor],
@@ -130,7 +134,9 @@ def export_hf(
     _write_json(aside / "config.json", config)
     _write_json(aside / "generation_config.json", _generation_config(tokenizer))
     _write_tokenizer(aside, tokenizer, sequence_tokens)
-    difference, largest = _check(aside, state if dtype == "float32" else None, model, tokenizer, sequence_tokens)
+    _write_json(aside / _MARKER, {"schema_version": 1, "model": model.model_dump(mode="json")})
+    equal_ids = _check_tokenizer(aside, tokenizer)
+    difference, largest = _check_logits(aside, state if dtype == "float32" else None, model, tokenizer, sequence_tokens)
     report = ExportReport(
         architecture=config["architectures"][0],
         parameters=parameter_count(model, tokenizer.vocab_size),
@@ -138,9 +144,9 @@ def export_hf(
         dtype=dtype,
         max_abs_difference=difference,
         max_abs_logit=largest,
+        equal_token_ids=equal_ids,
     )
     _write_text(aside / "README.md", _card(target.name, report, model, tokenizer, sequence_tokens))
-    _write_json(aside / _MARKER, {"schema_version": 1, "model": model.model_dump(mode="json")})
     _sync(aside)
     _replace(aside, target)
     return report
@@ -271,43 +277,48 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _check(
-    folder: Path,
-    state: Mapping[str, Tensor] | None,
-    model: ModelConfig,
-    tokenizer: Tokenizer,
-    sequence_tokens: int,
+def _check_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether the folder's tokenizer gives our ids for the check text.
+
+    Raises:
+        NumericalError: it needs another number of tokens, or they spell another text.
+    """
+    theirs = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = [tokenizer.bos, *tokenizer.encode(_CHECK_TEXT)]
+    found = theirs(_CHECK_TEXT)["input_ids"]
+    if len(found) != len(ids) or tokenizer.decode(found) != tokenizer.decode(ids):
+        raise NumericalError(
+            "The exported tokenizer reads text in another way than ours.",
+            got=f"{len(found)} tokens for the check text, ours gives {len(ids)}",
+            rule="as many tokens, of the same text",
+            remedy=f"report this; the incomplete export stands in {folder}",
+        )
+    return bool(found == ids)
+
+
+def _check_logits(
+    folder: Path, state: Mapping[str, Tensor] | None, model: ModelConfig, tokenizer: Tokenizer, sequence_tokens: int
 ) -> tuple[float, float]:
     """Largest difference of logits and largest logit, ours against those of the folder as loaded by others.
 
     Args:
         state: our weights; None: those in the folder, for a type that rounds them.
-    """
-    import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    theirs_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    ids = [tokenizer.bos, *tokenizer.encode(_CHECK_TEXT)]
-    theirs_ids = theirs_tokenizer(_CHECK_TEXT)["input_ids"]
-    if ids != theirs_ids:
-        raise NumericalError(
-            "The exported tokenizer does not give the token ids of ours.",
-            got=_first_difference(ids, theirs_ids),
-            rule="equal ids for the check text",
-            remedy="report this with tokenizer.model attached; the incomplete export was left aside",
-        )
-    ids = ids[: min(CHECK_TOKENS, sequence_tokens)]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    Raises:
+        NumericalError: the difference is above the tolerance.
+    """
+    theirs = _transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     if state is None:
         model, state, _ = load_hf(folder)
     ours = Transformer(model, tokenizer.vocab_size, seed=None)
     ours.load_state_dict(dict(state), strict=False)
-    rows = torch.tensor([ids])
+    ids = [tokenizer.bos, *tokenizer.encode(_CHECK_TEXT)]
+    rows = torch.tensor([ids[: min(CHECK_TOKENS, sequence_tokens)]])
     with torch.inference_mode():
         expected = ours.eval()(rows, torch.zeros_like(rows))
         found = theirs.eval()(input_ids=rows).logits
     difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
+    # Negated, so that NaN does not pass.
     if not difference <= CHECK_TOLERANCE * max(1.0, largest):
         raise NumericalError(
             "The export does not give the same logits in transformers.",
@@ -318,9 +329,13 @@ def _check(
     return difference, largest
 
 
-def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
-    place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    return f"{list(ours[place : place + 5])} and {list(theirs[place : place + 5])} from token {place} on"
+def _transformers() -> Any:
+    """The library, without its progress bars and advice."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -336,9 +351,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _model_config(folder: Path, config: Mapping[str, Any]) -> ModelConfig:
-    kind = config.get("model_type")
-    if kind not in ("qwen3", "llama") or not (folder / _MARKER).is_file():
-        raise _not_ours(folder, f"model_type {kind!r}, {_MARKER} {'there' if kind else 'missing'}")
+    kind, marked = config.get("model_type"), (folder / _MARKER).is_file()
+    if kind not in ("qwen3", "llama") or not marked:
+        raise _not_ours(folder, f"model_type {kind!r}" if marked else f"no {_MARKER}")
     try:
         return ModelConfig.model_validate(
             {

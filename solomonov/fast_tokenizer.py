@@ -46,6 +46,8 @@ def build_tokenizer(tokenizer: Tokenizer) -> Any:
     fast.decoder = decoders.Sequence([decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
     special = [AddedToken(piece.text, special=True, normalized=False) for piece in pieces[: tokenizer.pad + 1]]
     fast.add_special_tokens(special)
+    # Not part of tokenizer.json: the `split_special_tokens` of tokenizer_config.json says it there.
+    fast.encode_special_tokens = True
     begin = pieces[tokenizer.bos].text
     fast.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, tokenizer.bos)]

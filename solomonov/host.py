@@ -60,9 +60,7 @@ def git_facts() -> dict[str, Any]:
     commands = {"commit": ["rev-parse", "HEAD"], "changes": ["status", "--porcelain"]}
     facts: dict[str, Any] = {}
     for key, arguments in commands.items():
-        done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
         if done.returncode:
             return {}
         facts[key] = done.stdout.strip()

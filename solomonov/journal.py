@@ -43,7 +43,7 @@ class Journal:
             os.close(fd)
 
     def try_write(self, event: str, **fields: Any) -> bool:
-        """Like `write`, but a disk that is full or gone does not end the training step. Returns whether it was written."""
+        """Like `write`, but a disk that is full or gone does not end the training step; returns whether it worked."""
         try:
             self.write(event, **fields)
         except OSError:

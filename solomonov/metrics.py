@@ -34,7 +34,8 @@ class MetricsLog:
             step -> line, for every later step that some earlier attempt had logged: what the replay must reproduce.
         """
         superseded = self.path.with_suffix(".superseded.jsonl")
-        kept, moved = [], []
+        kept: list[dict[str, Any]] = []
+        moved: list[dict[str, Any]] = []
         for line in _complete_lines(self.path):
             (kept if line["step"] <= step else moved).append(line)
         if moved:

@@ -10,14 +10,15 @@ import torch
 from solomonov.config import OptimizerConfig
 
 NO_DECAY_SUFFIXES = ("norm.weight",)
-"""Names with these endings (norm gains, one value a channel) do not decay; every other parameter is a matrix and does."""
+"""Names with these endings (norm gains, one value a channel) do not decay; all other parameters are matrices and do."""
 
 
 def parameter_groups(
     parameters: Iterable[tuple[str, torch.nn.Parameter]], optimizer: OptimizerConfig
 ) -> list[dict[str, Any]]:
     """Sort canonical names into decaying and not decaying groups; every parameter is in exactly one."""
-    decay, plain = [], []
+    decay: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, parameter in parameters:
         (plain if name.endswith(NO_DECAY_SUFFIXES) else decay).append(parameter)
     groups = [

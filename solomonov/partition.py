@@ -48,9 +48,7 @@ class Piece:
 
 def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside DeepSpeed's, or the optimizer itself."""
-    inner: torch.optim.Optimizer = (
-        optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
-    )
+    inner: torch.optim.Optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
     return inner
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sysconfig
 import threading
 import time
@@ -93,9 +92,7 @@ def quickstart(folder: Path, *, train: Callable[[Path], int]) -> int:
         console.print(f"{folder}: all of it is done; remove the folder to begin anew\n")
         show(console, json.loads(summary_path.read_text()), folder, run)
         return exits.DONE
-    console.print(
-        f"[bold]solomonov quickstart[/]: {usable_cores()} cores, {visible_gpus() or 'no'} GPU, in {folder}/"
-    )
+    console.print(f"[bold]solomonov quickstart[/]: {usable_cores()} cores, {visible_gpus() or 'no'} GPU, in {folder}/")
     seconds: dict[str, float] = {}
     with PeakMemory() as peak:
         with _stage(console, "prepare", seconds, f"solomonov prepare {config_path}"):
@@ -200,9 +197,7 @@ def show(console: Console, summary: dict[str, Any], folder: Path, run: RunFolder
         f"{training['parameters']:,} parameters, {training['steps']} updates, {training['tokens']:,} predicted tokens"
         f" on {training['ranks']} DeepSpeed rank(s)",
     )
-    table.add_row(
-        "training loss", f"{training['first_loss']:.3f} -> {training['last_loss']:.3f} nats a token"
-    )
+    table.add_row("training loss", f"{training['first_loss']:.3f} -> {training['last_loss']:.3f} nats a token")
     table.add_row(
         "held-out text",
         f"{evaluation['bits_per_byte']:.3f} bits a byte; gzip -9 {evaluation['gzip_bits_per_byte']:.3f},"

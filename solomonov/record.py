@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from solomonov.checkpoint.store import ResumeFact
 from solomonov.config import Config, flatten
 from solomonov.metrics import MetricsLog, replay_differences
 from solomonov.model.counts import flops_per_token
@@ -103,9 +104,9 @@ class RunRecord:
             self._journal.try_write(kind, **{"attempt": self.attempt, **fields})
             print(f"{kind} {json.dumps(fields)}", flush=True)
 
-    def resumes(self) -> list[tuple[int, int]]:
+    def resumes(self) -> list[ResumeFact]:
         """(attempt, step it resumed from) of all earlier attempts that began to train, for fencing."""
-        return [(int(e["attempt"]), int(e["step"])) for e in self._journal.events("resumed")]
+        return [ResumeFact(int(e["attempt"]), int(e["step"])) for e in self._journal.events("resumed")]
 
     def begin(self, step: int, layout: dict[str, Any], *, resumed: bool) -> None:
         """Open the records at `step`: lines of later steps are superseded, and what is replayed will be compared."""
@@ -113,9 +114,7 @@ class RunRecord:
         if self._rank:
             return
         self._layouts = [(int(e["step"]), e["layout"]) for e in self._journal.events("resumed")]
-        self._metrics = MetricsLog(
-            self._run.metrics, lambda message: self.event("metrics_failed", message=message)
-        )
+        self._metrics = MetricsLog(self._run.metrics, lambda message: self.event("metrics_failed", message=message))
         self._replay = self._metrics.resume(step)
         self.event("resumed", step=step, of=self._plan.total_steps, layout=layout, plan=self._plan.describe())
         if self._config.metrics.tensorboard:
@@ -174,9 +173,7 @@ class RunRecord:
         earlier = [layout for start, layout in self._layouts if start < now["step"]]
         exact = self._layout["device"] == "cpu" or self._config.run.deterministic
         same = exact and bool(earlier) and earlier[-1] == self._layout
-        differences = replay_differences(
-            before, now, same_layout=same, precision=str(self._layout["precision"])
-        )
+        differences = replay_differences(before, now, same_layout=same, precision=str(self._layout["precision"]))
         if differences:
             self.event("replay_mismatch", step=now["step"], differences=differences, same_layout=same)
 

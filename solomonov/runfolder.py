@@ -91,7 +91,7 @@ class RunFolder:
         if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
             raise ConfigurationError(
                 "the run's record has a schema that this release cannot read",
-                got=f"{self.resolved_path}: schema_version {record.get('schema_version') if isinstance(record, dict) else None}",
+                got=f"{self.resolved_path} begins {str(record)[:60]}",
                 rule=f"schema_version {SCHEMA_VERSION}",
                 remedy="use the release that wrote the run",
             )
@@ -158,8 +158,7 @@ def open_run(
             remedy="choose another run.name or run.folder, or move the folder away",
         )
     values = {
-        key: {"value": value, "origin": loaded.origins.get(key, "default")}
-        for key, value in flatten(config).items()
+        key: {"value": value, "origin": loaded.origins.get(key, "default")} for key, value in flatten(config).items()
     }
     if old is not None:
         _refuse_another_run(run, old, values, data)

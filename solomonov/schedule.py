@@ -33,9 +33,7 @@ def lr_factor(schedule: ScheduleConfig, update: int, total_steps: int) -> float:
     if update < schedule.warmup_steps:
         return (update + 1) / schedule.warmup_steps
     if schedule.kind == "wsd":
-        decay_steps = max(
-            1, min(round(total_steps * schedule.decay_fraction), total_steps - schedule.warmup_steps)
-        )
+        decay_steps = max(1, min(round(total_steps * schedule.decay_fraction), total_steps - schedule.warmup_steps))
         remaining = min(1.0, (total_steps - update) / decay_steps)
     else:
         progress = (update - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)

@@ -49,9 +49,7 @@ def prepare_run(loaded: Loaded, *, ranks: int, launch: Mapping[str, Any]) -> Pre
     if precision == "auto" and visible_gpus():
         precision = "bf16"  # every CUDA device of the last five generations has it; the rank itself decides
     data_parallel = check_layout(config.parallel, precision=precision, world=ranks)
-    plan = plan_batch(
-        config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel
-    )
+    plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel)
     if not (Path(config.data.folder) / "MANIFEST.json").exists():
         raise ConfigurationError(
             "the data is not prepared",
@@ -63,7 +61,7 @@ def prepare_run(loaded: Loaded, *, ranks: int, launch: Mapping[str, Any]) -> Pre
     if manifest.vocab_size != config.tokenizer.vocab_size:
         raise ConfigurationError(
             "the data was prepared with another vocabulary",
-            got=f"{manifest.vocab_size} ids in {config.data.folder}, tokenizer.vocab_size {config.tokenizer.vocab_size}",
+            got=f"{manifest.vocab_size} in {config.data.folder}, tokenizer.vocab_size {config.tokenizer.vocab_size}",
             rule="training uses the tokenizer of its data",
             remedy="prepare the data with this configuration in another data.folder, or restore tokenizer.vocab_size",
         )

@@ -62,9 +62,7 @@ class Trainer:
     state: TrainState = field(default_factory=TrainState)
 
 
-def train(
-    run: RunFolder, control: Control, device: torch.device, stop: StopRequest, heartbeat: Heartbeat
-) -> int:
+def train(run: RunFolder, control: Control, device: torch.device, stop: StopRequest, heartbeat: Heartbeat) -> int:
     """Train a run from where it stands to its end, or to a request to stop.
 
     Returns:
@@ -86,9 +84,7 @@ def train(
             line.lap("data_wait")
 
             heartbeat.beat("forward_backward")
-            line.lr = trainer.config.optimizer.lr * lr_factor(
-                trainer.config.schedule, state.step, plan.total_steps
-            )
+            line.lr = trainer.config.optimizer.lr * lr_factor(trainer.config.schedule, state.step, plan.total_steps)
             loss_sum = trainer.engine.forward_backward(batches, line.tokens, line.lr)
             line.lap("forward_backward")
 
@@ -139,9 +135,7 @@ def build(
     config = run.config()
     precision = resolve_precision(config.training.precision, device)
     data_parallel = check_layout(config.parallel, precision=precision, world=control.size)
-    plan = plan_batch(
-        config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel
-    )
+    plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel)
     dataset = stack.enter_context(Dataset.open(run.data_folder()))
     stream = Stream(
         dataset,
@@ -154,9 +148,7 @@ def build(
     held_out = HeldOutRows(dataset, sequence_tokens=config.data.sequence_tokens, packing=config.data.packing)
     record = stack.enter_context(RunRecord(run, config, plan, rank=control.rank))
     missing = (
-        compiler_missing(device)
-        if config.training.compile is True or _compile_by_default(config, device)
-        else None
+        compiler_missing(device) if config.training.compile is True or _compile_by_default(config, device) else None
     )
     if missing:
         record.event("fallback", what="torch.compile", to="eager", reason=missing)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.coverage_floors import measure_and_check
 from tests.support.ranks import close_pools
+from tests.support.sampling import FULL, tree_seed
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -38,15 +39,9 @@ _coverage_lines: list[str] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("solomonov")
-    group.addoption(
-        "--update-golden", action="store_true", help="write the golden files instead of comparing"
-    )
-    group.addoption(
-        "--require", default="", help="comma-separated markers whose skip is a failure: ray,slurm,gpu"
-    )
-    group.addoption(
-        "--coverage-floors", action="store_true", help="fail below tests/support/coverage_floors.py"
-    )
+    group.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
+    group.addoption("--require", default="", help="comma-separated markers whose skip is a failure: ray,slurm,gpu")
+    group.addoption("--coverage-floors", action="store_true", help="fail below tests/support/coverage_floors.py")
 
 
 def required(config: pytest.Config) -> set[str]:
@@ -56,8 +51,12 @@ def required(config: pytest.Config) -> set[str]:
     return names
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     required(config)
+    # Another sample for each state of the tree, the same one when it is run again.
+    if config.getoption("hypothesis_seed") is None:
+        config.option.hypothesis_seed = str(tree_seed())
     # No deadlines and no speed checks: a crowded machine is no reason to fail.
     hypothesis.settings.register_profile(
         "solomonov",
@@ -69,14 +68,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    lines = [
-        f"strict: skips fail under CI (CI={os.environ.get('CI', '')!r}), required: {sorted(required(config))}"
+    ci = os.environ.get("CI", "")
+    return [
+        f"sampling seed: {tree_seed()}" + (" (all cases: SOLOMONOV_FULL)" if FULL else ""),
+        f"strict: skips fail under CI (CI={ci!r}), required: {sorted(required(config))}",
     ]
-    if importlib.util.find_spec("tests.support.sampling") is not None:
-        from tests.support.sampling import tree_seed
-
-        lines.append(f"sampling seed: {tree_seed()}")
-    return lines
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

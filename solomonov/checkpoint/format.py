@@ -248,5 +248,7 @@ def _check_ranges(label: str, group: list[TensorRecord], numel: int) -> None:
         if record.start < position or (numel and record.start == record.end):
             raise TilingError(f"{label}: {here} overlaps what covers [0, {position})")
         position = record.end
-    if position != numel or (not numel and len(group) != 1):
+    if position != numel:
         raise TilingError(f"{label}: hole [{position}, {numel}) of [0, {numel})")
+    if not numel and len(group) != 1:
+        raise TilingError(f"{label}: {len(group)} fragments of a tensor without elements, one is needed")

@@ -85,22 +85,16 @@ def assert_layout_ran(outcomes: list[Outcome], layout: Layout) -> None:
 
 def assert_equal_within(outcome: Outcome, expected: Outcome, bound: float) -> None:
     """Losses, norms and, per tensor, ||a - b|| <= bound ||b||."""
-    torch.testing.assert_close(
-        torch.tensor(outcome.losses), torch.tensor(expected.losses), rtol=bound, atol=0
-    )
+    torch.testing.assert_close(torch.tensor(outcome.losses), torch.tensor(expected.losses), rtol=bound, atol=0)
     torch.testing.assert_close(torch.tensor(outcome.norms), torch.tensor(expected.norms), rtol=bound, atol=0)
     assert outcome.state.keys() == expected.state.keys()
     for key, tensor in outcome.state.items():
         reference_tensor = expected.state[key]
-        distance = torch.linalg.vector_norm(tensor - reference_tensor) / torch.linalg.vector_norm(
-            reference_tensor
-        )
+        distance = torch.linalg.vector_norm(tensor - reference_tensor) / torch.linalg.vector_norm(reference_tensor)
         assert distance <= bound, f"{key} differs by {distance:.2e}"
 
 
-@pytest.mark.parametrize(
-    ("world", "layout"), CASES, ids=[f"ranks{world}-{layout}" for world, layout in CASES]
-)
+@pytest.mark.parametrize(("world", "layout"), CASES, ids=[f"ranks{world}-{layout}" for world, layout in CASES])
 def test_layout_equals_plain_pytorch(world: int, layout: Layout) -> None:
     outcomes = run_ranks(tiny.run, world, layout, STEPS)
     assert_layout_ran(outcomes, layout)

@@ -23,9 +23,7 @@ def rank_facts(word: str, *, number: int) -> dict[str, Any]:
     dist.all_reduce(total)
     return {
         "rank": dist.get_rank(),
-        "environment": {
-            name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        },
+        "environment": {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")},
         "accelerator": os.environ["DS_ACCELERATOR"],
         "threads": torch.get_num_threads(),
         "total": total,
@@ -90,9 +88,7 @@ def engine_losses(stage: int) -> list[float]:
         "zero_optimization": {"stage": stage},
         "steps_per_print": 10**9,
     }
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=config, dist_init_required=False
-    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     rows = torch.arange(32.0).reshape(8, 4)[dist.get_rank() :: dist.get_world_size()][:4] / 32
     losses = []
     for _ in range(3):

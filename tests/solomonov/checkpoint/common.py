@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import subprocess
 import tempfile
@@ -130,19 +129,15 @@ def small_disk(size: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def ordinary_user(folder: Path) -> Iterator[None]:
-    """What permissions mean to others than root: the block runs as nobody, to whom `folder` is given."""
-    if os.geteuid() != 0:
-        yield
-        return
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
-    os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-def numel(shape: Sequence[int]) -> int:
-    return math.prod(shape)
+def ordinary_user() -> Iterator[Path]:
+    """A folder in which the block is what permissions were made for: not root (nobody, where the tests are root)."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = os.geteuid() == 0
+        if root:
+            os.chown(folder, NOBODY, NOBODY)
+            os.seteuid(NOBODY)
+        try:
+            yield Path(folder)
+        finally:
+            if root:
+                os.seteuid(0)

@@ -81,8 +81,10 @@ def test_every_truncation_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"[]\n", b"{}", b'{"a":1,"a":1}\n', b'{"a": 1}\n', b'{"a":NaN}\n', b'{"a":1e999}\n', b"\xff\n"]
-    + [b"[" * 100_000, b'{"a":' * 100_000, b'{"a":' + b"9" * 10_000 + b"}\n"],
+    [
+        *[b"", b"[]\n", b"{}", b'{"a":1,"a":1}\n', b'{"a": 1}\n', b'{"a":NaN}\n', b'{"a":1e999}\n', b"\xff\n"],
+        *[b"[" * 100_000, b'{"a":' * 100_000, b'{"a":' + b"9" * 10_000 + b"}\n"],
+    ],
     ids=lambda raw: repr(raw[:16]),
 )
 def test_refuses_what_is_not_canonical_json(raw: bytes) -> None:
@@ -190,5 +192,5 @@ def test_tilings_that_are_right() -> None:
     check_tiling([record(0, 1, shape=())], {("w", "master"): ()})
     check_tiling([record(0, 0, shape=(0, 3))], {("w", "master"): (0, 3)})
     check_tiling([], {})
-    with pytest.raises(TilingError, match="overlaps"):
+    with pytest.raises(TilingError, match="2 fragments"):
         check_tiling([record(0, 0, shape=(0, 3)), record(0, 0, shape=(0, 3))], {("w", "master"): (0, 3)})

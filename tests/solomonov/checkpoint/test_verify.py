@@ -32,7 +32,8 @@ def load_all(folder: Path) -> None:
     reader = CheckpointReader.open(folder)
     for name, kind in reader.shapes():
         reader.read_tensor(name, kind)
-    assert reader.state and reader.scalars
+    assert reader.state
+    assert reader.scalars
 
 
 def test_an_undamaged_checkpoint_verifies(checkpoint: Path) -> None:
@@ -57,7 +58,8 @@ def test_flipped_bits_are_all_found_and_the_older_checkpoint_is_used(checkpoint:
         assert found == older, f"bit {bit} of {path.name} passed verification"
         flip(path, bit)
     newest = store.newest_verified(checkpoint.parent)
-    assert newest is not None and newest.folder == checkpoint
+    assert newest is not None
+    assert newest.folder == checkpoint
 
 
 def test_no_flipped_bit_of_a_tensor_reaches_a_reader(checkpoint: Path) -> None:
@@ -110,12 +112,13 @@ def test_what_is_no_regular_file_is_damage(checkpoint: Path, name: str, fault: s
 def test_the_message_names_the_file_and_both_digests(checkpoint: Path) -> None:
     info = store.scan(checkpoint.parent)[0]
     manifest, _ = verify.open_manifest(checkpoint)
-    flip(checkpoint / RANK_FILE, 12345)
+    flip(checkpoint / RANK_FILE, 4321)
     with pytest.raises(DamagedCheckpointError) as caught:
         store.verify_checkpoint(info)
     assert RANK_FILE in caught.value.what
     assert manifest.files[RANK_FILE].xxh3_128 in caught.value.rule
-    assert "xxh3-128" in caught.value.got and caught.value.exit_code == 74
+    assert "xxh3-128" in caught.value.got
+    assert caught.value.exit_code == 74
 
 
 def with_header(path: Path, change: Callable[[dict[str, dict[str, object]]], object]) -> None:
@@ -190,8 +193,9 @@ def test_a_pickle_under_any_name_is_never_opened(checkpoint: Path, suffix: str) 
     assert not (checkpoint.parent / "executed").exists()
 
 
-def test_no_permission_is_not_damage(checkpoint: Path) -> None:
-    with ordinary_user(checkpoint):
+def test_no_permission_is_not_damage() -> None:
+    with ordinary_user() as folder:
+        checkpoint = write(folder, 7).folder
         (checkpoint / MANIFEST).chmod(0)
         with pytest.raises(ConfigurationError, match="permission"):
             CheckpointReader.open(checkpoint)

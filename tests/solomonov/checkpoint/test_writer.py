@@ -1,4 +1,4 @@
-"""Rank files against the safetensors library itself; storage that lies, fills up or forgets; commits that must not be."""
+"""Rank files against the safetensors library; storage that lies, fills up or forgets; commits that must not be."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_commit_gives_the_folder_its_name_and_files(tmp_path: Path) -> None:
     assert (reader.state, reader.scalars) == (header.state, header.scalars)
     assert (reader.manifest.parent_step, reader.manifest.attempt) == (5, 2)
     assert reader.manifest.topology == {"pipeline": 2}
-    assert reader.manifest.ledger is None and reader.manifest.statistics is None
+    assert (reader.manifest.ledger, reader.manifest.statistics) == (None, None)
     assert reader.digest == info.digest
 
 
@@ -148,11 +148,12 @@ def test_a_hole_is_not_committed(tmp_path: Path) -> None:
     state = make_state(1)
     entries = [write_rank_file(tmp_path, rank, held) for rank, held in enumerate(split(state, 2))]
     final = tmp_path / "step-00000007"
-    with pytest.raises(TilingError, match=r"hole \[26, 52\) of \[0, 52\)|hole \[8, 16\)|was not|not written"):
+    with pytest.raises(TilingError, match="not written|hole"):
         commit(tmp_path, final, entries=entries[:1], expected=shapes_of(state), header=HEADER)
     with pytest.raises(ValueError, match="two entries of one rank"):
         commit(tmp_path, final, entries=[*entries, entries[0]], expected=shapes_of(state), header=HEADER)
-    assert not final.exists() and not (tmp_path / "MANIFEST.json").exists()
+    assert not final.exists()
+    assert not (tmp_path / "MANIFEST.json").exists()
 
 
 def test_a_rank_file_that_is_short_where_it_is_committed_is_refused(tmp_path: Path) -> None:

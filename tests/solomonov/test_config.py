@@ -1,0 +1,135 @@
+"""The configuration: strict, frozen, with errors that name the key and the nearest valid one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from solomonov.config import Config, flatten, load_config, parse_config
+from solomonov.errors import ConfigurationError
+
+MINIMAL = """
+run: {name: a}
+model: {layers: 2, d_model: 32, heads: 4}
+data: {folder: d, sources: [{name: s, path: "*.txt"}]}
+training: {total_steps: 3}
+"""
+
+
+def parse(text: str = MINIMAL, *overrides: str) -> Any:
+    return parse_config(text, overrides, where="test.yaml", folder=Path("."))
+
+
+def refusal(text: str = MINIMAL, *overrides: str) -> ConfigurationError:
+    with pytest.raises(ConfigurationError) as caught:
+        parse(text, *overrides)
+    assert caught.value.exit_code == 78
+    return caught.value
+
+
+def test_defaults_origins_and_overrides() -> None:
+    loaded = parse(MINIMAL, "optimizer.lr=1e-3", "training.total_steps=9", "data.sources.0.weight=2.5")
+    assert loaded.config.optimizer.lr == 0.001
+    assert loaded.config.training.total_steps == 9
+    assert loaded.config.data.sources[0].weight == 2.5
+    assert loaded.origins["optimizer.lr"] == "override"
+    assert loaded.origins["model.layers"] == "config"
+    assert "schedule.kind" not in loaded.origins
+
+
+def test_a_misspelt_key_names_the_nearest() -> None:
+    error = refusal(MINIMAL + "optimizer: {learning_rate: 1, weight_decya: 0.1}\nmodell: {}\n")
+    assert "test.yaml has 3 mistakes" in error.what
+    assert "optimizer.weight_decya: there is no such key; did you mean optimizer.weight_decay?" in error.got
+    assert "modell: there is no such key; did you mean model?" in error.got
+    assert "optimizer.learning_rate" in error.got
+
+
+def test_a_misspelt_key_in_a_nested_section_and_in_a_list() -> None:
+    error = refusal(MINIMAL, "model.attention.qknorm=true", "data.sources.0.wieght=1")
+    assert "did you mean model.attention.qk_norm?" in error.got
+    assert "did you mean data.sources.0.weight?" in error.got
+
+
+def test_launch_is_split_off() -> None:
+    loaded = parse(MINIMAL + "launch: {ranks_per_node: 2}\n", "launch.max_restarts=4")
+    assert loaded.launch == {"ranks_per_node": 2, "max_restarts": 4}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.lr=fast", "optimizer.lr"),
+        ("optimizer.lr=-1.0", "greater than 0"),
+        ("training.total_steps=2.5", "training.total_steps"),
+        ("run.name=../x", "run.name"),
+        ("model.heads=3", "does not divide"),
+        ("training.total_tokens=5", "exactly one"),
+        ("total_steps=5", "not of the form"),
+        ("data.sources.4.weight=1", "does not exist"),
+        ("training.total_steps=[", "not valid YAML"),
+    ],
+)
+def test_bad_values_are_named(override: str, words: str) -> None:
+    assert words in str(refusal(MINIMAL, override))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "run: {name: a",
+        "- a\n- b\n",
+        "run: {name: a}\nrun: {name: b}\n",
+        "run: !!python/object:os.system {}\n",
+        "1: {name: a}\n",
+    ],
+)
+def test_what_is_not_plain_yaml_is_refused(text: str) -> None:
+    refusal(text)
+
+
+def test_unreadable_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_frozen() -> None:
+    config = parse().config
+    with pytest.raises(ValidationError, match="frozen"):
+        config.run.name = "b"
+
+
+def leaves_of_config() -> list[str]:
+    return sorted(flatten(parse().config))
+
+
+@given(st.data())
+def test_any_unknown_key_anywhere_is_refused_with_its_path(data: st.DataObject) -> None:
+    leaf = data.draw(st.sampled_from(leaves_of_config()))
+    parent = leaf.rpartition(".")[0]
+    word = data.draw(st.from_regex(r"[a-z]{3,12}_zz", fullmatch=True))
+    assert f"{parent}.{word}" in str(refusal(MINIMAL, f"{parent}.{word}=1"))
+
+
+def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
+    config = parse().config
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(path).config == config
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("number", ["1e-3", "3E4", "2.5e-8", "1e+2", "-1e-1"])
+def test_numbers_with_an_exponent_are_numbers(number: str) -> None:
+    from solomonov.config import parse_yaml
+
+    assert parse_yaml(f"a: {number}", where="x")["a"] == float(number)

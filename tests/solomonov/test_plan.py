@@ -1,0 +1,64 @@
+"""The batch plan divides exactly, or says what would: checked by hand and for any numbers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from solomonov.errors import ConfigurationError
+from solomonov.plan import TrainingConfig, legal_data_parallel, plan_batch
+
+
+def config(**values: object) -> TrainingConfig:
+    return TrainingConfig.model_validate({"total_steps": 10, **values})
+
+
+def test_by_hand() -> None:
+    plan = plan_batch(config(global_batch_tokens=16384, micro_batch_sequences=4), sequence_tokens=512, data_parallel=2)
+    assert (plan.batch_rows, plan.micro_rows, plan.accumulation) == (32, 4, 4)
+    assert plan.describe() == (
+        "4 rows x 4 accumulated x 2 data-parallel ranks = 32 rows of 512 = 16,384 tokens an update;"
+        " 10 updates = 163,840 tokens"
+    )
+
+
+@given(batch=st.integers(1, 5000), micro=st.integers(1, 40), sequence=st.integers(1, 300), ranks=st.integers(1, 70))
+def test_exact_or_refused_with_a_legal_way_out(batch: int, micro: int, sequence: int, ranks: int) -> None:
+    training = config(global_batch_tokens=batch, micro_batch_sequences=micro)
+    if batch % sequence == 0 and (batch // sequence) % (micro * ranks) == 0:
+        plan = plan_batch(training, sequence_tokens=sequence, data_parallel=ranks)
+        assert plan.micro_rows * plan.accumulation * plan.data_parallel * sequence == batch
+        return
+    with pytest.raises(ConfigurationError) as caught:
+        plan_batch(training, sequence_tokens=sequence, data_parallel=ranks)
+    assert caught.value.exit_code == 78
+    advised = int(caught.value.remedy.rsplit(" ", 1)[1])  # the last advice names a batch
+    assert advised % sequence == 0
+    if batch % sequence == 0:
+        better = config(global_batch_tokens=advised, micro_batch_sequences=micro)
+        plan_batch(better, sequence_tokens=sequence, data_parallel=ranks)
+
+
+def test_names_the_nearest_legal_ranks() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        plan_batch(config(global_batch_tokens=4096, micro_batch_sequences=2), sequence_tokens=512, data_parallel=3)
+    assert "use 1 or 2 or 4 data-parallel ranks" in caught.value.remedy
+    assert "8 rows, over 3 data-parallel ranks x 2 rows" in caught.value.got
+
+
+@given(rows=st.integers(1, 400), micro=st.integers(1, 20))
+def test_legal_data_parallel_is_all_divisors(rows: int, micro: int) -> None:
+    assert legal_data_parallel(rows, micro) == [d for d in range(1, rows + 1) if rows % (micro * d) == 0]
+
+
+def test_length_in_tokens_rounds_up_to_whole_batches() -> None:
+    training = TrainingConfig.model_validate({"total_tokens": 1001, "global_batch_tokens": 100})
+    assert training.steps == 11
+
+
+@pytest.mark.parametrize("values", [{}, {"total_steps": 1, "total_tokens": 1}])
+def test_exactly_one_length(values: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match="exactly one"):
+        TrainingConfig.model_validate(values)
