@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launcher.config import LaunchConfig
 from solomonov.cli import build_parser
 from solomonov.config import load_config
 from tests.support.source_tree import ROOT, fail_with, tracked_files
@@ -67,9 +68,14 @@ def test_files_named_in_the_text_exist() -> None:
     for page in documents():
         if page.name == "CHANGELOG.md":  # it tells of what was
             continue
-        for name in re.findall(r"`([\w./-]+/[\w./-]*)`", FENCE.sub("", page.read_text(encoding="utf-8"))):
-            if name.split("/")[0] in top and not (ROOT / name).exists():
-                wrong.append(f"{page.relative_to(ROOT)} names {name}")
+        text = page.read_text(encoding="utf-8")
+        names = re.findall(r"`([\w./-]+/[\w./-]*)`", FENCE.sub("", text))
+        names += re.findall(r"\b((?:configs|slurm)/[\w-]+\.\w+)", text)
+        wrong += [
+            f"{page.relative_to(ROOT)} names {name}"
+            for name in names
+            if name.split("/")[0] in top and not (ROOT / name).exists()
+        ]
     fail_with(wrong, "a file that the text names is not there")
 
 
@@ -94,9 +100,7 @@ def test_readme_s_tree_lists_what_is_there() -> None:
             listed.append(path)
             if not list(ROOT.glob(path.rstrip("/"))):
                 wrong.append(f"the tree names {path}")
-    tops = {
-        path.relative_to(ROOT).parts[0] for path in tracked_files() if len(path.relative_to(ROOT).parts) > 1
-    }
+    tops = {path.relative_to(ROOT).parts[0] for path in tracked_files() if len(path.relative_to(ROOT).parts) > 1}
     tops = {name for name in tops if not name.startswith(".")}
     wrong += [f"the tree leaves out {name}/" for name in sorted(tops) if f"{name}/" not in listed]
     fail_with(wrong, "the README's tree and the repository differ")
@@ -105,14 +109,10 @@ def test_readme_s_tree_lists_what_is_there() -> None:
 def test_every_verb_that_the_readme_names_exists() -> None:
     known = verbs(build_parser())
     assert known, "the command has no verbs"
-    named = re.findall(
-        r"(?:^|[`$ ])(?:\S*/)?solomonov +([a-z][a-z-]*)\b", "\n".join(blocks("console")), re.MULTILINE
-    )
+    named = re.findall(r"(?:^|[`$ ])(?:\S*/)?solomonov +([a-z][a-z-]*)\b", "\n".join(blocks("console")), re.MULTILINE)
     named += re.findall(r"`solomonov +([a-z][a-z-]*)\b", readme())
     assert named, "the README names no verb"
-    fail_with(
-        [f"solomonov {verb}" for verb in sorted(set(named) - known.keys())], "a verb that does not exist"
-    )
+    fail_with([f"solomonov {verb}" for verb in sorted(set(named) - known.keys())], "a verb that does not exist")
 
 
 def test_every_make_target_that_the_text_names_exists() -> None:
@@ -121,21 +121,26 @@ def test_every_make_target_that_the_text_names_exists() -> None:
     named = {
         name
         for page in documents()
-        for name in re.findall(
-            r"(?:^ {4}|`|\$ )make ([a-z]+)\b", page.read_text(encoding="utf-8"), re.MULTILINE
-        )
+        for name in re.findall(r"(?:^ {4}|`|\$ )make ([a-z]+)\b", page.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert {"quickstart", "test"} <= named, "the README says how to start and how to test"
     fail_with(sorted(named - targets), "a make target that does not exist")
 
 
+def load_whole(path: Path) -> None:
+    """Loads a configuration as a command does, its launch section included."""
+    LaunchConfig.model_validate(dict(load_config(path).launch))
+
+
 def test_readme_s_yaml_is_a_configuration(tmp_path: Path) -> None:
+    """Each block by itself or, where it shows some sections only, in place of those of the first config file."""
     found = blocks("yaml")
     assert found, "the README shows no configuration"
+    whole = yaml.safe_load(CONFIGS[0].read_text(encoding="utf-8"))
     for number, body in enumerate(found):
         path = tmp_path / f"block-{number}.yaml"
-        path.write_text(body, encoding="utf-8")
-        load_config(path)
+        path.write_text(yaml.safe_dump(whole | yaml.safe_load(body)), encoding="utf-8")
+        load_whole(path)
 
 
 def test_there_are_configurations_but_not_many() -> None:
@@ -144,8 +149,7 @@ def test_there_are_configurations_but_not_many() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_configuration_loads(path: Path) -> None:
-    load_config(path)
-    assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict), f"{path.name} is no mapping"
+    load_whole(path)
 
 
 def test_readme_s_first_screen_says_how_to_start() -> None:

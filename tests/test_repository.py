@@ -15,27 +15,17 @@ def pyproject() -> dict[str, Any]:
 
 def test_every_package_folder_is_listed_in_pyproject() -> None:
     listed = set(pyproject()["tool"]["setuptools"]["packages"])
-    real = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for name in PACKAGES
-        for path in (ROOT / name).rglob("*.py")
-    }
-    assert listed == real, (
-        f"packages in pyproject.toml and folders with code differ in {sorted(listed ^ real)}"
-    )
+    real = {".".join(path.parent.relative_to(ROOT).parts) for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
+    assert listed == real, f"packages in pyproject.toml and folders with code differ in {sorted(listed ^ real)}"
     for name in sorted(listed):
         assert (ROOT / name.replace(".", "/") / "__init__.py").is_file(), f"{name} has no __init__.py"
 
 
 def test_version_is_the_changelog_s_newest() -> None:
     project = pyproject()["project"]
-    headings = re.findall(
-        r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    headings = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert headings, "CHANGELOG.md has no `## [version]` heading"
-    assert headings[0] == project["version"], (
-        "pyproject.toml and the top of CHANGELOG.md name different versions"
-    )
+    assert headings[0] == project["version"], "pyproject.toml and the top of CHANGELOG.md name different versions"
 
 
 def test_no_machine_path_and_no_registry_host_in_any_file() -> None:

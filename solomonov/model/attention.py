@@ -28,9 +28,7 @@ class AttentionContext:
     """(B, 1, T, E/2) fp32."""
 
 
-def attention_context(
-    document_ids: Tensor, config: ModelConfig, *, new_tokens: int | None = None
-) -> AttentionContext:
+def attention_context(document_ids: Tensor, config: ModelConfig, *, new_tokens: int | None = None) -> AttentionContext:
     """Mask and rotary tables for rows of packed documents.
 
     Args:

@@ -45,9 +45,7 @@ class KeyValueCache:
     ) -> None:
         shape = (batch_rows, config.kv_head_count, capacity_tokens, config.head_width)
         self.layers = [
-            LayerCache(
-                torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
-            )
+            LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
             for _ in range(config.layers)
         ]
         self.capacity_tokens = capacity_tokens

@@ -59,9 +59,7 @@ def flops_per_token(config: ModelConfig, vocab_size: int, sequence_tokens: int) 
     Source: Kaplan et al. (arXiv 2001.08361) and PaLM appendix B (arXiv 2204.02311), which counts all T keys.
     """
     shapes = parameter_shapes(config, vocab_size)
-    matrices = sum(
-        prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name.startswith("layers.")
-    )
+    matrices = sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name.startswith("layers."))
     matrices += vocab_size * config.d_model
     attention = config.layers * config.heads * config.head_width * (sequence_tokens + 1)
     return 6.0 * (matrices + attention)

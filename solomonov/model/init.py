@@ -39,7 +39,8 @@ def _branch_output_std(config: ModelConfig, fan_in: int) -> float:
 def _embedding_std(config: ModelConfig, fan_in: int) -> float:
     """1, the size of what the branches add; as a head too (tied), 1/sqrt(D), so that logits start at size 1.
 
-    After 180 steps of a 6-layer model on source text, held-out loss was 5.37 with 0.02 and 4.62 with 1.
+    After 180 steps (lr 3e-3) of a 36-layer `scaled` model on source text, held-out loss was 5.39 with 0.02 and
+    5.01 with 1.
     """
     return 1.0 / sqrt(fan_in) if config.tie_embeddings else 1.0
 
@@ -65,9 +66,7 @@ def init_rule(name: str) -> InitRule:
     """
     rules = [rule for rule in INIT_TABLE if re.fullmatch(rule.pattern, name)]
     if len(rules) != 1:
-        raise ValueError(
-            f"{len(rules)} rows of the init table match the parameter {name!r}: exactly one must"
-        )
+        raise ValueError(f"{len(rules)} rows of the init table match the parameter {name!r}: exactly one must")
     return rules[0]
 
 

@@ -14,9 +14,7 @@ CHUNK_TOKENS = 4096
 """Tokens whose logits exist together: 4,096 x 32,768 of them are 512 MiB in fp32."""
 
 
-def cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
-) -> Tensor:
+def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
     """Sum of -ln softmax(hidden @ weight^T)[label] over all labels that count.
 
     With more than one chunk each chunk's logits are computed again in the backward pass instead of kept.

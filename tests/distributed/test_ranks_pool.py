@@ -4,7 +4,9 @@ of pools, and DeepSpeed engines created one after the other in the same ranks.""
 from __future__ import annotations
 
 import os
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,7 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.processes import wait_for
+from tests.support.processes import (
+    Program,
+    assert_no_process,
+    processes_with,
+    program_environment,
+    wait_for,
+)
 from tests.support.ranks import RankFailure, RankTimeout, pool_pids, run_ranks
 
 pytestmark = pytest.mark.dist(world=2)
@@ -181,3 +189,20 @@ def test_local_function_is_refused() -> None:
 
     with pytest.raises(AssertionError, match="not at module level"):
         run_ranks(local, 2)
+
+
+@pytest.mark.dist(world=1)
+def test_ranks_end_with_a_session_that_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import time\nfrom tests.distributed.test_ranks_pool import surroundings\n"
+        "from tests.support.ranks import run_ranks\nrun_ranks(surroundings, 1)\n"
+        "print('served', flush=True)\ntime.sleep(600)\n"
+    )
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    environment = program_environment(TMPDIR=str(folder))
+    with Program([sys.executable, "-c", code], log=tmp_path / "log.txt", env=environment) as session:
+        session.wait_for(lambda: "served" in session.output(), deadline=240, what="a call to be served")
+        assert len(processes_with(str(folder))) == 1, "the rank waits for the next call"
+        session.kill()
+    assert_no_process(str(folder))

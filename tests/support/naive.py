@@ -21,9 +21,7 @@ Array = NDArray[np.float64]
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """x / sqrt(mean of squares + eps) * weight, for one vector."""
     mean_square = sum(float(value) ** 2 for value in x) / len(x)
-    return np.array(
-        [float(v) / math.sqrt(mean_square + eps) * float(w) for v, w in zip(x, weight, strict=True)]
-    )
+    return np.array([float(v) / math.sqrt(mean_square + eps) * float(w) for v, w in zip(x, weight, strict=True)])
 
 
 def rope(x: Array, position: int, theta: float) -> Array:
@@ -48,9 +46,7 @@ def softmax_mix(query: Array, keys: Sequence[Array], values: Sequence[Array]) ->
     return mixed
 
 
-def attention(
-    state: Mapping[str, Array], prefix: str, config: ModelConfig, document: Sequence[Array]
-) -> list[Array]:
+def attention(state: Mapping[str, Array], prefix: str, config: ModelConfig, document: Sequence[Array]) -> list[Array]:
     """Causal grouped-query attention over one document: one vector (D,) in and out per token."""
     width, shared = config.head_width, config.heads // config.kv_head_count
 
@@ -97,14 +93,11 @@ def logits(state: Mapping[str, Array], config: ModelConfig, input_ids: Sequence[
     for layer in range(config.layers):
         name = f"layers.{layer}"
         gain = state[f"{name}.attention_norm.weight"]
-        branch = attention(
-            state, f"{name}.attention", config, [rms_norm(x, gain, config.norm_eps) for x in stream]
-        )
+        branch = attention(state, f"{name}.attention", config, [rms_norm(x, gain, config.norm_eps) for x in stream])
         stream = [x + scale * b for x, b in zip(stream, branch, strict=True)]
         gain = state[f"{name}.feed_forward_norm.weight"]
         stream = [
-            x + scale * feed_forward(state, f"{name}.feed_forward", rms_norm(x, gain, config.norm_eps))
-            for x in stream
+            x + scale * feed_forward(state, f"{name}.feed_forward", rms_norm(x, gain, config.norm_eps)) for x in stream
         ]
     head = state["embedding.weight" if config.tie_embeddings else "head.weight"]
     return np.stack([head @ rms_norm(x, state["final_norm.weight"], config.norm_eps) for x in stream])

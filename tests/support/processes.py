@@ -20,9 +20,17 @@ from typing import TypeVar
 import psutil
 
 T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[2]
 PR_SET_PDEATHSIG = 1
 POLL_SECONDS = 0.02
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def program_environment(**extra: str) -> dict[str, str]:
+    """The environment for a program of ours: CPU, one thread, our packages importable from any folder."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])]
+    fixed = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return {**os.environ, **fixed, **extra}
 
 
 def die_with_parent() -> None:
@@ -32,13 +40,13 @@ def die_with_parent() -> None:
 
 
 def wait_for(condition: Callable[[], T], *, deadline: float, what: str) -> T:
-    """Polls until `condition()` is true and returns its value; fails with `what` after `deadline` seconds."""
+    """Polls until `condition()` is true and returns its value; TimeoutError with `what` after `deadline` seconds."""
     end = time.monotonic() + deadline
     while True:
         if value := condition():
             return value
         if time.monotonic() > end:
-            raise AssertionError(f"{what}: still not so after {deadline:g} s")
+            raise TimeoutError(f"{what}: still not so after {deadline:g} s")
         time.sleep(POLL_SECONDS)
 
 
@@ -136,21 +144,18 @@ class Program:
     def wait_for(self, condition: Callable[[], T], *, deadline: float, what: str) -> T:
         """As the function `wait_for`, but fails at once, with the output, when the program ends before."""
 
-        def met_or_ended() -> tuple[bool, T]:
-            running = self.running
+        def met() -> T:
+            running = self.running  # asked first: what the condition sees may be the program's last act
             value = condition()
-            return (bool(value) or not running), value
+            if not value and not running:
+                code = self.process.returncode
+                raise AssertionError(f"{what}: {self.argv} ended with {code} before it\n{self.output()}")
+            return value
 
         try:
-            _, value = wait_for(
-                lambda: pair if (pair := met_or_ended())[0] else None, deadline=deadline, what=what
-            ) or (False, None)
-        except AssertionError as error:
+            return wait_for(met, deadline=deadline, what=what)
+        except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.argv} wrote:\n{self.output()}") from None
-        if not value:
-            code = self.process.returncode
-            raise AssertionError(f"{what}: {self.argv} ended with {code} before it\n{self.output()}")
-        return value
 
     def send(self, number: int) -> None:
         """Sends a signal to the program alone."""

@@ -178,7 +178,7 @@ class RankPool:
 
         try:
             wait_for(complete, deadline=STACKS_SECONDS, what=f"stacks of rank {rank}")
-        except AssertionError:
+        except TimeoutError:
             return f"(none within {STACKS_SECONDS:g} s)"
         return self._stacks_file(rank).read_text(errors="replace")
 
@@ -186,9 +186,7 @@ class RankPool:
 _POOLS: dict[int, RankPool] = {}  # in order of use, the latest last
 
 
-def run_ranks(
-    function: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0, **kwargs: Any
-) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0, **kwargs: Any) -> list[Any]:
     """Calls `function(*args, **kwargs)` on each of `world` ranks and returns their values by rank.
 
     Args:

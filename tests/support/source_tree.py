@@ -85,9 +85,7 @@ def imports(module: Module) -> list[Import]:
     return list(_imports(module, module.tree, inside_function=False, for_types_only=False))
 
 
-def _imports(
-    module: Module, node: ast.AST, *, inside_function: bool, for_types_only: bool
-) -> Iterator[Import]:
+def _imports(module: Module, node: ast.AST, *, inside_function: bool, for_types_only: bool) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
         for target in _targets(module, child):
             yield Import(target, child.lineno, inside_function, for_types_only)  # type: ignore[attr-defined]
@@ -99,9 +97,7 @@ def _imports(
             yield from _imports(module, rest, inside_function=inside_function, for_types_only=for_types_only)
             continue
         function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        yield from _imports(
-            module, child, inside_function=inside_function or function, for_types_only=for_types_only
-        )
+        yield from _imports(module, child, inside_function=inside_function or function, for_types_only=for_types_only)
 
 
 def _is_type_checking(test: ast.expr) -> bool:
@@ -183,4 +179,4 @@ def find_cycle(edges: dict[str, set[str]]) -> list[str]:
 def fail_with(lines: list[str], law: str) -> None:
     """Fails, naming each offender, unless there is none."""
     if lines:
-        pytest.fail(f"{law}:\n" + "\n".join(f"  {line}" for line in lines), pytrace=False)
+        pytest.fail(f"{law}:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(lines)), pytrace=False)
