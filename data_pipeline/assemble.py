@@ -17,6 +17,7 @@ from data_pipeline.layout import (
     Integers,
     choose_block_tokens,
     choose_lanes,
+    choose_window_blocks,
     cut_blocks,
     cut_documents,
     cut_shards,
@@ -28,9 +29,6 @@ from data_pipeline.shards import shard_name
 from data_pipeline.stages import ENTRY_DTYPE, MODEL_FILE, REPORT_FILE, make_blocks, make_rows, make_shard
 from data_pipeline.tasks import WORK, Result, Runner, Task
 
-WINDOW_BLOCKS: Final = 4
-"""Rows are permuted within this many blocks of a lane: at 256 rows a block, a thousand rows; a reader keeps
-this many blocks a lane in memory."""
 _ORIGIN_BYTES: Final = 64
 """What the origin of a document takes in a shard, beside the names of its source and file."""
 
@@ -121,7 +119,7 @@ def lay_out(
     # JSON writes a character outside ASCII as six.
     names = np.array([len(json.dumps(path)) for path in source.paths], dtype=np.int64)
     origins = _ORIGIN_BYTES + len(source.config.name) + names[chosen.rows["file"][rows]]
-    entry_bytes = entries.tokens * np.dtype(token_dtype(plan)).itemsize + 4 + origins
+    entry_bytes = entries.tokens * token_bytes(plan) + 4 + origins
     shards = cut_shards(blocks, entry_bytes, plan.data.prepare.shard_bytes)
     firsts = blocks[shards[:-1]]
     starts = zip(entries.document[firsts].tolist(), entries.start[firsts].tolist(), strict=True)
@@ -153,6 +151,11 @@ def lay_out(
 def token_dtype(plan: Plan) -> str:
     """The stored type of a token."""
     return "uint16" if plan.tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+def token_bytes(plan: Plan) -> int:
+    """Bytes of a stored token."""
+    return np.dtype(token_dtype(plan)).itemsize
 
 
 def blocks_file(key: str) -> str:
@@ -255,6 +258,7 @@ def build_manifest(
                 "held_out": held_out,
             }
         )
+    lanes = choose_lanes(min(parts["train"].layout.blocks for parts in by_source.values()))
     model, report = tokenizer["files"]
     kind, vocab_size = plan.tokenizer.kind, plan.tokenizer.vocab_size
     content = {
@@ -269,8 +273,8 @@ def build_manifest(
         "tokenizer": {**model, "kind": kind, "vocab_size": vocab_size, "report": report},
         "token_dtype": token_dtype(plan),
         "block_tokens": max(block_tokens.values()),
-        "lanes": choose_lanes(min(parts["train"].layout.blocks for parts in by_source.values())),
-        "window_blocks": WINDOW_BLOCKS,
+        "lanes": lanes,
+        "window_blocks": choose_window_blocks(lanes, sum(block_tokens.values()) * token_bytes(plan)),
         "sources": sources,
     }
     assert (model["file"], report["file"]) == (MODEL_FILE, REPORT_FILE), "the tokenizer task reports both files"

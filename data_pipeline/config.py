@@ -79,7 +79,7 @@ class DataConfig(Section):
     """Settings of `prepare`."""
     workers: WorkersConfig = WorkersConfig()
     """Settings of the data workers."""
-    cache_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
+    cache_bytes: Annotated[int, Field(ge=1 << 20)] = 512 << 20
     """Memory that a rank keeps for blocks that it will need again."""
     prefetch_steps: Annotated[int, Field(ge=0, le=1024)] = 4
     """Steps whose rows are built ahead of training."""

@@ -17,6 +17,7 @@ MIN_BLOCKS: Final = 8
 GOOD_BLOCKS: Final = 64
 """Blocks are made smaller until a source has this many: 8 lanes of 8 blocks."""
 MAX_LANES: Final = 1024
+WINDOW_BYTES: Final = 128 << 20
 BLOCK_ROWS: Final = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 """Rows of a block to choose from, the best first: from 256 rows on, packing wastes little."""
 GOOD_BLOCK_ROWS: Final = 4
@@ -144,6 +145,18 @@ def choose_lanes(blocks: int) -> int:
     while lanes < MAX_LANES and blocks >= 2 * lanes * MIN_BLOCKS:
         lanes *= 2
     return lanes
+
+
+def choose_window_blocks(lanes: int, block_bytes: int) -> int:
+    """Blocks of a window: 4 (at 256 rows a block, rows move among a thousand), fewer where memory asks for it.
+
+    A reader of all lanes holds a window of each; the choice keeps that under WINDOW_BYTES while it can.
+
+    Args:
+        lanes: lanes of every source.
+        block_bytes: bytes of a block of each source, added up.
+    """
+    return next((blocks for blocks in (4, 2) if lanes * blocks * block_bytes <= WINDOW_BYTES), 1)
 
 
 def cut_shards(block_offsets: Integers, entry_bytes: Integers, shard_bytes: int) -> Integers:

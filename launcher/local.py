@@ -349,8 +349,9 @@ def require_writable(folder: Path) -> None:
 def _signals_go_to(job: LocalJob) -> Iterator[None]:
     """Signals to this process become requests to the job.
 
-    A signal that this process was started to ignore (nohup, a background job of a script) stays ignored.
-    SIGCHLD must not be ignored, or the kernel throws the ranks' exit codes away.
+    SIGHUP stays ignored where this process was started so (nohup). SIGINT does not, though shells start the
+    background jobs of a script so: whoever stops the script does not want the ranks to go on. SIGCHLD must not
+    be ignored, or the kernel throws the ranks' exit codes away.
     """
     owner = os.getpid()
 
@@ -360,7 +361,7 @@ def _signals_go_to(job: LocalJob) -> Iterator[None]:
 
     previous = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             previous[number] = signal.signal(number, handle)
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
         previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -57,7 +57,7 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0.0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0.0)
-    """Decoupled decay of all matrices; norm gains do not decay."""
+    """Decoupled decay of all matrices; norm gains and the embedding do not decay."""
 
 
 class CheckpointConfig(Section):

@@ -9,8 +9,9 @@ import torch
 
 from solomonov.config import OptimizerConfig
 
-NO_DECAY_SUFFIXES = ("norm.weight",)
-"""Names with these endings (norm gains, one value a channel) do not decay; all other parameters are matrices and do."""
+NO_DECAY_SUFFIXES = ("norm.weight", "embedding.weight")
+"""Names with these endings do not decay: norm gains, one value a channel, and the embedding, a table of which a step
+touches few rows (decay would pull the rare ones to 0). All other parameters are matrices and decay."""
 
 
 def parameter_groups(

@@ -178,9 +178,7 @@ class Checkpointer:
             state=state,
         )
         shapes = _merged([known for known, _ in wholes])
-        info, failures = on_first(
-            self.collective, lambda: self._commit(self.folder / tmp, entries, shapes, header)
-        )
+        info, failures = on_first(self.collective, lambda: self._commit(self.folder / tmp, entries, shapes, header))
         if info is None:
             self._give_up(step, needed, failures, self.folder / tmp)
             return None
@@ -192,9 +190,7 @@ class Checkpointer:
         if len({claim[:3] for claim in claims}) > 1:
             raise ConfigurationError(
                 "the ranks do not mean the same checkpoint",
-                got="; ".join(
-                    f"rank {r}: run {c[0]}, attempt {c[1]}, step {c[2]}" for r, c in enumerate(claims)
-                ),
+                got="; ".join(f"rank {r}: run {c[0]}, attempt {c[1]}, step {c[2]}" for r, c in enumerate(claims)),
                 rule="all ranks save the same step of the same attempt of the same run",
                 remedy="start all ranks from the same run folder",
             )
@@ -211,16 +207,18 @@ class Checkpointer:
 
     def _check_same_folder(self, tmp: str) -> None:
         """ConfigurationError on every rank where one does not see the folder that rank 0 made."""
-        seen = self.collective.all_gather_object((self.folder / tmp).is_dir())
-        if not all(seen):
+        mine = self.folder / tmp
+        seen = self.collective.all_gather_object((str(mine), os.path.isdir(mine)))
+        if not all(visible for _, visible in seen):
             if self.collective.rank == 0:
-                os.rmdir(self.folder / tmp)
-            raise self._not_shared([rank for rank, sees in enumerate(seen) if not sees], self.folder / tmp)
+                os.rmdir(mine)
+            raise self._not_shared(seen)
 
-    def _not_shared(self, blind: list[int], folder: Path) -> ConfigurationError:
+    def _not_shared(self, seen: Sequence[tuple[str, bool]]) -> ConfigurationError:
+        blind = [rank for rank, (_, visible) in enumerate(seen) if not visible]
         return ConfigurationError(
             f"ranks {blind} do not see the checkpoint folder of the others",
-            got=f"no {folder} on them",
+            got="; ".join(f"rank {rank}: no {seen[rank][0]}" for rank in blind),
             rule="the run folder lies on a file system that all ranks share, under the same path",
             remedy="move the run folder to a shared file system, or correct its path on those machines",
         )
@@ -374,28 +372,27 @@ class Checkpointer:
     def _verify_together(self, folder: Path, digest: str) -> _Doubt | None:
         """Every rank reads the manifest and its share of the files; what is wrong, the same on every rank."""
 
-        def look() -> tuple[bool, str, int, Problem | None]:
+        def look() -> tuple[str, bool, str, Problem | None]:
             try:
                 reader = CheckpointReader.open(folder)
                 reader.verify(reader.share(self.collective.rank, self.collective.size))
             except DamagedCheckpointError as error:
-                return True, "", 0, Problem.of(error)
+                return str(folder), True, "", Problem.of(error)
             except FileNotFoundError:
-                return False, "", 0, None
-            return True, reader.digest, reader.step, None
+                return str(folder), False, "", None
+            return str(folder), True, reader.digest, None
 
         probes, failures = together(self.collective, look)
         raise_failures(failures)
-        blind = [rank for rank, (visible, *_) in enumerate(probes) if not visible]
-        if blind:
-            raise self._not_shared(blind, folder)
-        for _, _, _, problem in probes:
+        if not all(visible for _, visible, _, _ in probes):
+            raise self._not_shared([(path, visible) for path, visible, _, _ in probes])
+        for *_, problem in probes:
             if problem is not None:
                 return _Doubt(folder, store.step_of(folder), problem)
-        if {seen for _, seen, _, _ in probes} != {digest}:
+        if {seen for _, _, seen, _ in probes} != {digest}:
             raise ConfigurationError(
-                f"the ranks see different checkpoints at {folder}",
-                got="; ".join(f"rank {rank}: manifest {probe[1]}" for rank, probe in enumerate(probes)),
+                f"the ranks see different checkpoints named {folder.name}",
+                got="; ".join(f"rank {rank}: manifest {probe[2]}" for rank, probe in enumerate(probes)),
                 rule="the run folder lies on a file system that all ranks share, under the same path",
                 remedy="move the run folder to a shared file system, or correct its path on those machines",
             )
@@ -410,9 +407,7 @@ class Checkpointer:
         lost = [doubt for doubt in doubts if doubt.problem or (doubt.fence and doubt.fence.resumed_step > 0)]
         if not lost and not kept:
             return
-        got = [f"{doubt.folder.name}: {_reason(doubt)}" for doubt in lost] + [
-            f"{name}: damaged" for name in kept or []
-        ]
+        got = [f"{doubt.folder.name}: {_reason(doubt)}" for doubt in lost] + [f"{name}: damaged" for name in kept or []]
         raise DamagedCheckpointError(
             f"none of the checkpoints in {self.folder} can be used",
             got="; ".join(got),

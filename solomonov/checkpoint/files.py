@@ -32,15 +32,26 @@ def write_all(descriptor: int, data: memoryview | bytes) -> None:
 
 
 @contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give errors of calls on a descriptor the name of the file, which the system does not know."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def new_file(path: Path) -> Iterator[int]:
     """A descriptor to write a file that must not exist yet; synced to disk and closed after the block."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        yield descriptor
-        os.fsync(descriptor)
-        _forget_cache(descriptor)
-    finally:
-        os.close(descriptor)
+    with _named(path):
+        try:
+            yield descriptor
+            os.fsync(descriptor)
+            _forget_cache(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _forget_cache(descriptor: int) -> None:
@@ -52,21 +63,23 @@ def _forget_cache(descriptor: int) -> None:
 def sync_folder(folder: Path) -> None:
     """Make creations, renames and removals inside the folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with _named(folder):
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file: whoever opens `path` finds the old bytes or all of the new ones, also after a crash."""
     aside = path.with_name(path.name + ".tmp")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    try:
-        write_all(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with _named(path):
+        try:
+            write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     os.replace(aside, path)
     sync_folder(path.parent)
 

@@ -203,9 +203,7 @@ def by_tensor(records: Iterable[TensorRecord]) -> dict[TensorId, list[TensorReco
     return {key: sorted(group, key=lambda r: (r.start, r.end)) for key, group in grouped.items()}
 
 
-def check_tiling(
-    records: Iterable[TensorRecord], expected: Mapping[TensorId, tuple[int, ...]] | None = None
-) -> None:
+def check_tiling(records: Iterable[TensorRecord], expected: Mapping[TensorId, tuple[int, ...]] | None = None) -> None:
     """Refuse fragments that do not cover each tensor exactly once.
 
     Args:

@@ -34,9 +34,7 @@ class CheckpointReader:
         digest: xxh3-128 of the bytes of MANIFEST.json: the identity of the checkpoint.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, digest: str, *, cache_bytes: int = CACHE_BYTES
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, digest: str, *, cache_bytes: int = CACHE_BYTES) -> None:
         self.folder, self.manifest, self.digest = folder, manifest, digest
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
@@ -148,9 +146,7 @@ class CheckpointReader:
             self._cache.move_to_end(key)
             return self._cache[key]
         if record.file not in self._places:
-            self._places[record.file] = verify.tensor_table(
-                self.folder, record.file, self._by_file[record.file]
-            )
+            self._places[record.file] = verify.tensor_table(self.folder, record.file, self._by_file[record.file])
         offset, nbytes = self._places[record.file][record.key]
         buffer = torch.empty(nbytes, dtype=torch.uint8)
         verify.read_fragment(self.folder, record, offset, host_bytes(buffer))
@@ -210,9 +206,7 @@ def diff(folder_a: Path, folder_b: Path, kinds: Iterable[str] | None = None) -> 
 def _diff_row(a: CheckpointReader, b: CheckpointReader, name: str, kind: str) -> DiffRow:
     shape_a, shape_b = a.shapes().get((name, kind)), b.shapes().get((name, kind))
     if shape_a is None or shape_b is None:
-        return DiffRow(
-            kind, name, False, None, "only in the second" if shape_a is None else "only in the first"
-        )
+        return DiffRow(kind, name, False, None, "only in the second" if shape_a is None else "only in the first")
     if shape_a != shape_b:
         return DiffRow(kind, name, False, None, f"shapes {shape_a} and {shape_b}")
     equal, difference, norm = a.dtype(name, kind) == b.dtype(name, kind), 0.0, 0.0

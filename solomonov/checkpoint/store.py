@@ -164,9 +164,7 @@ def verify_checkpoint(info: CheckpointInfo) -> int:
 def check(folder: Path) -> CheckpointInfo | DamagedFolder:
     """Like `inspect`, and every byte is read and verified. What is no folder at all is damaged, too."""
     if folder.is_symlink() or not folder.is_dir():
-        return DamagedFolder(
-            folder, step_of(folder), damaged(folder, got="no folder", rule="a folder stands here")
-        )
+        return DamagedFolder(folder, step_of(folder), damaged(folder, got="no folder", rule="a folder stands here"))
     return _checked(inspect(folder), set())
 
 

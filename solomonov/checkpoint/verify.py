@@ -57,9 +57,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _DAMAGE:
-            raise damaged(
-                path, got=str(error.strerror), rule="a regular, readable file stands here"
-            ) from error
+            raise damaged(path, got=str(error.strerror), rule="a regular, readable file stands here") from error
         if isinstance(error, PermissionError):
             raise ConfigurationError(
                 f"no permission to read {path}",
@@ -160,9 +158,7 @@ def tensor_table(folder: Path, name: str, records: Iterable[TensorRecord]) -> di
         files.read_into(descriptor, memoryview(head), 0)
         length = int.from_bytes(head, "little")
         if length > min(MAX_HEADER_BYTES, size):
-            raise damaged(
-                path, got=f"a header of {length} bytes", rule=f"at most {MAX_HEADER_BYTES}, in the file"
-            )
+            raise damaged(path, got=f"a header of {length} bytes", rule=f"at most {MAX_HEADER_BYTES}, in the file")
         text = bytearray(length)
         found = files.read_into(descriptor, memoryview(text), 8)
     if found != length:
@@ -180,11 +176,7 @@ def tensor_table(folder: Path, name: str, records: Iterable[TensorRecord]) -> di
 def _place(path: Path, entry: Any, record: TensorRecord, base: int, size: int) -> tuple[int, int]:
     """First byte and length of one fragment, where its header entry agrees with its record."""
     offsets = entry.get("data_offsets") if isinstance(entry, Mapping) else None
-    if (
-        not isinstance(offsets, list)
-        or not all(type(offset) is int for offset in offsets)
-        or len(offsets) != 2
-    ):
+    if not isinstance(offsets, list) or not all(type(offset) is int for offset in offsets) or len(offsets) != 2:
         _no_place(path, record, entry)
     begin, end = offsets
     shape = [record.end - record.start]

@@ -154,9 +154,7 @@ def commit(
         size = (tmp / name).stat().st_size
         if size != entry.size:
             raise OSError(errno.EIO, f"{size} bytes here, {entry.size} where it was written", str(tmp / name))
-    state = canonical(
-        {"schema_version": SCHEMA_VERSION, "scalars": dict(header.scalars), "state": dict(header.state)}
-    )
+    state = canonical({"schema_version": SCHEMA_VERSION, "scalars": dict(header.scalars), "state": dict(header.state)})
     listed[STATE] = _write_checked(tmp / STATE, state)
     manifest = Manifest(
         run_id=header.run_id,

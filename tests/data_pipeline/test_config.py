@@ -57,7 +57,7 @@ def test_a_mistake_is_refused_at_its_key(changes: dict[str, Any], place: str) ->
 def test_sections_are_frozen_and_every_field_is_documented() -> None:
     data = DataConfig.model_validate({"folder": "x", "sources": [SOURCE]})
     with pytest.raises(ValidationError):
-        data.folder = "y"  # type: ignore[misc]
+        data.folder = "y"
     for section in (DataConfig, SourceConfig, PrepareConfig, TokenizerConfig):
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name} has no description"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from data_pipeline.layout import (
     Selection,
     choose_block_tokens,
     choose_lanes,
+    choose_window_blocks,
     cut_blocks,
     cut_documents,
     cut_shards,
@@ -93,7 +96,7 @@ def test_blocks_are_full_but_never_above_their_size(lengths: np.ndarray, block_t
     assert offsets[0] == 0
     assert offsets[-1] == len(tokens)
     assert (np.diff(offsets) > 0).all()
-    sizes = [int(tokens[a:b].sum()) for a, b in zip(offsets, offsets[1:], strict=False)]
+    sizes = [int(tokens[a:b].sum()) for a, b in pairwise(offsets)]
     assert max(sizes) <= block_tokens
     for size, end in zip(sizes, offsets[1:-1], strict=False):
         assert size + tokens[end] > block_tokens, "the next entry would not have fitted"
@@ -125,6 +128,12 @@ def test_blocks_shrink_with_the_corpus_down_to_one_row_and_then_it_is_too_small(
 def test_lanes_have_eight_blocks_each_where_there_are_enough() -> None:
     blocks = [8, 64, 127, 128, 255, 256, 8192, 10**6]
     assert [choose_lanes(each) for each in blocks] == [8, 8, 8, 16, 16, 32, 1024, 1024]
+
+
+def test_windows_shrink_where_all_lanes_together_would_not_fit_in_memory() -> None:
+    block_bytes = 256 * 1024
+    windows = [choose_window_blocks(lanes, block_bytes) for lanes in (8, 128, 256, 512, 1024)]
+    assert windows == [4, 4, 2, 1, 1]
 
 
 def test_shards_hold_whole_blocks_up_to_their_size() -> None:

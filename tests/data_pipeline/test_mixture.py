@@ -52,7 +52,7 @@ def test_shares_are_within_a_row_at_every_prefix_for_awkward_weights(weights: li
 
 
 def test_the_table_of_weights_is_fixed_for_good() -> None:
-    assert quota_table(quantise([2, 1]))[:9].tolist() == [0, 1, 0, 0, 1, 0, 0, 1, 0]
+    assert quota_table(quantise([2, 1]))[:9].tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 1]
 
 
 def test_rows_within_a_source_count_up_without_a_hole() -> None:

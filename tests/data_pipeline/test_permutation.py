@@ -1,4 +1,4 @@
-"""The keyed permutation: a bijection for every n, fixed numbers for a key, and unrelated orders for others."""
+"""The keyed permutation: a bijection for every n, equal to one in plain integers, with fixed numbers for a key."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.permutation import Permutation
+from tests.support.naive_order import naive_permutation
+
+FIXED_10 = [2, 6, 8, 0, 7, 3, 4, 9, 1, 5]
+FIXED_LARGE = [623036340053, 106525104357, 542108107712, 14386380875]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 15, 16, 17, 31, 100, 256, 1000, 4097])
@@ -28,6 +32,11 @@ def test_the_order_of_a_key_is_fixed_for_good() -> None:
     assert Permutation(b"solomonov", 10).table().tolist() == FIXED_10
     large = Permutation(b"solomonov", 10**12)
     assert large(np.array([0, 1, 2, 10**12 - 1])).tolist() == FIXED_LARGE
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 333])
+def test_it_is_the_plain_feistel_network_in_python_integers(n: int) -> None:
+    assert Permutation(b"plain", n).table().tolist() == naive_permutation(b"plain", n)
 
 
 def test_keys_give_all_orders_of_a_small_set() -> None:
@@ -58,7 +67,3 @@ def test_a_domain_must_be_possible(n: int) -> None:
 def test_an_index_must_be_in_the_domain(index: int) -> None:
     with pytest.raises(ValueError, match="domain"):
         Permutation(b"", 5)(np.array([index]))
-
-
-FIXED_10: list[int] = []
-FIXED_LARGE: list[int] = []

@@ -60,10 +60,10 @@ def test_webdataset_and_tarfile_read_what_was_written(tmp_path: Path, dtype: str
 def test_the_index_and_the_block_array_locate_every_member(tmp_path: Path) -> None:
     shards = [shard_name("own", "train", number) for number in range(2)]
     blocks = [make_blocks(2, seed=1), make_blocks(3, seed=2)]
-    for shard, content in zip(shards, blocks, strict=True):
-        write(tmp_path, content, shard)
-        raw = (tmp_path / shard).read_bytes()
-        for member in read_index(tmp_path / index_name(shard))["members"]:
+    for name, content in zip(shards, blocks, strict=True):
+        write(tmp_path, content, name)
+        raw = (tmp_path / name).read_bytes()
+        for member in read_index(tmp_path / index_name(name))["members"]:
             data = raw[member["offset"] : member["offset"] + member["size"]]
             assert digest_hex(data) == member["xxh3_128"]
     records = block_records(tmp_path, shards)

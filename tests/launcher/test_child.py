@@ -157,7 +157,7 @@ def test_the_child_dies_with_its_starter_however_that_ends(tmp_path: Path, end: 
 import os, sys
 from pathlib import Path
 from launcher.child import ChildCommand, start_child
-deaf = "trap '' TERM HUP INT; echo up; while :; do sleep 600; done"
+deaf = "trap '' TERM HUP INT; echo up; while :; do sleep 0.05; done"
 log = Path({str(tmp_path / "log")!r})
 start_child(ChildCommand(["sh", "-c", deaf, {token!r}], os.environ, log))
 while "up" not in log.read_text():

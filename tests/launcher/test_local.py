@@ -72,8 +72,12 @@ class Supervised(Program):
         return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
     def ready(self, ranks: int = 2) -> None:
-        """Wait until the ranks have installed their traps."""
-        self.wait_for(lambda: len(list(self.folder.glob("ready-*"))) == ranks, deadline=SECONDS, what="ranks are ready")
+        """Wait until the start was noted and the ranks have installed their traps."""
+
+        def met() -> bool:
+            return bool(self.events("attempt_started")) and len(list(self.folder.glob("ready-*"))) == ranks
+
+        self.wait_for(met, deadline=SECONDS, what="ranks are ready")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"])
@@ -142,7 +146,14 @@ def test_a_signal_between_two_attempts_ends_the_wait(tmp_path: Path) -> None:
     assert len(supervisor.events("attempt_started")) == 1
 
 
-def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+def test_an_interrupt_counts_in_a_background_job_too(tmp_path: Path) -> None:
+    with Supervised(tmp_path, SAVES, ignore="SIGINT") as supervisor:
+        supervisor.ready()
+        supervisor.send(signal.SIGINT)
+        assert supervisor.wait(deadline=SECONDS) == 75
+
+
+def test_nohup_is_respected(tmp_path: Path) -> None:
     with Supervised(tmp_path, SAVES, ignore="SIGHUP") as supervisor:
         supervisor.ready()
         supervisor.send(signal.SIGHUP)

@@ -18,7 +18,9 @@ def test_parts_sum_up_and_keep_what_is_above_zero(values: list[float]) -> None:
     parts = quantise(values)
     assert sum(parts) == TABLE_ROWS
     assert [part > 0 for part in parts] == [value > 0 for value in values]
-    assert all(a >= b for (a, x) in zip(parts, values, strict=True) for (b, y) in zip(parts, values, strict=True) if x > y)
+    assert all(
+        a >= b for (a, x) in zip(parts, values, strict=True) for (b, y) in zip(parts, values, strict=True) if x > y
+    )
 
 
 @settings(max_examples=15)

@@ -16,9 +16,7 @@ packings = st.sampled_from(PACKINGS)
 @given(lengths_lists, sequence_lengths, packings)
 def test_every_position_is_used_exactly_once(lengths: list[int], sequence_tokens: int, packing: str) -> None:
     rows = pack_block(lengths, sequence_tokens, packing)
-    used = sorted(
-        (document, start + k) for row in rows for document, start, positions in row for k in range(positions)
-    )
+    used = sorted((document, start + k) for row in rows for document, start, positions in row for k in range(positions))
     assert used == [(d, p) for d, length in enumerate(lengths) for p in range(max(length - 1, 0))]
     for row in rows:
         assert all(positions >= 1 for _, _, positions in row)

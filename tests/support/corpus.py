@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipeline.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 
-WORDS = tuple("the a quick brown fox jumps over lazy dog while 42 birds sing été 漢字 def return x=1 ::".split())
+WORDS = ("the", "quick", "brown", "fox", "over", "lazy", "dog", "42", "été", "漢字", "def", "x=1", "::", "a")
 TOKENIZER = TokenizerConfig(vocab_size=320)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from solomonov.checkpoint.format import TilingError
 from solomonov.checkpoint.fragments import Fragment, whole
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.checkpoint.writer import Header, commit, write_rank_file
-from tests.solomonov.checkpoint.common import make_state, shapes_of, small_disk, split
+from tests.solomonov.checkpoint.common import Run, make_state, shapes_of, small_disk, split
 
 HEADER = Header(run_id="run", step=7, attempt=1)
 MIXED = [
@@ -145,10 +147,10 @@ def test_state_that_json_cannot_hold_is_a_mistake(tmp_path: Path, state: dict[st
 
 
 def test_a_hole_is_not_committed(tmp_path: Path) -> None:
-    state = make_state(1)
+    state = {key: tensor for key, tensor in make_state(1).items() if key[0] == "embed.weight"}
     entries = [write_rank_file(tmp_path, rank, held) for rank, held in enumerate(split(state, 2))]
     final = tmp_path / "step-00000007"
-    with pytest.raises(TilingError, match="not written|hole"):
+    with pytest.raises(TilingError, match=r"exp_avg/embed\.weight: hole \[26, 52\) of \[0, 52\)"):
         commit(tmp_path, final, entries=entries[:1], expected=shapes_of(state), header=HEADER)
     with pytest.raises(ValueError, match="two entries of one rank"):
         commit(tmp_path, final, entries=[*entries, entries[0]], expected=shapes_of(state), header=HEADER)
@@ -170,3 +172,62 @@ def test_large_tensors_are_written_in_chunks(tmp_path: Path, monkeypatch: pytest
     tensor = torch.randn(1000)
     entry = write_rank_file(tmp_path, 0, [whole("w", "master", tensor)])
     assert torch.equal(load_file(tmp_path / entry.file)["master/w/0"], tensor)
+
+
+class Durability:
+    """What a loss of power could take: file contents since their last sync, folder entries since theirs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.unsynced: set[tuple[int, int]] = set()
+        real = {name: getattr(os, name) for name in ("write", "fsync", "open", "rename", "replace", "mkdir", "unlink")}
+
+        def mark(status: os.stat_result) -> None:
+            self.unsynced.add((status.st_dev, status.st_ino))
+
+        def write(descriptor: int, data: Any) -> int:
+            mark(os.fstat(descriptor))
+            return int(real["write"](descriptor, data))
+
+        def fsync(descriptor: int) -> None:
+            real["fsync"](descriptor)
+            status = os.fstat(descriptor)
+            self.unsynced.discard((status.st_dev, status.st_ino))
+
+        def entry(name: str) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                result = real[name](*args, **kwargs)
+                paths = args[:2] if name in ("rename", "replace") else args[:1]
+                if name != "open" or args[1] & os.O_CREAT:
+                    for path in paths:
+                        mark(os.stat(Path(path).parent))
+                return result
+
+            return call
+
+        monkeypatch.setattr(os, "write", write)
+        monkeypatch.setattr(os, "fsync", fsync)
+        for name in ("open", "rename", "replace", "mkdir", "unlink"):
+            monkeypatch.setattr(os, name, entry(name))
+
+    def at_risk(self, folder: Path) -> list[str]:
+        """Files and folders, from `folder` up to the last one that the test made, that are not all on disk."""
+        paths = [folder, *folder.iterdir(), folder.parent, folder.parent.parent]
+        return [p.name for p in paths if (p.stat().st_dev, p.stat().st_ino) in self.unsynced]
+
+
+def test_what_is_called_durable_was_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL loses no page of the cache, so the order of syncs is checked by itself, at each durable event."""
+    tracker = Durability(monkeypatch)
+    folder, told = tmp_path / "run" / "checkpoints", []
+    run = Run(folder, keep_last=1)
+
+    def on_event(name: str, fields: dict[str, Any]) -> None:
+        told.append((name, tracker.at_risk(folder / fields["folder"])))
+
+    run.checkpointer._on_event = on_event
+    (tmp_path / "x").write_bytes(b"")
+    os.rename(tmp_path / "x", tmp_path / "y")
+    assert tracker.unsynced, "the tracker sees nothing"
+    for step, seed in ((1, 1), (1, 2)):
+        run.save(step, seed=seed)
+    assert told == [("checkpoint_durable", [])] * 2

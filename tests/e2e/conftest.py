@@ -1,0 +1,31 @@
+"""One prepared folder for all end-to-end tests; each test works on its own copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.user import User
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> User:
+    """Text, configuration and the prepared data set; not to be changed."""
+    user = User.begin(tmp_path_factory.mktemp("prepared") / "work")
+    user.must("prepare", "own.yaml")
+    return user
+
+
+@pytest.fixture
+def user(prepared: User, tmp_path: Path) -> User:
+    """A copy of the prepared folder."""
+    return prepared.copy(tmp_path / "work")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(prepared: User, tmp_path_factory: pytest.TempPathFactory) -> User:
+    """A run of two ranks that nothing disturbed; not to be changed."""
+    user = prepared.copy(tmp_path_factory.mktemp("undisturbed") / "work")
+    user.must("train", "own.yaml")
+    return user

@@ -1,0 +1,171 @@
+"""Kill what you like: the same command goes on, and the records equal an undisturbed run's.
+
+Everything is asserted from the run's own journal and metrics: the step that an attempt resumed from, the steps lost
+(at most the checkpoint interval), the number of attempts, and that no fall-back happened that the test did not cause.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import assert_no_process
+from tests.support.sampling import sampler
+from tests.support.user import User, unexpected
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+INTERVAL = 5
+
+
+def rank_pid(user: User, rank: int) -> int:
+    """Process id of a rank of the newest attempt."""
+    return int(user.journal("attempt_started")[-1]["pids"][rank])
+
+
+def assert_steps_lost_within_interval(user: User, reached: list[int]) -> None:
+    """Attempt k resumed at most one interval below what the attempt before had reached."""
+    resumed = [event["step"] for event in user.journal("resumed")]
+    for step, before in zip(resumed[1:], reached, strict=True):
+        assert 0 < step, "an attempt began anew although a checkpoint was there"
+        assert before - step <= INTERVAL, f"resumed at {step} after reaching {before}"
+
+
+def digest(user: User) -> str:
+    return str(json.loads(user.must("checkpoints", "digest", "own", "--json"))["digest"])
+
+
+def test_five_kills_of_the_whole_process_group(user: User, undisturbed: User) -> None:
+    """kill -9 of the user's whole command at drawn moments, one of them inside a save; then the same command."""
+    draw = sampler("kills of the process group")
+    targets = sorted(draw.sample(range(INTERVAL + 1, 56), 5))
+    inside_save = draw.randrange(5)
+    reached = []
+    for number, target in enumerate(targets):
+        with user.command("train", "own.yaml") as program:
+            if number == inside_save:
+                program.wait_for(lambda t=target: user.steps_done() >= t - 1, deadline=120, what="a step")  # type: ignore[misc]
+                program.wait_for(
+                    lambda: list(user.run().glob("checkpoints/*.tmp-*")), deadline=120, what="a save under way"
+                )
+            else:
+                program.wait_for(lambda t=target: user.steps_done() >= t, deadline=120, what="a step")  # type: ignore[misc]
+            assert program.kill() == -signal.SIGKILL
+        assert_no_process(f"solomonov.rank {user.run().relative_to(user.folder)}", deadline=10)
+        reached.append(user.steps_done())
+    user.must("train", "own.yaml")
+    assert user.metrics() == undisturbed.metrics()
+    assert digest(user) == digest(undisturbed)
+    assert len(user.journal("attempt_started")) == 6
+    assert_steps_lost_within_interval(user, reached)
+    assert not unexpected(user.journal())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_started_again_unattended(rank: int, user: User, undisturbed: User) -> None:
+    target = sampler(f"kill of rank {rank}").randrange(INTERVAL + 1, 50)
+    with user.command("train", "own.yaml") as program:
+        program.wait_for(lambda: user.steps_done() >= target, deadline=120, what="a step")
+        os.kill(rank_pid(user, rank), signal.SIGKILL)
+        assert program.wait(deadline=180) == 0, program.output()
+        assert "starting again (attempt 2)" in program.output()
+    exits = [event for event in user.journal("rank_exited") if event["attempt"] == 1]
+    assert exits[0]["rank"] == rank
+    assert exits[0]["signal"] == "SIGKILL"
+    resumed = user.journal("resumed")
+    assert [event["attempt"] for event in resumed] == [1, 2]
+    assert target - INTERVAL <= resumed[1]["step"]
+    assert user.metrics() == undisturbed.metrics()
+    assert digest(user) == digest(undisturbed)
+    assert not unexpected(user.journal())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_request_to_stop_saves_and_the_same_command_goes_on(
+    number: signal.Signals, user: User, undisturbed: User
+) -> None:
+    with user.command("train", "own.yaml") as program:
+        program.wait_for(lambda: user.steps_done() >= 7, deadline=120, what="a step")
+        program.send(number)
+        assert program.wait(deadline=60) == 75, program.output()
+        assert "the same command goes on from here" in program.output()
+    assert_no_process("solomonov.rank runs/own", deadline=10)
+    stopped = user.steps_done()
+    assert (user.run() / f"checkpoints/step-{stopped:08d}/MANIFEST.json").exists()
+    assert user.journal("preempted")[-1]["step"] == stopped
+    user.must("train", "own.yaml")
+    assert user.journal("resumed")[-1]["step"] == stopped
+    assert user.metrics() == undisturbed.metrics()
+    assert not (user.run() / "metrics.superseded.jsonl").exists(), "a clean stop replays nothing"
+    assert not unexpected(user.journal())
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(user: User) -> None:
+    with user.command("train", "own.yaml") as program:
+        program.wait_for(lambda: user.steps_done() >= 7, deadline=120, what="a step")
+        os.kill(rank_pid(user, 1), signal.SIGUSR2)
+        assert program.wait(deadline=60) == 75, program.output()
+    exits = user.journal("rank_exited")
+    assert [event["exit_code"] for event in exits] == [75, 75]
+    assert exits[0]["step"] == exits[1]["step"]
+
+
+def test_the_second_interrupt_leaves_at_once(user: User) -> None:
+    with user.command("train", "own.yaml") as program:
+        program.wait_for(lambda: user.steps_done() >= 3, deadline=120, what="a step")
+        os.kill(rank_pid(user, 1), signal.SIGSTOP)  # a rank that cannot answer the first
+        program.send(signal.SIGINT)
+        program.wait_for(lambda: user.journal("stopping"), deadline=30, what="the first interrupt")
+        program.send(signal.SIGINT)
+        assert program.wait(deadline=30) == 130, program.output()
+    assert_no_process("solomonov.rank runs/own", deadline=10)
+
+
+def test_a_killed_supervisor_leaves_no_rank(user: User, undisturbed: User) -> None:
+    with user.command("train", "own.yaml") as program:
+        program.wait_for(lambda: user.steps_done() >= 7, deadline=120, what="a step")
+        os.kill(program.pid, signal.SIGKILL)  # the supervisor alone, not its group
+        assert_no_process("solomonov.rank runs/own", deadline=10)
+    user.must("train", "own.yaml")
+    assert user.metrics() == undisturbed.metrics()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("launch.ranks_per_node=1", "parallel.zero_stage=0"),
+        ("launch.ranks_per_node=1", "parallel.zero_stage=3", "training.micro_batch_sequences=2"),
+        ("launch.ranks_per_node=2", "parallel.zero_stage=2", "training.micro_batch_sequences=2"),
+    ],
+    ids=["one-rank-zero0", "one-rank-zero3", "two-ranks-zero2"],
+)
+def test_a_run_moves_to_another_layout(overrides: tuple[str, ...], user: User, undisturbed: User) -> None:
+    """Stopped on two ranks with ZeRO 1, continued elsewhere: the same rows, and losses within the bound."""
+    with user.command("train", "own.yaml") as program:
+        program.wait_for(lambda: user.steps_done() >= 22, deadline=120, what="a step")
+        program.kill()
+    user.must("train", "own.yaml", *overrides)
+    moved, stayed = user.metrics(), undisturbed.metrics()
+    assert [line["data_digest"] for line in moved] == [line["data_digest"] for line in stayed]
+    assert [line["tokens"] for line in moved] == [line["tokens"] for line in stayed]
+    for left, right in zip(moved, stayed, strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
+    assert user.journal("resumed")[-1]["step"] > 0
+    assert not unexpected(user.journal()), "a replayed step differed by more than its bound"
+
+
+def test_training_does_not_leave_processes(undisturbed: User) -> None:
+    assert_no_process(str(undisturbed.folder), deadline=10)
+    assert not unexpected(undisturbed.journal())
+    assert [line["step"] for line in undisturbed.metrics()] == list(range(1, 61))
+
+
+def test_running_a_finished_run_again_says_so_at_once(undisturbed: User, tmp_path: Path) -> None:
+    user = undisturbed.copy(tmp_path / "work")
+    before = user.metrics()
+    assert "done, 60 updates" in user.must("train", "own.yaml")
+    assert user.metrics() == before
+    assert len(user.journal("attempt_started")) == 1
