@@ -107,8 +107,8 @@ def tokenizer_task(plan: Plan, chosen: list[Chosen]) -> Task:
     samples = []
     for each, size in zip(chosen, sizes, strict=True):
         budget = plan.data.prepare.tokenizer_sample_bytes * int(size.sum()) // total
-        count, characters = sample_cap(size, max(budget, 1))
-        samples.append((each.documents(each.splits["train"][:count]), characters))
+        count, size_limit = sample_cap(size, max(budget, 1))
+        samples.append((each.documents(each.splits["train"][:count]), size_limit))
     arguments = {
         "folder": plan.folder,
         "samples": samples,

@@ -198,7 +198,7 @@ class Dataset:
         """Where the pieces of a row come from, in the order of the row.
 
         Each is the stored provenance (`source`, `path`, `index`, and `part` where a document was cut at
-        preparation) with `first_position` within the stored document and `positions` in this row.
+        preparation) with `first_position` within the stored document (or part) and `positions` in this row.
 
         Raises:
             DamagedDataError: the block, the shard's index or the provenance member is damaged.
@@ -262,27 +262,26 @@ class Dataset:
     def _member(self, shard: FileRecord, member: str, offset: int, size: int, digest: str) -> bytes:
         """Bytes of a member of a shard, checked."""
         path = self._root / shard.file
-        descriptor = self._descriptor(shard, digest)
-        data = _pread(descriptor.number, size, offset)
+        try:
+            descriptor = self._descriptor(shard.file)
+            data = _pread(descriptor.number, size, offset)
+        except OSError as error:
+            raise _damaged(path, member, got=f"{error.strerror}", rule=f"digest {digest}") from error
         found = digest_hex(data)
         if len(data) != size or found != digest:
             short = f" ({len(data)} of {size} bytes)" if len(data) != size else ""
             raise _damaged(path, member, got=f"digest {found}{short}", rule=f"digest {digest}")
         return data
 
-    def _descriptor(self, shard: FileRecord, digest: str) -> _Descriptor:
+    def _descriptor(self, file: str) -> _Descriptor:
         with self._lock:
             self._check_open()
-            descriptor = self._shards.pop(shard.file, None)
+            descriptor = self._shards.pop(file, None)
             if descriptor is None:
-                path = self._root / shard.file
-                try:
-                    descriptor = _Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-                except FileNotFoundError as error:
-                    raise _damaged(path, None, got="no such file", rule=f"a member with digest {digest}") from error
+                descriptor = _Descriptor(os.open(self._root / file, os.O_RDONLY | os.O_CLOEXEC))
                 if len(self._shards) >= _OPEN_SHARDS:
                     self._shards.popitem(last=False)
-            self._shards[shard.file] = descriptor
+            self._shards[file] = descriptor
             return descriptor
 
     def _check_open(self) -> None:

@@ -65,7 +65,8 @@ def sample_cap(text_bytes: NDArray[Any], budget: int) -> tuple[int, int]:
     while int(np.minimum(text_bytes, cap).sum()) < budget and cap < largest:
         cap *= 2
     taken = np.cumsum(np.minimum(text_bytes, cap))
-    return min(int(np.searchsorted(taken, budget)) + 1, len(text_bytes)), cap
+    count = int(np.searchsorted(taken, budget, side="right"))
+    return (count, cap) if count else (1, budget)
 
 
 @dataclass(frozen=True, slots=True)

@@ -309,11 +309,14 @@ class Manifest(Section):
             OSError: the folder cannot be written.
         """
         aside = folder / f".{MANIFEST_FILE}.{os.getpid()}.tmp"
-        with aside.open("wb") as file:
-            file.write(self.to_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(folder / MANIFEST_FILE)
+        try:
+            with aside.open("wb") as file:
+                file.write(self.to_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(folder / MANIFEST_FILE)
+        finally:
+            aside.unlink(missing_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
@@ -406,13 +409,13 @@ def check_size(root: Path, record: FileRecord) -> Path:
             remedy="copy the file into the folder, or run `solomonov prepare` again",
         )
     try:
-        size = path.stat().st_size if path.is_file() else -1
-    except OSError:
-        size = -1
-    if size < 0:
+        size, reason = path.stat().st_size, "not a file"
+    except OSError as error:
+        size, reason = -1, f"{error.strerror}"
+    if size < 0 or not path.is_file():
         raise DamagedDataError(
             f"{path} is missing.",
-            got="no such file",
+            got=reason,
             rule=f"{record.size} bytes with digest {record.xxh3_128}, says {MANIFEST_FILE}",
             remedy="restore the file from a copy, or run `solomonov prepare` again to rebuild it",
         )
@@ -429,7 +432,10 @@ def check_size(root: Path, record: FileRecord) -> Path:
 def check_file(root: Path, record: FileRecord) -> Path:
     """Checks size and digest of a file; errors as `check_size`, and DamagedDataError for the digest."""
     path = check_size(root, record)
-    found = digest_file(path)
+    try:
+        found = digest_file(path)
+    except OSError as error:
+        found = f"none: {error.strerror}"
     if found != record.xxh3_128:
         raise DamagedDataError(
             f"{path} was changed after it was prepared.",

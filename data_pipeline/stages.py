@@ -132,15 +132,15 @@ def read_table(
 
 
 def train(folder: Path, samples: list[tuple[Documents, int]], kind: str, vocab_size: int) -> Result:
-    """Task: trains the tokenizer on the first characters of sampled documents and reports on it.
+    """Task: trains the tokenizer on the beginnings of sampled documents and reports on it.
 
     Args:
         folder: the dataset folder.
-        samples: for each source its sampled documents, and the characters to take of each.
+        samples: for each source its sampled documents, and the bytes to take of each.
         kind: SentencePiece model type.
         vocab_size: number of ids.
     """
-    texts = [text[:characters] for documents, characters in samples for text in documents.texts()]
+    texts = [_beginning(text, size) for documents, size in samples for text in documents.texts()]
     model = train_tokenizer(texts, kind=kind, vocab_size=vocab_size)
     tokenizer = Tokenizer(model)
     text_bytes = tokens = words = fallback = 0
@@ -174,6 +174,11 @@ def train(folder: Path, samples: list[tuple[Documents, int]], kind: str, vocab_s
     write_bytes(folder / MODEL_FILE, aside, model)
     write_json(folder / REPORT_FILE, aside, report)
     return {"files": [file_record(folder, MODEL_FILE), file_record(folder, REPORT_FILE)]}
+
+
+def _beginning(text: str, size: int) -> str:
+    """The whole characters in the first `size` bytes."""
+    return text if 4 * len(text) <= size else text.encode()[:size].decode("utf-8", errors="ignore")
 
 
 def tokenise(folder: Path, documents: Documents, token_dtype: str, output: str) -> Result:

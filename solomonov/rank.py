@@ -80,8 +80,10 @@ def _own_the_run(run: RunFolder, stack: ExitStack) -> None:
 
 def _leave_on_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say what happened and leave at once: after a fault the collectives' threads may wait for peers that are gone."""
-    traceback.print_exception(kind, error, trace)
-    sys.stderr.flush()
+    # Not sys.stderr: torch.distributed wraps this hook and catches in memory what is written there.
+    traceback.print_exception(kind, error, trace, file=sys.__stderr__)
+    if sys.__stderr__ is not None:
+        sys.__stderr__.flush()
     os._exit(1)
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 QUEUE_LENGTH = 4096
 """Points that may wait for the disk; beyond it points are dropped and counted."""
+
+FLUSH_SECONDS = 10.0
+"""A watcher of the run sees points at most this late; after a failure, the time until writing is tried again."""
 
 LAYOUT = {
     "Training": {
@@ -33,32 +41,48 @@ LAYOUT = {
 """The custom-scalars page."""
 
 
+@dataclass(frozen=True)
+class _Point:
+    """All that is written at once for a step: values by tag, or texts by tag."""
+
+    step: int
+    values: Mapping[str, float]
+    texts: Mapping[str, str]
+
+
 class TensorBoardLog:
     """Scalars and text of one run.
+
+    Points stay in memory until they were flushed, so that a disk that is full for a while costs none of them.
 
     Args:
         folder: where the event files go.
         purge_step: on resume, points from this step on in older files are superseded by the new ones.
-        on_failure: called (from the writing thread) with a message when writing begins to fail, and when points were
-            lost; never more than once for the same spell.
+        on_failure: called (from the writing thread) with a message when writing begins to fail, and when it works
+            again or points were lost; never more than once for the same spell.
     """
 
     def __init__(self, folder: Path, *, purge_step: int, on_failure: Callable[[str], None]) -> None:
         self._folder, self._purge_step, self._on_failure = folder, purge_step, on_failure
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(QUEUE_LENGTH)
-        self._dropped = 0
+        self._dropped = 0  # by the caller's thread; the rest belongs to the writing thread
+        self._lost = 0
+        self._told = 0
         self._failing = False
         self._writer: Any = None
+        self._opened = False
+        self._unsafe: deque[_Point] = deque()
+        self._due = time.monotonic() + FLUSH_SECONDS
         self._thread = threading.Thread(target=self._work, name="tensorboard", daemon=True)
         self._thread.start()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Queue points; returns at once."""
-        self._put("scalars", (step, dict(values)))
+        self._put("point", _Point(step, dict(values), {}))
 
     def text(self, step: int, tag: str, body: str) -> None:
         """Queue a text (Markdown); returns at once."""
-        self._put("text", (step, tag, body))
+        self._put("point", _Point(step, {}, {tag: body}))
 
     def flush(self, timeout_seconds: float = 5.0) -> None:
         """Ask that all queued points reach the file, and wait for it, but not longer than the time-out."""
@@ -79,19 +103,14 @@ class TensorBoardLog:
 
     def _work(self) -> None:
         while True:
-            kind, payload = self._queue.get()
+            try:
+                kind, payload = self._queue.get(timeout=FLUSH_SECONDS)
+            except queue.Empty:
+                kind, payload = "tick", None
             try:
                 self._handle(kind, payload)
-                if self._failing or self._dropped:
-                    self._on_failure(f"writing again; {self._dropped} points were lost")
-                    self._failing, self._dropped = False, 0
             except OSError as error:
-                # The event file may hold half a record now: the next point opens a new file.
-                self._writer = None
-                self._dropped += kind in ("scalars", "text")
-                if not self._failing:
-                    self._failing = True
-                    self._on_failure(f"{self._folder}: {error}")
+                self._fail(error)
             finally:
                 if kind == "flush":
                     payload.set()
@@ -99,26 +118,63 @@ class TensorBoardLog:
                 return
 
     def _handle(self, kind: str, payload: Any) -> None:
-        if self._writer is None:
-            if kind in ("flush", "close"):
-                return
+        due = kind in ("flush", "close") or time.monotonic() >= self._due
+        if kind == "point":
+            self._keep(payload)
+            if self._writer is not None:
+                self._write(payload)
+        if self._writer is None and self._unsafe and (due or not self._failing):
             self._open()
-        if kind == "scalars":
-            step, values = payload
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
-        elif kind == "text":
-            step, tag, body = payload
-            self._writer.add_text(tag, body, step)
-        elif kind == "flush":
+        if self._writer is not None and (due or self._failing or len(self._unsafe) >= QUEUE_LENGTH):
             self._writer.flush()
-        else:
+            self._durable()
+        if kind == "close" and self._writer is not None:
             self._writer.close()
 
+    def _keep(self, point: _Point) -> None:
+        if len(self._unsafe) >= QUEUE_LENGTH:
+            self._unsafe.popleft()
+            self._lost += self._failing
+        self._unsafe.append(point)
+
     def _open(self) -> None:
+        """A new event file, with all points that may not be in an older one."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        # flush_secs: a watcher of the run sees points at most 10 s late.
-        self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step, flush_secs=10)
+        # After a failure, only what is written again supersedes older points: the rest of the attempt stays.
+        purge_step = min(point.step for point in self._unsafe) if self._opened else self._purge_step
+        # Flushing is ours alone: the writer's own timer would race with it, and could write points twice.
+        self._writer = SummaryWriter(str(self._folder), purge_step=purge_step, flush_secs=10**6)
         self._writer.add_custom_scalars(LAYOUT)
+        for point in self._unsafe:
+            self._write(point)
+
+    def _write(self, point: _Point) -> None:
+        for tag, value in point.values.items():
+            self._writer.add_scalar(tag, value, point.step)
+        for tag, body in point.texts.items():
+            self._writer.add_text(tag, body, point.step)
+
+    def _durable(self) -> None:
+        """All points are in the file. Those of the last step stay: a new file supersedes whole steps."""
+        self._opened = True
+        self._due = time.monotonic() + FLUSH_SECONDS
+        last = self._unsafe[-1].step if self._unsafe else None
+        self._unsafe = deque(point for point in self._unsafe if point.step == last)
+        lost = self._dropped + self._lost - self._told
+        if self._failing or lost:
+            self._failing, self._told = False, self._told + lost
+            self._on_failure(f"writing again; {lost} points were lost")
+
+    def _fail(self, error: OSError) -> None:
+        """The event file may hold half a record now: the next try opens a new one."""
+        self._writer = None
+        self._due = time.monotonic() + FLUSH_SECONDS
+        with suppress(OSError):  # else each try on a full disk would leave an empty file
+            for path in self._folder.glob(f"events.out.tfevents.*.{os.getpid()}.*"):
+                if not path.stat().st_size:
+                    path.unlink()
+        if not self._failing:
+            self._failing = True
+            self._on_failure(f"{self._folder}: {error}")

@@ -16,6 +16,6 @@ def compiler_missing(device: torch.device) -> str | None:
 
     try:
         get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError) as error:
+    except (InvalidCxxCompiler, OSError) as error:
         return f"no C++ compiler: {' '.join(str(error).split())[:200]}"
     return None

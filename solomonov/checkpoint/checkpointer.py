@@ -341,7 +341,7 @@ class Checkpointer:
             store.recover(self.folder)
         names = store.candidates(self.folder)
         if fresh:
-            for folder in (*names, *store.set_aside_for(self.folder, "damaged")):
+            for folder in (*names, *store.replaced(self.folder), *store.set_aside_for(self.folder, "damaged")):
                 store.set_aside(folder, "fresh")
             names = []
         return [folder.name for folder in names]

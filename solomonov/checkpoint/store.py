@@ -231,6 +231,11 @@ def set_aside_for(checkpoints: Path, reason: str) -> list[Path]:
     return [path for path, match in _asides(checkpoints) if match[4] == reason]
 
 
+def replaced(checkpoints: Path) -> list[Path]:
+    """Folders that were moved aside for another of the same step, and not yet deleted."""
+    return [path for path, match in _asides(checkpoints) if match[2] == "replaced"]
+
+
 def delete(folder: Path) -> None:
     """Delete a folder; whenever this is interrupted, nothing is left that looks like a checkpoint."""
     match = _ASIDE.fullmatch(folder.name)

@@ -124,6 +124,18 @@ def test_the_tokenizer_report_tells_its_quality(whole: Path) -> None:
     assert report["xxh3_128"] == Manifest.load(whole / "dataset").tokenizer_digest
 
 
+def test_the_tokenizers_sample_stays_within_its_bytes(tmp_path: Path) -> None:
+    for number in range(4):
+        path = tmp_path / "text" / f"{number}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("漢字 été " * 500 + corpus.text(number, lines=150))
+    run(tmp_path, corpus.data_config(prepare={"tokenizer_sample_bytes": 8_000}))
+    sample = json.loads((tmp_path / "dataset" / "tokenizer" / "tokenizer.json").read_bytes())["sample"]
+    # The beginning of one document, cut at a character of up to three bytes.
+    assert sample["documents"] == 1
+    assert 7_998 <= sample["text_bytes"] <= 8_000
+
+
 def test_a_second_run_does_nothing_and_says_so(whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (whole / "dataset").rglob("*")}
     report = run(whole)
@@ -132,6 +144,14 @@ def test_a_second_run_does_nothing_and_says_so(whole: Path) -> None:
     lines = dict(report.summary())
     assert lines["tasks run"].startswith("0 ")
     assert lines["manifest digest"] == report.manifest.digest
+
+
+def test_work_left_by_a_kill_after_the_manifest_is_cleared(base: Path, whole: Path) -> None:
+    (base / "dataset" / ".work" / "tmp").mkdir(parents=True)
+    (base / "dataset" / ".work" / "tmp" / "unfinished").touch()
+    assert run(base).redone == 0
+    assert corpus.contents(base / "dataset") == corpus.contents(whole / "dataset")
+    assert not (base / "dataset" / ".work").exists()
 
 
 def test_bytes_do_not_depend_on_workers_nor_on_where_the_text_lies(whole: Path, tmp_path: Path) -> None:

@@ -183,8 +183,13 @@ def test_a_shard_that_shrinks_or_goes_while_it_is_open_is_found(folder: Path) ->
         block = shards[0].blocks
         with pytest.raises(DamagedDataError) as raised:
             dataset.read_block("own", "train", block)
-        assert raised.value.got == "no such file"
+        assert raised.value.got == "No such file or directory"
         assert shards[1].file in raised.value.what
+        (folder / shards[2].file).unlink()
+        (folder / shards[2].file).mkdir()
+        with pytest.raises(DamagedDataError) as raised:
+            dataset.read_block("own", "train", block + shards[1].blocks)
+        assert raised.value.got == "Is a directory"
 
 
 @pytest.mark.parametrize("kind", ["blocks", "rows"])
@@ -307,6 +312,15 @@ def test_several_threads_read_the_same(folder: Path, monkeypatch: pytest.MonkeyP
             found = list(pool.map(lambda block: dataset.read_block("own", "train", block).tokens.tolist(), asked))
         assert found == [expected[block] for block in asked]
         assert len(dataset._shards) <= 2
+
+
+def test_reads_that_come_in_pieces_are_put_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A network file system may return fewer bytes than were asked for.
+    with Dataset.open(folder) as dataset:
+        expected = dataset.read_block("own", "train", 1).tokens.tolist()
+        pread = os.pread
+        monkeypatch.setattr(os, "pread", lambda file, size, offset: pread(file, min(size, 50), offset))
+        assert dataset.read_block("own", "train", 1).tokens.tolist() == expected
 
 
 def test_closing_closes_every_descriptor(folder: Path) -> None:

@@ -146,8 +146,9 @@ def test_shards_hold_whole_blocks_up_to_their_size() -> None:
 
 def test_the_sample_takes_the_beginnings_of_documents_up_to_the_budget() -> None:
     small = np.full(100, 1000)
-    assert sample_cap(small, 10_500) == (11, 64 << 10)
+    assert sample_cap(small, 10_500) == (10, 64 << 10)
     assert sample_cap(small, 10**9)[0] == 100
     documents, cap = sample_cap(np.array([10 << 20, 1000, 10 << 20]), 1 << 20)
-    assert (documents, cap) == (3, 512 << 10)
+    assert (documents, cap) == (2, 512 << 10), "a third beginning would exceed the budget"
     assert sample_cap(np.array([500]), 10**6)[0] == 1
+    assert sample_cap(small, 300) == (1, 300), "the beginning of one document at least"

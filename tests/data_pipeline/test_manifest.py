@@ -89,7 +89,7 @@ def test_each_file_missing_or_cut_short_is_found_at_load(folder: Path) -> None:
     for record in list(Manifest.load(folder).files()):
         path = folder / record.file
         whole = path.read_bytes()
-        for damage, got in ((whole[:-1], f"{record.size - 1} bytes"), (None, "no such file")):
+        for damage, got in ((whole[:-1], f"{record.size - 1} bytes"), (None, "No such file or directory")):
             path.unlink() if damage is None else path.write_bytes(damage)
             with pytest.raises(DamagedDataError) as raised:
                 Manifest.load(folder)
@@ -97,6 +97,11 @@ def test_each_file_missing_or_cut_short_is_found_at_load(folder: Path) -> None:
             assert raised.value.got == got
             assert record.xxh3_128 in raised.value.rule
             assert raised.value.exit_code == 74
+        path.mkdir()
+        with pytest.raises(DamagedDataError) as raised:
+            Manifest.load(folder)
+        assert raised.value.got == "not a file"
+        path.rmdir()
         path.write_bytes(whole)
     Manifest.load(folder)
 
@@ -119,7 +124,7 @@ def test_each_file_with_one_flipped_bit_is_found_by_verify(folder: Path) -> None
 
 def test_any_altered_byte_of_the_manifest_is_refused(folder: Path) -> None:
     raw = (folder / MANIFEST_FILE).read_bytes()
-    for at in range(0, len(raw), 7):
+    for at in range(0, len(raw), 97):
         for altered in (raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :], raw[:at], raw[:at] + b" " + raw[at:]):
             with pytest.raises(DataConfigurationError) as raised:
                 parse_manifest(altered, folder / MANIFEST_FILE)

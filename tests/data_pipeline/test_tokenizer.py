@@ -60,6 +60,14 @@ def test_the_vocabulary_begins_with_specials_newline_and_bytes(tokenizer: Tokeni
     assert any(set(piece.text) == {"\u2581"} and len(piece.text) > 1 for piece in pieces), "indentation is cheap"
 
 
+def test_unigram_scores_are_multiples_of_a_256th_and_keep_their_order() -> None:
+    model = train_tokenizer(TEXTS, kind="unigram", vocab_size=340)
+    scores = [piece.score for piece in Tokenizer(model).pieces() if piece.kind == "normal"]
+    assert len(set(scores)) > 40
+    assert all(score < 0 and (score * 256).is_integer() for score in scores)
+    assert scores == sorted(scores, reverse=True), "the trainer lists pieces by falling score"
+
+
 def test_special_ids_decode_to_nothing_and_foreign_ones_are_refused(tokenizer: Tokenizer) -> None:
     ids = np.array([tokenizer.bos, *tokenizer.encode("fox"), tokenizer.eos, tokenizer.pad])
     assert tokenizer.decode(ids) == "fox"

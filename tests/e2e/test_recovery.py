@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import assert_no_process
+from tests.support.processes import assert_no_process, program_environment, run_program
 from tests.support.sampling import sampler
 from tests.support.user import User, unexpected
 
@@ -169,3 +170,19 @@ def test_running_a_finished_run_again_says_so_at_once(undisturbed: User, tmp_pat
     assert "done, 60 updates" in user.must("train", "own.yaml")
     assert user.metrics() == before
     assert len(user.journal("attempt_started")) == 1
+
+
+def test_a_crash_leaves_its_traceback_in_the_ranks_log(tmp_path: Path) -> None:
+    """torch.distributed wraps the hook of uncaught errors; what a rank prints last must get through all the same."""
+    code = (
+        "import sys, torch.distributed as dist, solomonov.rank as rank\n"
+        "sys.excepthook = rank._leave_on_crash\n"
+        f"dist.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=0, world_size=1)\n"
+        "raise RuntimeError('an error that nobody foresaw')\n"
+    )
+    found, output = run_program(
+        [sys.executable, "-c", code], log=tmp_path / "log", deadline=60, env=program_environment()
+    )
+    assert found == 1
+    assert "RuntimeError: an error that nobody foresaw" in output
+    assert "Traceback" in output

@@ -8,13 +8,14 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.files import write_array, write_bytes, write_json
+from data_pipeline.files import json_bytes
 from data_pipeline.layout import choose_block_tokens, choose_lanes, cut_blocks, cut_documents
 from data_pipeline.manifest import BOS_ID, EOS_ID, FileRecord, Manifest, digest_hex
 from data_pipeline.packing import rows_per_block
@@ -28,6 +29,9 @@ from data_pipeline.shards import (
 )
 
 Documents = Sequence[NDArray[Any]]
+
+WINDOW_BLOCKS = 4
+BLOCKS_PER_SHARD = 3
 
 
 def make_documents(seed: int, count: int, mean_tokens: float, vocab_size: int = 512) -> list[NDArray[np.int64]]:
@@ -49,9 +53,6 @@ def write_dataset(
     vocab_size: int = 512,
     block_tokens: int | None = None,
     held_out: Mapping[str, Documents] | None = None,
-    weights: Mapping[str, float] | None = None,
-    window_blocks: int = 4,
-    blocks_per_shard: int = 3,
 ) -> Manifest:
     """Writes a dataset folder and returns its manifest.
 
@@ -61,11 +62,13 @@ def write_dataset(
         sequence_tokens, packing: the one row length and packing that rows are counted for.
         lanes, block_tokens: None chooses as `prepare` does.
         held_out: held-out documents of some sources.
-        weights: 1.0 for each by default.
+
+    Every weight is 1.0 (`set_weights` changes that), windows have 4 blocks, shards 3.
     """
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    write_bytes(folder / "tokenizer/tokenizer.model", folder / "aside", b"a stand-in for a tokenizer")
-    entries, chosen = [], []
+    _write(folder / "tokenizer/tokenizer.model", b"a stand-in for a tokenizer")
+    entries: list[dict[str, Any]] = []
+    chosen: list[int] = []
     for name, documents in sources.items():
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
         size = block_tokens or choose_block_tokens(lengths, sequence_tokens)
@@ -73,17 +76,14 @@ def write_dataset(
         chosen.append(size)
         parts = {"train": documents, "held_out": (held_out or {}).get(name, ())}
         splits = {
-            split: _write_split(folder, (name, split), part, size, dtype, blocks_per_shard)
-            for split, part in parts.items()
-            if part
+            split: _write_split(folder, (name, split), part, size, dtype) for split, part in parts.items() if part
         }
         for split, content in splits.items():
             content["rows"] = [_write_rows(folder, (name, split), splits[split], sequence_tokens, packing)]
         for content in splits.values():
             del content["lengths"]
         inputs = {"files": 1, "documents": len(documents), "bytes": 1, "xxh3_128": digest_hex(name.encode())}
-        weight = float((weights or {}).get(name, 1.0))
-        entries.append({"name": name, "weight": weight, "inputs": inputs, "held_out": None, **splits})
+        entries.append({"name": name, "weight": 1.0, "inputs": inputs, "held_out": None, **splits})
     tokenizer = FileRecord.of(folder, "tokenizer/tokenizer.model").model_dump()
     smallest = min(entry["train"]["block_count"] for entry in entries)
     manifest = Manifest.model_validate(
@@ -94,22 +94,29 @@ def write_dataset(
             "token_dtype": dtype,
             "block_tokens": max(chosen),
             "lanes": lanes or choose_lanes(smallest),
-            "window_blocks": window_blocks,
+            "window_blocks": WINDOW_BLOCKS,
             "sources": entries,
         }
     )
-    (folder / "aside").rmdir()
     return manifest.write(folder)
 
 
+def set_weights(manifest: Manifest, weights: Mapping[str, float]) -> Manifest:
+    """Writes the manifest again with other weights."""
+    content = manifest.model_dump()
+    for source in content["sources"]:
+        source["weight"] = weights[source["name"]]
+    return Manifest.model_validate(content).write(manifest.folder)
+
+
 def _write_split(
-    folder: Path, name: tuple[str, str], documents: Documents, block_tokens: int, dtype: str, per_shard: int
+    folder: Path, name: tuple[str, str], documents: Documents, block_tokens: int, dtype: str
 ) -> dict[str, Any]:
     lengths = np.array([len(document) for document in documents], dtype=np.int64)
     parts = cut_documents(lengths, block_tokens)
     bounds = cut_blocks(parts.tokens, block_tokens).tolist()
     blocks = []
-    for first, end in zip(bounds, bounds[1:], strict=False):
+    for first, end in pairwise(bounds):
         tokens = []
         origins: list[dict[str, str | int]] = []
         for entry in range(first, end):
@@ -120,15 +127,15 @@ def _write_split(
                 origins[-1]["part"] = int(parts.part[entry])
         blocks.append((tokens, origins))
     shards, records = [], []
-    for number in range(-(-len(blocks) // per_shard)):
+    for number in range(-(-len(blocks) // BLOCKS_PER_SHARD)):
         shard = shard_name(*name, number)
-        here = blocks[number * per_shard : (number + 1) * per_shard]
+        here = blocks[number * BLOCKS_PER_SHARD : (number + 1) * BLOCKS_PER_SHARD]
         _write_shard(folder, shard, here, dtype)
         index = FileRecord.of(folder, index_name(shard)).model_dump()
         records.append({**FileRecord.of(folder, shard).model_dump(), "index": index, "blocks": len(here)})
         shards.append(shard)
     file = f"blocks/{name[0]}-{name[1]}.npy"
-    write_array(folder / file, folder / "aside", block_records(folder, shards))
+    _write_array(folder / file, block_records(folder, shards))
     return {
         "shards": records,
         "blocks": FileRecord.of(folder, file).model_dump(),
@@ -145,7 +152,7 @@ def _write_rows(
 ) -> dict[str, Any]:
     rows = np.array([rows_per_block(each, sequence_tokens, packing) for each in split["lengths"]], dtype=np.int64)
     file = f"rows/{name[0]}-{name[1]}-T{sequence_tokens}-{packing}.npy"
-    write_array(folder / file, folder / "aside", rows)
+    _write_array(folder / file, rows)
     record = FileRecord.of(folder, file).model_dump()
     return {**record, "sequence_tokens": sequence_tokens, "packing": packing, "rows": int(rows.sum())}
 
@@ -169,11 +176,22 @@ def _write_shard(
                 digests[info.name] = digest_hex(data)
             count = sum(len(part) for part in tokens)
             contents.append({"documents": len(tokens), "tokens": count, "bytes": 4 * count})
-    write_bytes(folder / shard, folder / "aside", file.getvalue())
+    _write(folder / shard, file.getvalue())
     with tarfile.open(folder / shard, "r:") as tar:
         members = [
             {"name": each.name, "offset": each.offset_data, "size": each.size, "xxh3_128": digests[each.name]}
             for each in tar
         ]
     index = {"schema_version": INDEX_SCHEMA_VERSION, "shard": shard, "members": members, "blocks": contents}
-    write_json(folder / index_name(shard), folder / "aside", index)
+    _write(folder / index_name(shard), json_bytes(index))
+
+
+def _write(path: Path, content: bytes) -> None:
+    # Without fsync, which costs more here than all the rest.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def _write_array(path: Path, array: NDArray[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, array, allow_pickle=False)

@@ -15,7 +15,7 @@ MASK = 2**64 - 1
 def naive_permutation(key: bytes, n: int) -> list[int]:
     """Six Feistel rounds on the power of two above n (16 at least), and again while outside [0, n)."""
     bits = max(4, (n - 1).bit_length())
-    keys = [xxhash.xxh3_64_intdigest(key, seed=number) for number in range(6)]
+    keys: list[int] = [xxhash.xxh3_64_intdigest(key, seed=number) for number in range(6)]
 
     def once(value: int) -> int:
         widths = (bits // 2, bits - bits // 2)
@@ -27,7 +27,7 @@ def naive_permutation(key: bytes, n: int) -> list[int]:
             mixed ^= mixed >> 31
             left, right = right, left ^ mixed % 2 ** widths[0]
             widths = (widths[1], widths[0])
-        return left * 2 ** widths[1] + right
+        return int(left * 2 ** widths[1] + right)
 
     images = []
     for index in range(n):

@@ -159,10 +159,14 @@ class Ballast:
 
     def _fill_and_write(self, descriptor: int, data: Any) -> int:
         self._patch.setattr(os, "write", self._write)
-        with self.path.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match="No space"):
+            self._fill()
+        return self._write(descriptor, data)
+
+    def _fill(self) -> None:
+        with self.path.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
-        return self._write(descriptor, data)
 
     def lift(self) -> None:
         self.path.unlink()

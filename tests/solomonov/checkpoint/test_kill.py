@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from solomonov.checkpoint import store
 from tests.solomonov.checkpoint.common import Run, make_state, write
 from tests.solomonov.checkpoint.kill_child import SAVES
 from tests.support.processes import die_with_parent
@@ -67,6 +68,8 @@ def check_aftermath(folder: Path, point: str) -> None:
     """What attempt 3 finds, and that it can go on."""
     declared = [(2, 2)]
     declared += [tuple(json.loads(line)) for line in (folder.parent / "declared").read_text().splitlines()]
+    for found in store.survey(folder):  # step 4 was damaged on purpose, before it was saved
+        assert isinstance(found, store.CheckpointInfo) or found.step == 4, f"{point}: {found}"
     run = Run(folder, attempt=3, keep_last=2)
     reader = run.checkpointer.find()
     assert reader is not None, point

@@ -13,6 +13,7 @@ from solomonov.checkpoint.format import MANIFEST
 from solomonov.checkpoint.store import CheckpointInfo, DamagedFolder, ResumeFact, superseded_by
 from solomonov.errors import DamagedCheckpointError
 from tests.solomonov.checkpoint.common import flip, write
+from tests.support.kill_points import KillPoints
 
 RANK_FILE = "rank-00000.safetensors"
 
@@ -233,3 +234,30 @@ def test_a_checkpoint_that_changed_since_it_was_listed(tmp_path: Path) -> None:
     write(tmp_path, 1, seed=2)
     with pytest.raises(DamagedCheckpointError, match="as when it was listed"):
         store.verify_checkpoint(info)
+
+
+def test_a_deletion_that_is_interrupted_anywhere_leaves_nothing_that_looks_like_a_checkpoint(tmp_path: Path) -> None:
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    template = write(tmp_path / "template", 1).folder
+    interrupted = 0
+    for end_at in range(20):
+        folder = Path(shutil.copytree(template, tmp_path / str(end_at) / template.name))
+        points = KillPoints(end_at, interrupt)
+        points.install()
+        try:
+            store.delete(folder)
+        except Interrupted:
+            interrupted += 1
+        finally:
+            points.remove()
+        found = store.survey(folder.parent)
+        assert not any(isinstance(item, DamagedFolder) for item in found), points.names
+        assert len(found) == (end_at == 0)
+        store.prune(folder.parent, 1)
+        assert len(list(folder.parent.iterdir())) == (end_at == 0)
+    assert 4 < interrupted < 20

@@ -1,0 +1,71 @@
+"""Runs for tests in one process: a prepared data set, and a run folder with checkpoints that no training wrote."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from data_pipeline.build import prepare
+from solomonov.checkpoint import store
+from solomonov.checkpoint.fragments import whole
+from solomonov.checkpoint.writer import Header, commit, write_rank_file
+from solomonov.config import Loaded, load_config
+from solomonov.model.transformer import Transformer
+from solomonov.runfolder import RunFolder
+from solomonov.start import prepare_run
+from tests.support.user import User
+
+State = dict[str, torch.Tensor]
+
+
+def prepared_user(folder: Path) -> User:
+    """A user's folder with text, a configuration and the prepared data set."""
+    user = User.begin(folder)
+    config = load_config(user.folder / "own.yaml").config
+    prepare(config.data, config.tokenizer, base_folder=user.folder, show_progress=False)
+    return user
+
+
+def load(user: User, *overrides: str) -> Loaded:
+    """The user's configuration."""
+    return load_config(user.folder / "own.yaml", overrides)
+
+
+def begin_run(user: User, *overrides: str, ranks: int = 1) -> RunFolder:
+    """The run folder as `solomonov train` makes it before it starts the ranks; its path is absolute."""
+    with contextlib.chdir(user.folder):
+        made = prepare_run(load(user, *overrides), ranks=ranks, launch={"ranks_per_node": ranks})
+        made.write()
+        return RunFolder(made.run.path.resolve())
+
+
+def model_state(run: RunFolder, seed: int) -> State:
+    """Weights far from their initial values, drawn from the seed."""
+    config = run.config()
+    model = Transformer(config.model, config.tokenizer.vocab_size, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: value.detach() + torch.randn(value.shape, generator=generator) * 0.1
+        for name, value in model.named_parameters()
+    }
+
+
+def write_checkpoint(run: RunFolder, step: int, state: State) -> Path:
+    """A checkpoint of these masters, as one rank writes it."""
+    tmp = run.checkpoints / store.temporary_name(step, 1)
+    tmp.mkdir()
+    entry = write_rank_file(tmp, 0, [whole(name, "master", tensor) for name, tensor in state.items()])
+    expected = {(name, "master"): tuple(tensor.shape) for name, tensor in state.items()}
+    header = Header(run_id=run.run_id(), step=step, attempt=1, scalars={"optimizer_step": step}, state={"step": step})
+    return commit(tmp, run.checkpoints / store.folder_name(step), entries=[entry], expected=expected, header=header).folder
+
+
+def begun_user(prepared: User, folder: Path) -> tuple[User, RunFolder]:
+    """A copy of the prepared folder with a run that has checkpoints of steps 3 and 6."""
+    user = prepared.copy(folder)
+    run = begin_run(user)
+    for step in (3, 6):
+        write_checkpoint(run, step, model_state(run, step))
+    return user, run
