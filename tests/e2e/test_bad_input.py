@@ -67,7 +67,7 @@ def test_an_empty_corpus(tmp_path: Path) -> None:
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     user = User.begin(tmp_path / "work")
     bad = user.folder / "text" / "part1" / "latin.txt"
-    bad.write_bytes("all is well, then caf".encode() + b"\xe9 noir\n")
+    bad.write_bytes(b"all is well, then caf" + b"\xe9 noir\n")
     output = refused(user, 78, "prepare", "own.yaml")
     assert "latin.txt" in output
     assert "21" in output, "the byte offset is named"

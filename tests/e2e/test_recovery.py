@@ -31,7 +31,7 @@ def assert_steps_lost_within_interval(user: User, reached: list[int]) -> None:
     """Attempt k resumed at most one interval below what the attempt before had reached."""
     resumed = [event["step"] for event in user.journal("resumed")]
     for step, before in zip(resumed[1:], reached, strict=True):
-        assert 0 < step, "an attempt began anew although a checkpoint was there"
+        assert step > 0, "an attempt began anew although a checkpoint was there"
         assert before - step <= INTERVAL, f"resumed at {step} after reaching {before}"
 
 

@@ -1,47 +1,46 @@
-"""The answer about the compiler against the PATH that it is given: with a compiler, and without any."""
+"""The answer about the compiler against the PATH that a fresh process is given: with a compiler, and without any."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from solomonov.toolchain import compiler_missing
+from tests.support.processes import ROOT, program_environment, run_program
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _asked_anew() -> None:
-    """torch remembers what it found."""
-    from torch._inductor import cpp_builder
-
-    for name in ("get_cpp_compiler", "check_compiler_exist_windows"):
-        clear = getattr(getattr(cpp_builder, name), "cache_clear", None)
-        if clear is not None:
-            clear()
+CODE = "import torch; from solomonov.toolchain import compiler_missing; print(compiler_missing(torch.device('cpu')))"
 
 
-def test_a_compiler_on_the_path_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, shutil.which("g++") or shutil.which("clang++")))
-    assert compiler_missing(CPU) is None
+def answer_with_path(path: str, folder: Path) -> str:
+    environment = program_environment(PATH=path)
+    environment.pop("CXX", None)
+    argv = [sys.executable, "-c", CODE]
+    code, output = run_program(argv, log=folder / "log.txt", deadline=120, cwd=ROOT, env=environment)
+    assert code == 0, output
+    return output.strip()
 
 
-def test_without_one_the_reason_is_said_on_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    reason = compiler_missing(CPU)
-    assert reason is not None
-    assert reason.startswith("no C++ compiler: ")
-    assert "\n" not in reason
+@pytest.mark.e2e
+def test_without_a_compiler_the_reason_is_said_on_one_line(tmp_path: Path) -> None:
+    answer = answer_with_path(str(tmp_path), tmp_path)
+    assert answer.startswith("no C++ compiler: ")
+    assert "\n" not in answer
+
+
+@pytest.mark.e2e
+def test_a_compiler_on_the_path_is_found(tmp_path: Path) -> None:
+    assert shutil.which("g++"), "these tests run where g++ is installed"
+    assert answer_with_path(os.environ["PATH"], tmp_path) == "None"
 
 
 def test_cuda_needs_triton() -> None:
-    """Here triton is what the installation has; asked only, nothing of CUDA is touched."""
-    import importlib.util
-
+    """Against what is installed here; nothing of CUDA is touched."""
     reason = compiler_missing(torch.device("cuda"))
     if importlib.util.find_spec("triton") is None:
         assert reason == "the triton package is not installed"

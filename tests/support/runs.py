@@ -59,7 +59,9 @@ def write_checkpoint(run: RunFolder, step: int, state: State) -> Path:
     entry = write_rank_file(tmp, 0, [whole(name, "master", tensor) for name, tensor in state.items()])
     expected = {(name, "master"): tuple(tensor.shape) for name, tensor in state.items()}
     header = Header(run_id=run.run_id(), step=step, attempt=1, scalars={"optimizer_step": step}, state={"step": step})
-    return commit(tmp, run.checkpoints / store.folder_name(step), entries=[entry], expected=expected, header=header).folder
+    return commit(
+        tmp, run.checkpoints / store.folder_name(step), entries=[entry], expected=expected, header=header
+    ).folder
 
 
 def begun_user(prepared: User, folder: Path) -> tuple[User, RunFolder]:

@@ -1,0 +1,84 @@
+"""The control plane on real gloo ranks: sums against Python's integers, places against the torchrun variables."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from solomonov.distributed import (
+    COLLECTIVE_TIMEOUT_SECONDS,
+    Control,
+    RankInfo,
+    pick_device,
+    start_process_group,
+    stop_process_group,
+)
+from tests.support.ranks import run_ranks
+
+WORLD = 2
+BIG = 2**64 - 3
+
+
+def talk() -> dict[str, Any]:
+    """What one rank gets from every collective; values differ by rank."""
+    control = Control()
+    rank = control.rank
+    control.barrier()
+    return {
+        "place": (control.rank, control.size),
+        "info": RankInfo.from_environment(),
+        "gathered": control.all_gather_object({"rank": rank}),
+        "from_0": control.broadcast_object(f"said by {rank}"),
+        "from_1": control.broadcast_object(f"said by {rank}", src=1),
+        "integers": control.sum_integers([0, 1, BIG, 2**63 + rank, rank]),
+        "floats": control.sum_floats([0.1 * (rank + 1), 1e300, math.inf if rank else 1.0]),
+        "device": str(pick_device(RankInfo.from_environment())),
+    }
+
+
+@pytest.mark.dist(world=WORLD)
+def test_collectives() -> None:
+    answers = run_ranks(talk, WORLD)
+    for rank, answer in enumerate(answers):
+        assert answer["place"] == (rank, WORLD)
+        assert answer["info"] == RankInfo(rank=rank, local_rank=rank, world=WORLD)
+        assert answer["gathered"] == [{"rank": 0}, {"rank": 1}]
+        assert answer["from_0"] == "said by 0"
+        assert answer["from_1"] == "said by 1"
+        assert answer["device"] == "cpu"
+        assert answer["integers"] == [0, 2, 2 * BIG % 2**64, (2**63 + 2**63 + 1) % 2**64, 1]
+        assert answer["floats"] == [0.1 + 0.2, 2e300, math.inf]
+
+
+def test_a_process_without_the_variables_is_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert RankInfo.from_environment() == RankInfo(rank=0, local_rank=0, world=1)
+
+
+def test_a_group_is_joined_and_left(tmp_path: Path) -> None:
+    start_process_group(RankInfo(0, 0, 1), torch.device("cpu"), init_method=f"file://{tmp_path / 'meet'}")
+    try:
+        assert dist.get_backend() == "gloo"
+        assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
+        assert Control().sum_integers([7]) == [7]
+    finally:
+        stop_process_group()
+    assert not dist.is_initialized()
+    stop_process_group()  # without a group there is nothing to leave
+
+
+def test_a_rank_that_lives_but_does_not_come_is_waited_for_ten_minutes() -> None:
+    assert COLLECTIVE_TIMEOUT_SECONDS == 600
+
+
+@pytest.mark.gpu
+def test_the_device_is_that_of_the_local_rank() -> None:
+    device = pick_device(RankInfo(rank=5, local_rank=0, world=8))
+    assert device == torch.device("cuda", 0)
+    assert torch.cuda.current_device() == 0
