@@ -50,9 +50,9 @@ class TrainingDisplay:
         self._journal_offset = 0
 
     def __enter__(self) -> TrainingDisplay:
-        self._console.print(f"run     {self._run.path}")
-        self._console.print(f"batch   {self._plan}")
-        self._console.print(f"watch   solomonov tensorboard {self._run.path}")
+        self._say(f"run     {self._run.path}")
+        self._say(f"batch   {self._plan}")
+        self._say(f"watch   solomonov tensorboard {self._run.path}")
         journal = self._run.journal.path
         self._journal_offset = journal.stat().st_size if journal.exists() else 0
         if self._console.is_terminal:
@@ -83,9 +83,11 @@ class TrainingDisplay:
         last = last_line(self._run)
         where = f"step {last['step']}/{self._total}, loss {last['loss']}" if last else "before the first step"
         if code == exits.DONE:
-            self._console.print(f"done    {where}")
+            self._say(f"done    {where}")
         elif code == exits.AGAIN:
-            self._console.print(f"saved   {where}; the same command goes on from here")
+            durable = self._run.journal.last("checkpoint_durable")
+            step = durable["step"] if durable else 0
+            self._say(f"stopped at {where}; step {step} is saved, and the same command goes on from there")
         else:
             for line in tail:
                 print(f"  | {line}", file=sys.stderr)
@@ -93,7 +95,7 @@ class TrainingDisplay:
             print(f"ended with exit code {code}, {where}; logs of all ranks: {logs}", file=sys.stderr)
 
     def _say(self, text: str) -> None:
-        self._console.print(text)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def _follow(self) -> None:
         while not self._over.wait(0.5):
@@ -142,13 +144,9 @@ def _sentence(record: Mapping[str, Any]) -> str | None:
     if kind == "evaluated":
         bits = f"{record['bits_per_byte']:.3f} bits a byte"
         return f"held-out loss {record['loss']:.4f} ({bits}) at step {record['step']}"
-    if kind in (
-        "checkpoint_failed",
-        "checkpoint_damaged",
-        "replay_mismatch",
-        "tensorboard_failed",
-        "metrics_failed",
-    ):
+    if kind == "checkpoint_failed":
+        return f"no checkpoint at step {record['step']}, training goes on: {record['message']} ({record['path']})"
+    if kind in ("checkpoint_damaged", "replay_mismatch", "tensorboard_failed", "metrics_failed"):
         details = {k: v for k, v in record.items() if k not in ("schema_version", "time", "event", "pid", "attempt")}
         return f"{kind.replace('_', ' ')}: {json.dumps(details)}"
     return None

@@ -193,13 +193,10 @@ def test_a_full_disk_at_save_the_run_goes_on(user: User, disk: Path) -> None:
 def fill(path: Path) -> None:
     """Write a file until its file system is full."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT)
-    try:
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         while os.write(fd, b"x" * 4096):
             pass
-    except OSError as error:
-        assert error.errno == errno.ENOSPC, error
-    finally:
-        os.close(fd)
+    os.close(fd)
 
 
 def _events(journal: Path, kind: str) -> list[dict[str, str]]:

@@ -92,7 +92,7 @@ def test_a_request_to_stop_saves_and_the_same_command_goes_on(
         program.wait_for(lambda: user.steps_done() >= 7, deadline=120, what="a step")
         program.send(number)
         assert program.wait(deadline=60) == 75, program.output()
-        assert "the same command goes on from here" in program.output()
+        assert "is saved, and the same command goes on from there" in program.output()
     assert_no_process("solomonov.rank runs/own", deadline=10)
     stopped = user.steps_done()
     assert (user.run() / f"checkpoints/step-{stopped:08d}/MANIFEST.json").exists()

@@ -58,7 +58,9 @@ def test_outside_a_checkout_there_are_no_git_facts(tmp_path: Path, monkeypatch: 
 
 def test_usable_cores_follow_the_affinity_of_the_process() -> None:
     one = min(os.sched_getaffinity(0))
-    code = f"import os; os.sched_setaffinity(0, [{one}]); from solomonov.host import usable_cores; print(usable_cores())"
+    code = (
+        f"import os; os.sched_setaffinity(0, [{one}]); from solomonov.host import usable_cores; print(usable_cores())"
+    )
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, env=program_environment())
     assert done.stdout.strip() == "1"

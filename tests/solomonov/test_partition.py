@@ -26,7 +26,9 @@ CASES = [
 
 def described(layout: Layout) -> list[tuple[str, tuple[int, ...], int, int]]:
     engine = tiny.make_engine(layout)
-    return [(piece.name, piece.shape, piece.start, piece.end) for piece in local_pieces(engine._optimizer, engine.names)]
+    return [
+        (piece.name, piece.shape, piece.start, piece.end) for piece in local_pieces(engine._optimizer, engine.names)
+    ]
 
 
 @pytest.mark.parametrize("layout", CASES, ids=str)
