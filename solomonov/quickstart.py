@@ -81,9 +81,10 @@ def quickstart(folder: Path, *, train: Callable[[Path], int]) -> int:
     console = Console(highlight=False)
     config_path = folder / "config.yaml"
     summary_path = folder / "summary.json"
+    text = configuration(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(config_path, configuration(folder))
+        write_atomically(config_path, text)
     except OSError as error:
         raise unwritable(folder, error) from error
     config = load_config(config_path).config

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from solomonov.model.transformer import Transformer
 from solomonov.partition import base_optimizer, create_adamw_state, local_pieces, parameter_shape, refresh_parameters
@@ -24,32 +23,60 @@ CASES = [
 ]
 
 
-def described(layout: Layout) -> list[tuple[str, tuple[int, ...], int, int]]:
+def plain_model(layout: Layout) -> Transformer:
+    return Transformer(tiny.tiny_model(layout.tied), tiny.VOCAB, seed=tiny.SEED)
+
+
+def other_model(layout: Layout) -> Transformer:
+    """Weights four times larger than at the start: another loss by far."""
+    model = Transformer(tiny.tiny_model(layout.tied), tiny.VOCAB, seed=99)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0)
+    return model
+
+
+def described(layout: Layout) -> tuple[list[dict[str, Any]], dict[str, tuple[int, ...]]]:
+    """This rank's pieces with their freshly made AdamW state, and the shapes of the whole parameters."""
     engine = tiny.make_engine(layout)
-    return [
-        (piece.name, piece.shape, piece.start, piece.end) for piece in local_pieces(engine._optimizer, engine.names)
-    ]
+    create_adamw_state(engine._optimizer, 17)
+    assert engine.updates_applied() == 17
+    state = base_optimizer(engine._optimizer).state
+    found = []
+    for piece in local_pieces(engine._optimizer, engine.names):
+        entry = state[piece.flat]
+        moments = [piece.view(entry[kind]) for kind in ("exp_avg", "exp_avg_sq")]
+        found.append(
+            {
+                "range": (piece.name, piece.shape, piece.start, piece.end),
+                "step": float(entry["step"]),
+                "on_cpu": entry["step"].device.type == "cpu",
+                "zero": all(moment.numel() == piece.numel and not moment.any() for moment in moments),
+                "shares": piece.view(piece.flat).data_ptr() - piece.flat.data_ptr() == 4 * piece.offset,
+            }
+        )
+    return found, {name: parameter_shape(p) for p, name in engine.names.items()}
 
 
 @pytest.mark.parametrize("layout", CASES, ids=str)
 def test_pieces_tile_each_parameter_exactly_once(layout: Layout) -> None:
-    by_rank = run_ranks(described, WORLD, layout)
+    answers = run_ranks(described, WORLD, layout)
     shapes = {name: tuple(p.shape) for name, p in plain_model(layout).named_parameters()}
+    assert [told for _, told in answers] == [shapes, shapes], "whole shapes, also where ZeRO 3 has taken the data away"
+    by_rank = [[piece["range"] for piece in pieces] for pieces, _ in answers]
     # At stage 0 every rank holds everything; at the others the ranks together hold everything once.
-    for pieces in by_rank if layout.zero_stage == 0 else [sum(by_rank, [])]:
+    for ranges in by_rank if layout.zero_stage == 0 else [[*by_rank[0], *by_rank[1]]]:
         covered = {name: torch.zeros(torch.Size(shape).numel(), dtype=torch.int64) for name, shape in shapes.items()}
-        for name, shape, start, end in pieces:
+        for name, shape, start, end in ranges:
             assert shape == shapes[name]
             assert 0 <= start < end <= covered[name].numel()
             covered[name][start:end] += 1
         assert all(bool((count == 1).all()) for count in covered.values()), "an element is held never or twice"
     if layout.zero_stage:
-        sizes = [sum(end - start for _, _, start, end in pieces) for pieces in by_rank]
+        sizes = [sum(end - start for _, _, start, end in ranges) for ranges in by_rank]
         assert max(sizes) <= 1.1 * min(sizes), f"the ranks share unevenly: {sizes}"
-
-
-def plain_model(layout: Layout) -> Transformer:
-    return Transformer(tiny.tiny_model(layout.tied), tiny.VOCAB, seed=tiny.SEED)
+    fresh = [{key: value for key, value in piece.items() if key != "range"} for pieces, _ in answers for piece in pieces]
+    assert all(piece == {"step": 17.0, "on_cpu": True, "zero": True, "shares": True} for piece in fresh)
 
 
 def overwrite(layout: Layout) -> tuple[float, float, bool, list[float]]:
@@ -58,7 +85,7 @@ def overwrite(layout: Layout) -> tuple[float, float, bool, list[float]]:
     tiny.train(engine, 0, 1)  # DeepSpeed has all its state only after a first update
     rows = tiny.batch(9, list(range(tiny.ROWS)))
     before = engine.evaluate(rows)
-    other = dict(Transformer(tiny.tiny_model(layout.tied), tiny.VOCAB, seed=99).named_parameters())
+    other = dict(other_model(layout).named_parameters())
     with torch.no_grad():
         for piece in local_pieces(engine._optimizer, engine.names):
             values = other[piece.name].detach().reshape(-1)[piece.start : piece.end]
@@ -72,7 +99,7 @@ def overwrite(layout: Layout) -> tuple[float, float, bool, list[float]]:
 
 @pytest.mark.parametrize("layout", CASES, ids=str)
 def test_after_a_refresh_the_forward_uses_what_was_written(layout: Layout) -> None:
-    other = Transformer(tiny.tiny_model(layout.tied), tiny.VOCAB, seed=99)
+    other = other_model(layout)
     if layout.precision == "bf16":
         other = other.bfloat16()
     rows = tiny.batch(9, list(range(tiny.ROWS)))
@@ -84,44 +111,3 @@ def test_after_a_refresh_the_forward_uses_what_was_written(layout: Layout) -> No
         assert abs(before - expected) > 10 * bound * expected, "the two models must differ for this to say anything"
         assert equal, "the masters are not what was written"
         assert all(loss == loss for loss in losses), "the engine does not train on"
-
-
-def fresh_state(layout: Layout) -> list[dict[str, Any]]:
-    """AdamW's state made before any update."""
-    engine = tiny.make_engine(layout)
-    create_adamw_state(engine._optimizer, 17)
-    state = base_optimizer(engine._optimizer).state
-    found = []
-    for piece in local_pieces(engine._optimizer, engine.names):
-        entry = state[piece.flat]
-        moments = [piece.view(entry[kind]) for kind in ("exp_avg", "exp_avg_sq")]
-        found.append(
-            {
-                "step": float(entry["step"]),
-                "on_cpu": entry["step"].device.type == "cpu",
-                "zero": all(moment.numel() == piece.numel and not moment.any() for moment in moments),
-                "shares": piece.view(piece.flat).data_ptr() - piece.flat.data_ptr() == 4 * piece.offset,
-            }
-        )
-    assert engine.updates_applied() == 17
-    return found
-
-
-@pytest.mark.parametrize("layout", CASES, ids=str)
-def test_a_fresh_state_has_zeros_and_the_given_count(layout: Layout) -> None:
-    for found in run_ranks(fresh_state, WORLD, layout):
-        assert found
-        assert all(entry == {"step": 17.0, "on_cpu": True, "zero": True, "shares": True} for entry in found)
-
-
-def shape_in_engine(stage: int) -> bool:
-    """Under ZeRO 3 a parameter has no data left between uses; its whole shape is still told."""
-    engine = tiny.make_engine(Layout(zero_stage=stage))
-    shapes = {name: tuple(p.shape) for name, p in plain_model(Layout()).named_parameters()}
-    dist.barrier()
-    return {name: parameter_shape(p) for p, name in engine.names.items()} == shapes
-
-
-@pytest.mark.parametrize("stage", [1, 3])
-def test_whole_shapes_are_told(stage: int) -> None:
-    assert run_ranks(shape_in_engine, WORLD, stage) == [True, True]

@@ -1,0 +1,174 @@
+"""What a person reads while training runs, from real files of a run: plain lines, and a bar on a real terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from solomonov import exits
+from solomonov.display import TrainingDisplay, last_line
+from solomonov.runfolder import RunFolder
+from tests.support.processes import ROOT, program_environment, wait_for
+
+PLAN = "4 rows x 2 accumulated"
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> RunFolder:
+    (tmp_path / "own").mkdir()
+    return RunFolder(tmp_path / "own")
+
+
+def log_step(run: RunFolder, step: int, loss: float | None = 2.5) -> None:
+    with run.metrics.open("a") as file:
+        file.write(json.dumps({"step": step, "loss": loss}) + "\n")
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """Standard output with the console's line breaks taken out."""
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_last_line_is_the_newest_whole_one(empty: RunFolder) -> None:
+    assert last_line(empty) is None
+    log_step(empty, 1)
+    with empty.metrics.open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert last_line(empty) == {"step": 1, "loss": 2.5}
+    with empty.metrics.open("a") as file:
+        file.write("\n[3]\n\n")
+    assert last_line(empty) == {"step": 1, "loss": 2.5}
+
+
+def test_last_line_of_a_long_file(empty: RunFolder) -> None:
+    for step in range(1, 400):
+        log_step(empty, step)
+    assert empty.metrics.stat().st_size > 8192
+    assert last_line(empty) == {"step": 399, "loss": 2.5}
+
+
+def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    empty.journal.write("resumed", step=40)  # of an earlier attempt: no news
+    with TrainingDisplay(empty, 60, PLAN):
+        log_step(empty, 12)
+        empty.journal.write("resumed", step=0)  # the beginning: no news
+        empty.journal.write("resumed", step=10)
+        empty.journal.write("evaluated", step=12, loss=3.25, bits_per_byte=1.5, rows=8)
+        empty.journal.write("fallback", what="torch.compile", to="eager", reason="no compiler")
+        empty.journal.write("checkpoint_failed", step=12, cause="ENOSPC")
+        empty.journal.write("checkpoint_durable", step=12)  # not news either
+    output = said(capsys)
+    for words in (
+        f"run {empty.path} batch {PLAN} watch solomonov tensorboard {empty.path}".replace("\n", " "),
+        "resumed from the checkpoint of step 10",
+        "held-out loss 3.2500 (1.500 bits a byte) at step 12",
+        "torch.compile: eager instead (no compiler)",
+        'checkpoint failed: {"step": 12, "cause": "ENOSPC"}',
+        "step 12/60 loss 2.500",
+    ):
+        assert re.sub(r"\s", "", words) in re.sub(r"\s", "", output), words
+    assert "step 40" not in output
+    assert "step 0" not in output
+    assert "durable" not in output
+
+
+def test_a_line_that_is_being_written_is_waited_for(empty: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    display = TrainingDisplay(empty, 60, PLAN)
+    line = json.dumps({"event": "resumed", "step": 20})
+    empty.journal.path.write_text(line[:9])
+    display._refresh()
+    assert "resumed" not in said(capsys)
+    empty.journal.path.write_text("damaged\n" + line + "\n")
+    display._refresh()
+    display._refresh()
+    assert said(capsys).count("resumed from the checkpoint of step 20") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        ("rank_exited", {"rank": 1, "signal": "SIGKILL", "exit_code": None, "step": 7}, "rank 1 ended: SIGKILL, at step 7"),
+        ("rank_exited", {"rank": 0, "exit_code": 1, "step": 7}, "rank 0 ended: exit code 1, at step 7"),
+        ("rank_exited", {"rank": 0, "exit_code": exits.DONE, "step": 7}, ""),
+        ("rank_exited", {"rank": 0, "exit_code": exits.AGAIN, "step": 7}, ""),
+        ("rank_exited", {"rank": 0, "signal": "SIGKILL", "exit_code": None, "killed_by_launcher": True}, ""),
+        ("restart", {"attempt": 2, "cause": "rank 1 died"}, "starting again (attempt 2): rank 1 died"),
+        ("stopping", {"signal": "SIGTERM"}, "stopping (SIGTERM): saving"),
+        ("attempt_started", {"attempt": 1}, ""),
+    ],
+)
+def test_events_of_the_launcher(
+    kind: str, fields: dict[str, Any], words: str, empty: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TrainingDisplay(empty, 60, PLAN).event(kind, fields)
+    assert said(capsys) == words
+
+
+@pytest.mark.parametrize(("code", "words"), [(exits.DONE, "done"), (exits.AGAIN, "the same command goes on from here")])
+def test_good_ends_are_said_on_stdout(
+    code: int, words: str, empty: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_step(empty, 60)
+    TrainingDisplay(empty, 60, PLAN).verdict(code, ["last words"])
+    captured = capsys.readouterr()
+    assert words in captured.out
+    assert "step 60/60, loss 2.5" in captured.out
+    assert captured.err == ""
+
+
+def test_bad_ends_are_said_on_stderr_with_the_rank_s_last_words(
+    empty: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TrainingDisplay(empty, 60, PLAN).verdict(exits.NUMERICAL, ["error: the gradients", "  got: nan"])
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "  | error: the gradients\n  |   got: nan\n" in captured.err
+    assert "ended with exit code 70, before the first step" in captured.err
+    assert str(empty.logs) in captured.err
+
+
+TERMINAL = """
+import sys
+from pathlib import Path
+from solomonov.display import TrainingDisplay
+from solomonov.runfolder import RunFolder
+with TrainingDisplay(RunFolder(Path(sys.argv[1])), 60, "plan"):
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.e2e
+def test_a_terminal_gets_a_bar(empty: RunFolder) -> None:
+    """On a real pseudo-terminal, until a key is pressed; a loss that is not finite is said so."""
+    log_step(empty, 12, None)
+    ours, theirs = pty.openpty()
+    environment = program_environment(TERM="xterm", COLUMNS="120")
+    argv = [sys.executable, "-c", TERMINAL, str(empty.path)]
+    process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env=environment)
+    os.close(theirs)
+    seen = ""
+
+    def shown() -> bool:
+        nonlocal seen
+        if select.select([ours], [], [], 0)[0]:
+            seen += os.read(ours, 65536).decode(errors="replace")
+        return "12/60" in seen and "loss not finite" in seen
+
+    try:
+        wait_for(shown, deadline=60, what="the bar")
+        assert "training" in seen
+        os.write(ours, b"\n")
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
