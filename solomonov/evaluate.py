@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from data_pipeline.dataset import Dataset
+from data_pipeline.manifest import digest_hex
 from data_pipeline.stream import HeldOutRows
 from data_pipeline.tokenizer import Tokenizer
 from solomonov.errors import ConfigurationError
@@ -52,10 +53,11 @@ def evaluate(model: LoadedModel, data_folder: Path, device: torch.device, *, max
     module = model.module(device)
     tokenizer = Tokenizer.load(model.tokenizer_model)
     with Dataset.open(data_folder) as dataset:
-        if dataset.manifest.vocab_size != model.vocab_size:
+        digest = digest_hex(model.tokenizer_model.read_bytes())
+        if dataset.manifest.tokenizer_digest != digest:
             raise ConfigurationError(
-                "the data set and the model have different vocabularies",
-                got=f"{dataset.manifest.vocab_size} in {data_folder}, {model.vocab_size} in {model.source}",
+                "the data set and the model have different tokenizers",
+                got=f"{dataset.manifest.tokenizer_digest} in {data_folder}, {digest} in {model.tokenizer_model}",
                 rule="a model is evaluated on data that was prepared with its own tokenizer",
                 remedy="name the data set that the model was trained on",
             )

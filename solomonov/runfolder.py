@@ -150,7 +150,8 @@ def open_run(
     config = loaded.config
     run = RunFolder(Path(config.run.folder) / config.run.name)
     old = run.resolved() if run.resolved_path.exists() else None
-    if old is None and run.path.is_dir() and any(p.name not in ("lock",) for p in run.path.iterdir()):
+    # A kill during the very first write leaves the lock and a hidden file at most: resolved.json comes first.
+    if old is None and run.path.is_dir() and any(p.name != "lock" and p.name[0] != "." for p in run.path.iterdir()):
         raise ConfigurationError(
             "the run's folder exists and holds something else",
             got=f"{run.path} without resolved.json",
@@ -176,14 +177,15 @@ def open_run(
         "host": environment_facts(),
     }
     try:
-        for folder in (run.path, run.checkpoints, run.exports, run.logs):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(run.path / "config.yaml", loaded.text)
+        run.path.mkdir(parents=True, exist_ok=True)
         write_atomically(run.resolved_path, json.dumps(record, indent=1, sort_keys=True) + "\n")
+        write_atomically(run.path / "config.yaml", loaded.text)
+        for folder in (run.checkpoints, run.exports, run.logs):
+            folder.mkdir(exist_ok=True)
+        if run.journal.last("run_created") is None:
+            run.journal.write("run_created", run_id=record["run_id"], name=config.run.name)
     except OSError as error:
         raise unwritable(run.path, error) from error
-    if old is None:
-        run.journal.write("run_created", run_id=record["run_id"], name=config.run.name)
     return run
 
 

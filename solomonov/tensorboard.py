@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import threading
@@ -71,6 +72,8 @@ class TensorBoardLog:
         self._failing = False
         self._writer: Any = None
         self._opened = False
+        # Readers take files by name, which begins with the second: those of one second may come in any order.
+        self._free_second = 0.0
         self._unsafe: deque[_Point] = deque()
         self._due = time.monotonic() + FLUSH_SECONDS
         self._thread = threading.Thread(target=self._work, name="tensorboard", daemon=True)
@@ -78,26 +81,28 @@ class TensorBoardLog:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Queue points; returns at once."""
-        self._put("point", _Point(step, dict(values), {}))
+        self._put(_Point(step, dict(values), {}))
 
     def text(self, step: int, tag: str, body: str) -> None:
         """Queue a text (Markdown); returns at once."""
-        self._put("point", _Point(step, {}, {tag: body}))
+        self._put(_Point(step, {}, {tag: body}))
 
     def flush(self, timeout_seconds: float = 5.0) -> None:
         """Ask that all queued points reach the file, and wait for it, but not longer than the time-out."""
         done = threading.Event()
-        self._put("flush", done)
-        done.wait(timeout_seconds)
+        with suppress(queue.Full):
+            self._queue.put_nowait(("flush", done))
+            done.wait(timeout_seconds)
 
     def close(self) -> None:
-        """Flush and end the thread, waiting at most 5 s."""
-        self._put("close", None)
-        self._thread.join(5.0)
+        """Flush and end the thread, waiting at most 10 s."""
+        with suppress(queue.Full):
+            self._queue.put(("close", None), timeout=5.0)
+            self._thread.join(5.0)
 
-    def _put(self, kind: str, payload: Any) -> None:
+    def _put(self, point: _Point) -> None:
         try:
-            self._queue.put_nowait((kind, payload))
+            self._queue.put_nowait(("point", point))
         except queue.Full:
             self._dropped += 1
 
@@ -124,7 +129,10 @@ class TensorBoardLog:
             if self._writer is not None:
                 self._write(payload)
         if self._writer is None and self._unsafe and (due or not self._failing):
-            self._open()
+            if kind == "close":
+                time.sleep(max(0.0, self._free_second - time.time()))  # the last chance
+            if time.time() >= self._free_second:
+                self._open()
         if self._writer is not None and (due or self._failing or len(self._unsafe) >= QUEUE_LENGTH):
             self._writer.flush()
             self._durable()
@@ -142,6 +150,7 @@ class TensorBoardLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._free_second = math.floor(time.time()) + 1.0
         # After a failure, only what is written again supersedes older points: the rest of the attempt stays.
         purge_step = min(point.step for point in self._unsafe) if self._opened else self._purge_step
         # Flushing is ours alone: the writer's own timer would race with it, and could write points twice.

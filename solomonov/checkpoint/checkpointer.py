@@ -89,6 +89,7 @@ class Checkpointer:
         self._on_event = on_event
         self._verified: set[str] = set()
         self._parent_step: int | None = None
+        self._facts: list[ResumeFact] = []
 
     def _event(self, name: str, **fields: Any) -> None:
         if self.collective.rank == 0:
@@ -232,8 +233,17 @@ class Checkpointer:
     ) -> CheckpointInfo:
         """Rank 0's part of a save. A damaged folder of the same name is set aside; a good one is replaced."""
         final = self.folder / store.folder_name(header.step)
-        if os.path.lexists(final) and isinstance(store.check(final), DamagedFolder):
+        found = store.check(final) if os.path.lexists(final) else None
+        if isinstance(found, DamagedFolder):
             store.set_aside(final, "damaged")
+        elif found is not None and found.attempt > self.attempt:
+            store.delete(tmp)
+            raise ConfigurationError(
+                f"a later attempt of this run has written {final}",
+                got=f"attempt {found.attempt} there, attempt {self.attempt} here",
+                rule="one attempt of a run at a time, and none goes on after a later one has started",
+                remedy="nothing is lost; leave the run to the later attempt, or stop both and start it again",
+            )
         return commit(tmp, final, entries=entries, expected=expected, header=header)
 
     def _give_up(self, step: int, needed: int, failures: list[SystemFailure], tmp: Path | None) -> None:
@@ -283,14 +293,18 @@ class Checkpointer:
                 self.folder,
                 self.keep_last,
                 verified=self._verified,
-                newest_step=info.step,
                 attempt=self.attempt,
+                facts=self._facts,
             )
         except OSError as error:
             self._event("checkpoint_retention_failed", step=info.step, message=str(error))
             return
         for broken in report.damaged:
             self._tell_damage(_Doubt(broken.folder, broken.step, Problem.of(broken.error)))
+        for stray in report.fenced:
+            fence = store.superseded_by(stray.attempt, stray.step, self._facts)
+            reason = _reason(_Doubt(stray.folder, stray.step, fence=fence))
+            self._event("checkpoint_set_aside", step=stray.step, folder=stray.folder.name, reason=reason)
         if report.deleted:
             steps = [old.step for old in report.deleted]
             self._event("checkpoint_pruned", step=info.step, steps=steps, bytes_freed=report.bytes_freed)
@@ -327,13 +341,18 @@ class Checkpointer:
             self._set_aside(doubts)
             reader = CheckpointReader.open(self.folder / name)
             self._verified.add(reader.digest)
-            self._parent_step = reader.step
+            self._go_on_from(reader.step, past)
             return reader
         if not fresh:
             self._check_nothing_lost(doubts)
         self._set_aside(doubts)
-        self._parent_step = None
+        self._go_on_from(None, past)
         return None
+
+    def _go_on_from(self, step: int | None, past: list[ResumeFact]) -> None:
+        """Remember where this attempt starts: retention counts nothing that this fences off."""
+        self._parent_step = step
+        self._facts = [*past, ResumeFact(self.attempt, step or 0)]
 
     def _list(self, fresh: bool) -> list[str]:
         """Rank 0: names of the folders to try, newest first; with `fresh` none, and all are set aside."""

@@ -261,6 +261,8 @@ class PruneReport:
     deleted: list[CheckpointInfo] = field(default_factory=list)
     damaged: list[DamagedFolder] = field(default_factory=list)
     """Not counted; set aside unless nothing else is left."""
+    fenced: list[CheckpointInfo] = field(default_factory=list)
+    """Superseded by a later attempt; not counted; set aside unless nothing else is left."""
     leftovers: list[Path] = field(default_factory=list)
     """Of writers and deleters that were killed; deleted."""
 
@@ -275,8 +277,8 @@ def prune(
     keep_last: int,
     *,
     verified: set[str] | None = None,
-    newest_step: int | None = None,
     attempt: int | None = None,
+    facts: Iterable[ResumeFact] = (),
     dry_run: bool = False,
 ) -> PruneReport:
     """Keep the newest `keep_last` checkpoints that verify, delete older ones; never the last that verifies.
@@ -288,20 +290,25 @@ def prune(
         checkpoints: the folder.
         keep_last: at least 1.
         verified: digests of manifests whose checkpoints this process wrote or verified; added to.
-        newest_step: leave checkpoints above this step alone (they are not of this run's line).
-        attempt: the attempt that calls; leftovers of it and of earlier ones are deleted. None deletes none
-            that a living writer might still use.
+        attempt: the attempt that calls. Checkpoints of later attempts are left alone: whoever would not die
+            deletes nothing of its successors. Leftovers of it and of earlier attempts are deleted. With None
+            nobody may be writing.
+        facts: see `superseded_by`.
         dry_run: only report.
     """
     assert keep_last >= 1, f"keep_last is {keep_last}: the last checkpoint is never deleted"
-    known = set() if verified is None else verified
+    known, past = set() if verified is None else verified, list(facts)
     report = PruneReport()
     for found in survey(checkpoints):
-        if newest_step is not None and found.step > newest_step:
-            continue
-        if isinstance(found, CheckpointInfo) and len(report.kept) == keep_last:
-            report.deleted.append(found)
-            continue
+        if isinstance(found, CheckpointInfo):
+            if attempt is not None and found.attempt > attempt:
+                continue
+            if superseded_by(found.attempt, found.step, past):
+                report.fenced.append(found)
+                continue
+            if len(report.kept) == keep_last:
+                report.deleted.append(found)
+                continue
         checked = _checked(found, known)
         if isinstance(checked, CheckpointInfo):
             report.kept.append(checked)
@@ -318,7 +325,7 @@ def _leftovers(checkpoints: Path, attempt: int | None, bad: set[Path]) -> list[P
     """Folders that nobody will finish: of deleters, of writers up to `attempt`, replaced ones."""
     found = []
     for path, match in _asides(checkpoints):
-        stale = match[3] is not None and attempt is not None and int(match[3]) <= attempt
+        stale = match[3] is not None and (attempt is None or int(match[3]) <= attempt)
         successor = checkpoints / match[1]
         replaced = match[2] == "replaced" and successor.is_dir() and successor not in bad
         if stale or replaced or match[2] == "deleted":
@@ -330,6 +337,8 @@ def _apply(report: PruneReport) -> None:
     if report.kept:
         for broken in report.damaged:
             set_aside(broken.folder, "damaged")
+        for stray in report.fenced:
+            set_aside(stray.folder, "fenced")
         # Oldest first: whatever interrupts this, the newest ones stand.
         for info in reversed(report.deleted):
             delete(info.folder)

@@ -32,7 +32,7 @@ from solomonov.checkpoint.format import (
 )
 from solomonov.checkpoint.fragments import Fragment
 from solomonov.checkpoint.reader import CheckpointReader, diff, digest
-from solomonov.checkpoint.store import ResumeFact
+from solomonov.checkpoint.store import ResumeFact, superseded_by
 from solomonov.checkpoint.writer import Header, commit, write_rank_file
 from solomonov.errors import DamagedCheckpointError
 from tests.solomonov.checkpoint.common import Run, State, flip, make_state, shapes_of
@@ -222,19 +222,19 @@ def refusing_at(point: int) -> Iterator[list[str]]:
 
 
 class CheckpointsOfARun(RuleBasedStateMachine):
-    """`declared` is what the last durable event said; `damaged` are the steps with a flipped bit; everything
-    else that has a checkpoint's name must be whole."""
+    """`declared` is what the last durable event said; `damaged` are the steps with a flipped bit; whatever else
+    has a checkpoint's name must be whole. Each new attempt must find the newest that is whole and not fenced off."""
 
     @initialize(keep_last=st.integers(1, 3))
     def begin(self, keep_last: int) -> None:
         self.root = Path(tempfile.mkdtemp())
         self.folder, self.keep_last, self.attempt = self.root / "checkpoints", keep_last, 0
-        self.step, self.seed, self.dead = 0, 0, False
+        self.step, self.seed = 0, 0
         self.declared: tuple[int, int] | None = None
         self.seeds: dict[int, list[int]] = {}
         self.damaged: set[int] = set()
-        self.lost = False
         self.facts: list[ResumeFact] = []
+        self.zombie: Run | None = None
         self._start(fresh=False)
 
     def teardown(self) -> None:
@@ -244,34 +244,39 @@ class CheckpointsOfARun(RuleBasedStateMachine):
     def _present(self) -> list[int]:
         return [store.step_of(folder) for folder in store.candidates(self.folder)]
 
-    def _whole(self) -> list[int]:
-        return [step for step in self._present() if step not in self.damaged]
+    def _usable(self) -> list[int]:
+        """Steps of this line of history that are whole, newest first."""
+        infos = [info for info in store.scan(self.folder) if info.step not in self.damaged]
+        return [info.step for info in infos if not superseded_by(info.attempt, info.step, self.facts)]
 
     def _start(self, fresh: bool) -> None:
-        """A new attempt finds the newest whole checkpoint: at least the last declared one, if that is whole."""
-        self.attempt, self.dead = self.attempt + 1, False
+        """A new attempt: finds at least what was declared last, if that is whole, and refuses to forget."""
+        self.zombie = getattr(self, "run", None)
+        self.attempt += 1
         self.run = Run(self.folder, attempt=self.attempt, keep_last=self.keep_last)
-        store.recover(self.folder)
-        whole = self._whole()
-        if not fresh and not whole and (self.lost or self._present()):
-            with pytest.raises(DamagedCheckpointError):
-                self.run.checkpointer.find(self.facts)
+        usable, present = self._usable(), self._present()
+        least = self.declared[0] if self.declared and self.declared[0] not in self.damaged else 0
+        held = bool(self.damaged.intersection(present) or store.set_aside_for(self.folder, "damaged"))
+        try:
+            reader = self.run.checkpointer.find(self.facts, fresh=fresh)
+        except DamagedCheckpointError:
+            assert not fresh
+            assert not least, f"step {least} was durable and whole"
+            assert not usable, f"steps {usable} are whole"
             fresh = True
-        reader = self.run.checkpointer.find(self.facts, fresh=fresh)
-        if fresh or not whole:
+            reader = self.run.checkpointer.find(self.facts, fresh=True)
+        if fresh:
             assert reader is None
-            self.step, self.declared, self.damaged, self.lost = 0, None, set(), False
+            assert not self._present()
+        elif reader is None:
+            assert not (held or least or usable), f"from step 0 again: {held}, {least}, {usable}"
         else:
-            assert reader is not None
-            self.lost = self.lost or any(step in self.damaged for step in self._damaged_above(reader.step))
-            assert reader.step == whole[0]
+            assert reader.step == max([least, *usable])
             self._check_numbers(reader)
-            self.step, self.declared = reader.step, (reader.step, self._seed_of(reader))
-            self.damaged = {step for step in self.damaged if step < reader.step}
+        self.step = reader.step if reader else 0
+        self.declared = (reader.step, self._seed_of(reader)) if reader else None
+        self.damaged &= set(self._present())
         self.facts.append(ResumeFact(self.attempt, self.step))
-
-    def _damaged_above(self, step: int) -> set[int]:
-        return {other for other in self.damaged if other > step}
 
     def _seed_of(self, reader: CheckpointReader) -> int:
         for seed in self.seeds[reader.step]:
@@ -280,12 +285,11 @@ class CheckpointsOfARun(RuleBasedStateMachine):
         raise AssertionError(f"step {reader.step} holds numbers that nobody saved")
 
     def _check_numbers(self, reader: CheckpointReader) -> None:
+        """Of a step that was saved several times, none older than the last durable one."""
         seed = self._seed_of(reader)
-        if self.declared and self.declared[0] not in self.damaged:
-            assert reader.step >= self.declared[0]
-            if reader.step == self.declared[0]:
-                seeds = self.seeds[reader.step]
-                assert seeds.index(seed) >= seeds.index(self.declared[1]), "an older save of the same step"
+        if self.declared and reader.step == self.declared[0]:
+            seeds = self.seeds[reader.step]
+            assert seeds.index(seed) >= seeds.index(self.declared[1]), "an older save of the same step"
 
     def _next(self, again: bool) -> tuple[int, int]:
         self.seed += 1
@@ -293,94 +297,88 @@ class CheckpointsOfARun(RuleBasedStateMachine):
         self.seeds.setdefault(step, []).append(self.seed)
         return step, self.seed
 
-    def _durable(self, step: int, before: list[int]) -> None:
-        self.step, self.declared = step, (step, self.seeds[step][-1])
-        self.damaged.discard(step)
-        self.lost = self.lost or bool(self.damaged.intersection(before))
-        kept = sorted({*before, step} - self.damaged, reverse=True)[: self.keep_last]
-        left = set(self._present())
-        assert set(kept) <= left, f"{kept} had to be kept, {sorted(left)} are left"
-        assert len(left - self.damaged) <= self.keep_last
-        assert not [path for path in self.folder.iterdir() if ".tmp-" in path.name or ".deleted-" in path.name]
+    def _stands(self, step: int) -> bool:
+        """Whether a save went through that was interrupted or refused: seen by a folder that is whole."""
+        folder = self.folder / store.folder_name(step)
+        return folder.is_dir() and isinstance(store.check(folder), store.CheckpointInfo)
 
-    @precondition(lambda self: not self.dead)
-    @rule(again=st.booleans())
-    def save(self, again: bool) -> None:
-        before = self._present()
-        step, seed = self._next(again)
-        assert self.run.save(step, seed=seed) is not None
-        self._durable(step, before)
+    @rule(again=st.booleans(), count=st.integers(1, 3))
+    def save(self, again: bool, count: int) -> None:
+        for _ in range(count):
+            before = self._usable()
+            step, seed = self._next(again)
+            assert self.run.save(step, seed=seed) is not None
+            self.step, self.declared = step, (step, seed)
+            self.damaged.discard(step)
+            kept = sorted({*before, step}, reverse=True)[: self.keep_last]
+            assert self._usable() == kept
+            names = [path.name for path in self.folder.iterdir()]
+            assert not [name for name in names if ".tmp-" in name or ".deleted-" in name or ".replaced-" in name]
 
-    @precondition(lambda self: not self.dead)
-    @rule(again=st.booleans(), point=st.integers(0, 80))
-    def crash(self, again: bool, point: int) -> None:
+    @rule(again=st.booleans(), point=st.integers(0, 45), hurt=st.booleans(), data=st.data())
+    def crash_and_restart(self, again: bool, point: int, hurt: bool, data: Any) -> None:
         step, seed = self._next(again)
-        before = self._present()
-        told = len(self.run.events)
+        told = len(self.run.named("checkpoint_durable"))
         with dying_at(point):
             self.run.save(step, seed=seed)
-        self.dead = True
-        if ("checkpoint_durable", step) in [(name, fields.get("step")) for name, fields in self.run.events[told:]]:
+        if len(self.run.named("checkpoint_durable")) > told:
             self.declared = (step, seed)
-        if step in self._present() and (step not in before or self.declared == (step, seed)):
+        if self._stands(step):
             self.damaged.discard(step)
-        self.lost = self.lost or bool(store.set_aside_for(self.folder, "damaged"))
-        self.damaged &= {*self._present(), *before}
-        self._forget_damage_that_was_replaced(step)
+        if hurt and self._present():
+            self.damage_and_restart(1, data)
+        else:
+            self._start(fresh=False)
 
-    def _forget_damage_that_was_replaced(self, step: int) -> None:
-        """A damaged folder was set aside, and the new one of its step stands: seen by its numbers."""
-        folder = self.folder / store.folder_name(step)
-        if step in self.damaged and folder.is_dir() and not isinstance(store.check(folder), store.DamagedFolder):
-            self.damaged.discard(step)
-
-    @precondition(lambda self: not self.dead)
-    @rule(again=st.booleans(), point=st.integers(0, 40))
+    @rule(again=st.booleans(), point=st.integers(0, 45))
     def full_disk(self, again: bool, point: int) -> None:
         """The run goes on with what it had, whatever call was refused."""
-        before = self._present()
+        before = self._usable()
         step, seed = self._next(again)
         with refusing_at(point) as refused:
             info = self.run.save(step, seed=seed)
-        if info is not None:
-            self.step, self.declared = step, (step, seed)
+        self.step = step  # the next save is not of an earlier step
+        if self._stands(step):
             self.damaged.discard(step)
-            self.lost = self.lost or bool(store.set_aside_for(self.folder, "damaged"))
-            return
-        assert refused
-        self.step = step  # the run goes on; the next save is not of an earlier step
-        self.lost = self.lost or bool(store.set_aside_for(self.folder, "damaged"))
-        self._forget_damage_that_was_replaced(step)
-        assert set(before) - self.damaged <= set(self._present())
-        assert self.run.named("checkpoint_failed")[-1]["cause"] == "ENOSPC"
+        if info is not None:
+            self.declared = (step, seed)
+        else:
+            assert refused
+            assert set(before) <= set(self._usable())
+            assert self.run.named("checkpoint_failed")[-1]["cause"] == "ENOSPC"
 
     @precondition(lambda self: bool(self._present()))
-    @rule(data=st.data())
-    def damage(self, data: Any) -> None:
-        step = data.draw(st.sampled_from(self._present()))
-        if step in self.damaged:
-            return
-        files = sorted((self.folder / store.folder_name(step)).iterdir())
-        path = data.draw(st.sampled_from(files))
-        flip(path, data.draw(st.integers(0, 10**6)) % (path.stat().st_size * 8))
-        self.damaged.add(step)
-        # A running attempt trusts what it verified; a new one reads it again.
-        self.dead = True
-
-    @rule()
-    def restart(self) -> None:
+    @rule(count=st.integers(1, 3), data=st.data())
+    def damage_and_restart(self, count: int, data: Any) -> None:
+        """A running attempt trusts what it verified; a new one reads it again."""
+        for _ in range(count):
+            step = data.draw(st.sampled_from(self._present()))
+            if step not in self.damaged:
+                path = data.draw(st.sampled_from(sorted((self.folder / store.folder_name(step)).iterdir())))
+                flip(path, data.draw(st.integers(0, 10**6)) % (path.stat().st_size * 8))
+                self.damaged.add(step)
         self._start(fresh=False)
 
-    @precondition(lambda self: self.attempt > 3)
-    @rule()
-    def start_afresh(self) -> None:
-        self._start(fresh=True)
+    @precondition(lambda self: self.zombie is not None)
+    @rule(above=st.integers(1, 3))
+    def zombie_saves(self, above: int) -> None:
+        """The attempt before this one is not dead: it saves, and takes nothing from this one's line."""
+        assert self.zombie is not None
+        before, step = self._usable(), self.step + above
+        self.seed += 1
+        if self.zombie.save(step, seed=self.seed) is not None:
+            self.damaged.discard(step)
+        assert self._usable() == before
+
+    @rule(fresh=st.sampled_from([False, False, False, True]))
+    def restart(self, fresh: bool) -> None:
+        self._start(fresh)
 
     @invariant()
     def names_are_whole(self) -> None:
         """Whatever has a checkpoint's name verifies, but for the flipped bits."""
         if hasattr(self, "folder"):
-            for step in self._whole():
+            for step in set(self._present()) - self.damaged:
                 found = store.check(self.folder / store.folder_name(step))
                 assert isinstance(found, store.CheckpointInfo), f"step {step}: {found}"
 

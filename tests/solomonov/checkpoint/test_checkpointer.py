@@ -345,6 +345,25 @@ def test_what_an_earlier_attempt_wrote_above_the_resumed_step_is_fenced_off(tmp_
     assert names(tmp_path) >= {"step-00000200.set-aside-fenced", "step-00000300.set-aside-fenced"}
 
 
+def test_a_writer_that_would_not_die_spoils_nothing_of_its_successor(tmp_path: Path) -> None:
+    zombie = Run(tmp_path, attempt=1, keep_last=1)
+    zombie.checkpointer.find()
+    zombie.save(100)
+    run = Run(tmp_path, attempt=2, keep_last=2)
+    assert holds(run.checkpointer.find([ResumeFact(1, 0)]), 100)
+    run.save(150)
+    run.save(200)
+    with pytest.raises(ConfigurationError, match="a later attempt"):
+        zombie.save(200, seed=1)
+    zombie.save(210, seed=1)
+    assert steps(tmp_path) == [210, 200, 150]
+    run.save(220)
+    assert steps(tmp_path) == [220, 200]
+    assert run.named("checkpoint_set_aside")[0]["reason"] == "attempt 2 went on from step 100"
+    again = Run(tmp_path, attempt=3)
+    assert holds(again.checkpointer.find([ResumeFact(1, 0), ResumeFact(2, 100)]), 220)
+
+
 def test_with_the_resumed_checkpoint_gone_a_fenced_one_does_not_mean_step_0(tmp_path: Path) -> None:
     write(tmp_path, 200, attempt=1)
     with pytest.raises(DamagedCheckpointError, match="attempt 2 went on from step 100"):

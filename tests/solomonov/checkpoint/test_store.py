@@ -164,11 +164,24 @@ def test_prune_verifies_each_checkpoint_once(tmp_path: Path) -> None:
     assert [info.step for info in store.prune(tmp_path, 2).kept] == [1]
 
 
-def test_prune_leaves_what_is_above_the_given_step(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 9):
-        write(tmp_path, step)
-    assert [info.step for info in store.prune(tmp_path, 1, newest_step=3).kept] == [3]
-    assert steps(tmp_path) == [9, 3]
+def test_prune_deletes_nothing_of_a_later_attempt(tmp_path: Path) -> None:
+    for step, attempt in ((1, 1), (2, 2), (3, 2), (4, 1), (5, 1)):
+        write(tmp_path, step, attempt=attempt)
+    assert [info.step for info in store.prune(tmp_path, 1, attempt=1).deleted] == [4, 1]
+    assert steps(tmp_path) == [5, 3, 2]
+
+
+def test_prune_does_not_count_what_is_fenced_off(tmp_path: Path) -> None:
+    for step, attempt in ((1, 1), (2, 2), (3, 1), (4, 2), (5, 1)):
+        write(tmp_path, step, attempt=attempt)
+    report = store.prune(tmp_path, 2, attempt=2, facts=[ResumeFact(2, 1)])
+    assert [[info.step for info in part] for part in (report.kept, report.fenced, report.deleted)] == [
+        [4, 2],
+        [5, 3],
+        [1],
+    ]
+    assert steps(tmp_path) == [4, 2]
+    assert len(store.set_aside_for(tmp_path, "fenced")) == 2
 
 
 def test_prune_clears_leftovers_of_the_dead_only(tmp_path: Path) -> None:
@@ -179,9 +192,6 @@ def test_prune_clears_leftovers_of_the_dead_only(tmp_path: Path) -> None:
     (tmp_path / "step-00000007.replaced-00000006").mkdir()
     (tmp_path / "step-00000007.set-aside-damaged-00000007").mkdir()
     (tmp_path / "other").mkdir()
-    store.prune(tmp_path, 1)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert {"step-00000001.tmp-a1-00000001", "step-00000001.tmp-a3-00000003"} <= left
     store.prune(tmp_path, 1, attempt=2)
     assert {path.name for path in tmp_path.iterdir()} == {
         "step-00000001",
@@ -190,6 +200,8 @@ def test_prune_clears_leftovers_of_the_dead_only(tmp_path: Path) -> None:
         "step-00000007.set-aside-damaged-00000007",
         "other",
     }
+    store.prune(tmp_path, 1)
+    assert not (tmp_path / "step-00000001.tmp-a3-00000003").exists()
 
 
 def test_recover_gives_back_the_name_only_where_it_is_free(tmp_path: Path) -> None:
