@@ -20,7 +20,7 @@ class SourceConfig(Section):
     """Name of the source; it begins the names of its shards, so letters, digits, `-` and `_` only."""
     path: Annotated[str, Field(min_length=1)]
     """A file, a folder (its .txt and .jsonl files at any depth) or a glob (`**` for any depth). Relative
-    paths count from the config file's folder. Names that end in .jsonl or .ndjson are read as one JSON object
+    paths count from the working directory. Names that end in .jsonl or .ndjson are read as one JSON object
     a line, others as text."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the training rows, relative to the other sources' weights."""

@@ -273,6 +273,18 @@ class Manifest(Section):
         return self._digest
 
     @property
+    def content_digest(self) -> str:
+        """xxh3-128 of what decides the rows of a stream: all but weights and rows arrays, so that preparing another
+        row length, or weighing the sources anew, leaves a run in progress on the data that it knows."""
+        content = self.model_dump(mode="json")
+        for source in content["sources"]:
+            del source["weight"]
+            for split in ("train", "held_out"):
+                if source[split] is not None:
+                    del source[split]["rows"]
+        return digest_hex(_canonical(content))
+
+    @property
     def tokenizer_digest(self) -> str:
         """xxh3-128 of the tokenizer model file."""
         return self.tokenizer.xxh3_128

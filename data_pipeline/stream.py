@@ -75,7 +75,7 @@ class Stream:
             json.dumps(
                 {
                     "order": ORDER_VERSION,
-                    "manifest": manifest.digest,
+                    "manifest": manifest.content_digest,
                     "seed": seed,
                     "sequence_tokens": sequence_tokens,
                     "packing": packing,
@@ -86,7 +86,7 @@ class Stream:
                 sort_keys=True,
             ).encode()
         )
-        """Digest of what decides the order: manifest, seed, T, packing, quantised weights."""
+        """Digest of what decides the order: the data, seed, T, packing, quantised weights."""
 
     def rows(self, indices: Indices) -> RowBatch:
         """Rows of the stream by number, in the order asked for; a pure function of (manifest, seed, i).

@@ -81,7 +81,8 @@ class TrainingDisplay:
     def verdict(self, code: int, tail: Sequence[str]) -> None:
         """The last words, on stdout where all is well, else on stderr."""
         last = last_line(self._run)
-        where = f"step {last['step']}/{self._total}, loss {last['loss']}" if last else "before the first step"
+        loss = f"{last['loss']:.4f}" if last and last["loss"] is not None else "not finite"
+        where = f"step {last['step']}/{self._total}, loss {loss}" if last else "before the first step"
         if code == exits.DONE:
             self._say(f"done    {where}")
         elif code == exits.AGAIN:

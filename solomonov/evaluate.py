@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from data_pipeline.dataset import Dataset
-from data_pipeline.manifest import digest_hex
 from data_pipeline.stream import HeldOutRows
 from data_pipeline.tokenizer import Tokenizer
 from solomonov.errors import ConfigurationError
@@ -53,11 +52,10 @@ def evaluate(model: LoadedModel, data_folder: Path, device: torch.device, *, max
     module = model.module(device)
     tokenizer = Tokenizer.load(model.tokenizer_model)
     with Dataset.open(data_folder) as dataset:
-        digest = digest_hex(model.tokenizer_model.read_bytes())
-        if dataset.manifest.tokenizer_digest != digest:
+        if dataset.manifest.tokenizer_digest != tokenizer.digest:
             raise ConfigurationError(
                 "the data set and the model have different tokenizers",
-                got=f"{dataset.manifest.tokenizer_digest} in {data_folder}, {digest} in {model.tokenizer_model}",
+                got=f"{dataset.manifest.tokenizer_digest} in {data_folder}, {tokenizer.digest} in {model.tokenizer_model}",
                 rule="a model is evaluated on data that was prepared with its own tokenizer",
                 remedy="name the data set that the model was trained on",
             )

@@ -128,12 +128,19 @@ def configuration(folder: Path) -> str:
     return text
 
 
-def _prepare(config_path: Path) -> dict[str, str]:
+def _prepare(config_path: Path) -> dict[str, int]:
     from data_pipeline.build import prepare
 
     config = load_config(config_path).config
     report = prepare(config.data, config.tokenizer, base_folder=Path.cwd(), show_progress=True)
-    return dict(report.summary())
+    splits = [split for source in report.manifest.sources for _, split in source.splits()]
+    return {
+        "documents": sum(split.documents for split in splits),
+        "text_bytes": sum(split.text_bytes for split in splits),
+        "tokens": sum(split.tokens for split in splits),
+        "pieces": report.manifest.vocab_size,
+        "shards": sum(len(split.shards) for split in splits),
+    }
 
 
 def _use(console: Console, run: RunFolder, seconds: dict[str, float]) -> dict[str, Any]:
@@ -192,7 +199,11 @@ def show(console: Console, summary: dict[str, Any], folder: Path, run: RunFolder
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("data", "; ".join(f"{name} {value}" for name, value in list(prepared.items())[:4]))
+    table.add_row(
+        "data",
+        f"{prepared['documents']:,} documents, {prepared['text_bytes']:,} bytes of Python source ->"
+        f" {prepared['tokens']:,} tokens of {prepared['pieces']:,} pieces, in {prepared['shards']} WebDataset shards",
+    )
     table.add_row(
         "model",
         f"{training['parameters']:,} parameters, {training['steps']} updates, {training['tokens']:,} predicted tokens"

@@ -76,7 +76,7 @@ def prepare_run(loaded: Loaded, *, ranks: int, launch: Mapping[str, Any]) -> Pre
         plan=plan,
         loaded=loaded,
         launch=launch,
-        data={"manifest_digest": manifest.digest, "tokenizer_digest": manifest.tokenizer_digest},
+        data={"content_digest": manifest.content_digest, "tokenizer_digest": manifest.tokenizer_digest},
         derived={"batch": plan.describe(), "ranks": ranks, "parameters": parameters},
     )
 

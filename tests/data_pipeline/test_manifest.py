@@ -232,3 +232,16 @@ def test_the_block_record_is_a_format() -> None:
         "digest_tokens",
         "digest_lengths",
     )
+
+
+def test_content_digest_ignores_weights_and_rows_arrays_only(tmp_path: Path) -> None:
+    """A run in progress stays on its data when rows for another length are added; other data is another digest."""
+    documents = make_documents(1, 60, 40.0)
+    first = write_dataset(tmp_path / "a", {"own": documents}, sequence_tokens=16, packing="concat")
+    longer = write_dataset(tmp_path / "b", {"own": documents}, sequence_tokens=16, packing="best_fit")
+    (source,) = first.sources
+    heavier = first.model_copy(update={"sources": (source.model_copy(update={"weight": 3.5}),)})
+    other = write_dataset(tmp_path / "c", {"own": documents[::-1]}, sequence_tokens=16, packing="concat")
+    assert first.content_digest == longer.content_digest == heavier.content_digest
+    assert len({first.digest, longer.digest, heavier.digest}) == 3
+    assert other.content_digest != first.content_digest

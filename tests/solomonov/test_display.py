@@ -97,7 +97,11 @@ def test_a_line_that_is_being_written_is_waited_for(empty: RunFolder, capsys: py
 @pytest.mark.parametrize(
     ("kind", "fields", "words"),
     [
-        ("rank_exited", {"rank": 1, "signal": "SIGKILL", "exit_code": None, "step": 7}, "rank 1 ended: SIGKILL, at step 7"),
+        (
+            "rank_exited",
+            {"rank": 1, "signal": "SIGKILL", "exit_code": None, "step": 7},
+            "rank 1 ended: SIGKILL, at step 7",
+        ),
         ("rank_exited", {"rank": 0, "exit_code": 1, "step": 7}, "rank 0 ended: exit code 1, at step 7"),
         ("rank_exited", {"rank": 0, "exit_code": exits.DONE, "step": 7}, ""),
         ("rank_exited", {"rank": 0, "exit_code": exits.AGAIN, "step": 7}, ""),

@@ -75,7 +75,9 @@ def test_pieces_tile_each_parameter_exactly_once(layout: Layout) -> None:
     if layout.zero_stage:
         sizes = [sum(end - start for _, _, start, end in ranges) for ranges in by_rank]
         assert max(sizes) <= 1.1 * min(sizes), f"the ranks share unevenly: {sizes}"
-    fresh = [{key: value for key, value in piece.items() if key != "range"} for pieces, _ in answers for piece in pieces]
+    fresh = [
+        {key: value for key, value in piece.items() if key != "range"} for pieces, _ in answers for piece in pieces
+    ]
     assert all(piece == {"step": 17.0, "on_cpu": True, "zero": True, "shares": True} for piece in fresh)
 
 

@@ -55,7 +55,8 @@ def test_the_layout_page_names_the_tags(tmp_path: Path) -> None:
     [config] = read_events(tmp_path).Tensors(LAYOUT_TAG)
     page = layout_pb2.Layout.FromString(config.tensor_proto.string_val[0])
     found = {
-        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart} for category in page.category
+        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+        for category in page.category
     }
     assert found == {title: {chart: tags for chart, (_, tags) in charts.items()} for title, charts in LAYOUT.items()}
 

@@ -20,10 +20,10 @@ from tests.support.user import User
 State = dict[str, torch.Tensor]
 
 
-def prepared_user(folder: Path) -> User:
+def prepared_user(folder: Path, *overrides: str) -> User:
     """A user's folder with text, a configuration and the prepared data set."""
     user = User.begin(folder)
-    config = load_config(user.folder / "own.yaml").config
+    config = load(user, *overrides).config
     prepare(config.data, config.tokenizer, base_folder=user.folder, show_progress=False)
     return user
 

@@ -1,0 +1,109 @@
+"""What is refused before any rank is started, and what a run that may start says of itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import DamagedDataError
+from solomonov import start
+from solomonov.errors import ConfigurationError
+from solomonov.runfolder import RunFolder
+from solomonov.start import PreparedRun, finished_step, prepare_run
+from tests.solomonov.checkpoint.common import ordinary_user
+from tests.support.runs import load, model_state
+from tests.support.user import User
+
+
+def prepared(user: User, *overrides: str, ranks: int = 2) -> PreparedRun:
+    return prepare_run(load(user, *overrides), ranks=ranks, launch={"ranks_per_node": ranks})
+
+
+def refusal(user: User, *overrides: str, ranks: int = 2) -> ConfigurationError:
+    with pytest.raises(ConfigurationError) as caught:
+        prepared(user, *overrides, ranks=ranks)
+    assert not (user.folder / "runs/own/resolved.json").exists(), "a refused run leaves no record"
+    return caught.value
+
+
+def test_a_run_that_may_start_knows_its_plan_data_and_size(user: User) -> None:
+    made = prepared(user)
+    assert (made.plan.batch_rows, made.plan.accumulation, made.plan.data_parallel) == (8, 1, 2)
+    manifest = json.loads((user.folder / "dataset/MANIFEST.json").read_text())
+    assert made.data["tokenizer_digest"] == manifest["tokenizer"]["xxh3_128"]
+    assert made.derived["ranks"] == 2
+    assert not made.run.resolved_path.exists(), "the record is written with the lock held"
+    made.write()
+    assert made.run.resolved()["data"] == made.data
+    state = model_state(made.run, 1)
+    assert made.derived["parameters"] == sum(tensor.numel() for tensor in state.values())
+
+
+def test_data_that_is_not_prepared_is_refused(user: User) -> None:
+    error = refusal(user, "data.folder=elsewhere")
+    assert "not prepared" in error.what
+    assert "solomonov prepare" in error.remedy
+
+
+def test_data_that_is_damaged_is_refused_with_another_code(user: User) -> None:
+    shard = next((user.folder / "dataset/shards").glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(DamagedDataError, match=shard.name) as caught:
+        prepared(user)
+    assert caught.value.exit_code == 74
+
+
+def test_another_vocabulary_is_refused(user: User) -> None:
+    assert "another vocabulary" in refusal(user, "tokenizer.vocab_size=400").what
+
+
+def test_a_world_that_does_not_divide_the_batch_is_refused(user: User) -> None:
+    assert "use 1 or 2 data-parallel ranks" in refusal(user, ranks=3).remedy
+
+
+def test_the_precision_that_cuda_would_choose_is_checked_before(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prepared(user, "parallel.zero_stage=0").plan.batch_rows == 8
+    monkeypatch.setattr(start, "visible_gpus", lambda: 1)
+    assert "bf16" in refusal(user, "parallel.zero_stage=0").what
+    assert prepared(user, "parallel.zero_stage=0", "training.precision=fp32").plan.batch_rows == 8
+
+
+def test_a_place_without_permission_is_refused(user: User) -> None:
+    with ordinary_user() as folder:
+        (user.folder / "runs").symlink_to(folder / "runs")
+        folder.chmod(0o500)
+        for path in (user.folder, *user.folder.parents[:3]):
+            path.chmod(0o755)
+        assert "cannot be written" in refusal(user).what
+
+
+def finished(user: User) -> RunFolder:
+    run = prepared(user).run
+    folder = run.checkpoints / "step-00000060"
+    folder.mkdir(parents=True)
+    (folder / "MANIFEST.json").touch()
+    return run
+
+
+def test_a_run_is_finished_where_it_said_so_and_kept_the_last_checkpoint(user: User) -> None:
+    run = finished(user)
+    assert finished_step(run, 60) is None
+    run.journal.write("resumed", step=0)
+    run.journal.write("training_finished", step=60)
+    assert finished_step(run, 60) == 60
+    assert finished_step(run, 61) is None, "it is to be longer now"
+    run.journal.write("resumed", step=55)
+    assert finished_step(run, 60) is None, "it was taken up again"
+    run.journal.write("training_finished", step=60)
+    shutil.rmtree(run.checkpoints)
+    assert finished_step(run, 60) is None, "what it trained is gone"
+
+
+def test_the_folder_of_the_data_is_relative_to_the_working_folder(user: User, tmp_path: Path) -> None:
+    made = prepared(user)
+    made.write()
+    assert made.run.resolved()["working_folder"] == str(user.folder)
+    assert made.run.data_folder() == user.folder / "dataset"
