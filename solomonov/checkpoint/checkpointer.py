@@ -68,7 +68,8 @@ class Checkpointer:
         attempt: number of this start of the run, higher than every earlier one's.
         keep_last: newest verified checkpoints that retention keeps, at least 1.
         on_event: takes `checkpoint_durable`, `checkpoint_failed`, `checkpoint_pruned`,
-            `checkpoint_retention_failed`, `checkpoint_damaged` and `checkpoint_set_aside`; called on rank 0.
+            `checkpoint_retention_failed`, `checkpoint_claim_failed`, `checkpoint_damaged` and
+            `checkpoint_set_aside`; called on rank 0.
     """
 
     def __init__(
@@ -143,8 +144,8 @@ class Checkpointer:
 
         Raises:
             ValueError, RuntimeError: the fragments do not tile what is expected, or the like; on every rank.
-            ConfigurationError: the ranks disagree on run, attempt, step or folder; on every rank, before
-                anything is written.
+            ConfigurationError: the ranks disagree on run, attempt, step or folder, or a later attempt of
+                the run has started; on every rank.
         """
         started = time.monotonic()
         held: list[Fragment] = []
@@ -198,13 +199,29 @@ class Checkpointer:
 
     def _begin(self, step: int, needed: int) -> str:
         """Make the folder to write in; its name. OSError(ENOSPC) where the disk cannot hold what comes."""
+        self._check_not_superseded()
         files.make_folder(self.folder)
+        store.claim(self.folder, self.attempt)
         if files.free_bytes(self.folder) < needed:
             # Filling the disk to its last block would also stop whoever else writes there: logs, metrics.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
         name = store.temporary_name(step, self.attempt)
         os.mkdir(self.folder / name)
         return name
+
+    def _check_not_superseded(self) -> None:
+        """ConfigurationError where a later attempt has looked for a checkpoint: this one must not go on."""
+        newest = store.claimed(self.folder)
+        if newest > self.attempt:
+            raise self._superseded(newest)
+
+    def _superseded(self, newest: int) -> ConfigurationError:
+        return ConfigurationError(
+            f"a later attempt of this run writes to {self.folder}",
+            got=f"attempt {newest} there, attempt {self.attempt} here",
+            rule="one attempt of a run at a time, and none goes on after a later one has started",
+            remedy="nothing is lost; leave the run to the later attempt, or stop both and start it again",
+        )
 
     def _check_same_folder(self, tmp: str) -> None:
         """ConfigurationError on every rank where one does not see the folder that rank 0 made."""
@@ -232,18 +249,13 @@ class Checkpointer:
         header: Header,
     ) -> CheckpointInfo:
         """Rank 0's part of a save. A damaged folder of the same name is set aside; a good one is replaced."""
+        self._check_not_superseded()
         final = self.folder / store.folder_name(header.step)
         found = store.check(final) if os.path.lexists(final) else None
         if isinstance(found, DamagedFolder):
             store.set_aside(final, "damaged")
         elif found is not None and found.attempt > self.attempt:
-            store.delete(tmp)
-            raise ConfigurationError(
-                f"a later attempt of this run has written {final}",
-                got=f"attempt {found.attempt} there, attempt {self.attempt} here",
-                rule="one attempt of a run at a time, and none goes on after a later one has started",
-                remedy="nothing is lost; leave the run to the later attempt, or stop both and start it again",
-            )
+            raise self._superseded(found.attempt)
         return commit(tmp, final, entries=entries, expected=expected, header=header)
 
     def _give_up(self, step: int, needed: int, failures: list[SystemFailure], tmp: Path | None) -> None:
@@ -287,6 +299,8 @@ class Checkpointer:
             seconds=round(seconds, 3),
             digest=info.digest,
         )
+        if store.claimed(self.folder) > self.attempt:
+            return  # what it would delete may be what the later attempt went on from
         try:
             store.write_latest(self.folder, info.folder)
             report = store.prune(
@@ -357,6 +371,7 @@ class Checkpointer:
     def _list(self, fresh: bool) -> list[str]:
         """Rank 0: names of the folders to try, newest first; with `fresh` none, and all are set aside."""
         if self.folder.is_dir():
+            self._claim()
             store.recover(self.folder)
         names = store.candidates(self.folder)
         if fresh:
@@ -364,6 +379,13 @@ class Checkpointer:
                 store.set_aside(folder, "fresh")
             names = []
         return [folder.name for folder in names]
+
+    def _claim(self) -> None:
+        """Tell older attempts to leave, where the folder can be written to."""
+        try:
+            store.claim(self.folder, self.attempt)
+        except OSError as error:
+            self._event("checkpoint_claim_failed", message=str(error))
 
     def _judge(self, folder: Path, past: list[ResumeFact]) -> tuple[_Doubt | None, str]:
         """Whether the manifest, as rank 0 reads it, speaks for this folder; and its digest."""

@@ -8,6 +8,7 @@ Names inside it; only the first is ever taken for a checkpoint:
     step-00000200.deleted-1f0c77d2         being deleted
     step-00000200.set-aside-damaged-1f0c77d2    kept for people; nothing of ours deletes it unasked
     latest                                 a hint for people; never read
+    attempt                                number of the newest attempt that looked here: an older one leaves
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from solomonov.checkpoint.verify import damaged, open_manifest, verify_files
 from solomonov.errors import DamagedCheckpointError
 
 LATEST = "latest"
+CLAIM = "attempt"
 _FOLDER = re.compile(r"^step-([0-9]{8,18})$")
 _ASIDE = re.compile(r"^(step-[0-9]{8,18})\.(tmp-a([0-9]+)|replaced|deleted|set-aside-([a-z]+))-[0-9a-f]{8}$")
 
@@ -250,6 +252,24 @@ def delete(folder: Path) -> None:
 def write_latest(checkpoints: Path, folder: Path) -> None:
     """Write the hint for people."""
     files.write_atomically(checkpoints / LATEST, f"{folder.name}\n".encode())
+
+
+def claim(checkpoints: Path, attempt: int) -> None:
+    """Tell older attempts that may still be alive to leave; an older one claims nothing."""
+    if checkpoints.is_dir() and claimed(checkpoints) < attempt:
+        files.write_atomically(checkpoints / CLAIM, f"{attempt}\n".encode())
+
+
+def claimed(checkpoints: Path) -> int:
+    """The newest attempt that claimed; 0 where none did, or the file is no more what it was.
+
+    It only makes a second writer leave early. What decides is `superseded_by`, when checkpoints are read.
+    """
+    try:
+        text = files.read_small(checkpoints / CLAIM, 32).strip()
+    except OSError:
+        return 0
+    return int(text) if text.isdigit() else 0
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,23 @@ def test_bf16_losses_stay_near_fp32(world: int, layout: Layout, optimizer: str) 
         assert all(tensor.dtype == torch.float32 for tensor in masters)
 
 
+@pytest.mark.timeout(600)
+def test_compiled_blocks_equal_eager_ones() -> None:
+    """One compiled run is enough: the blocks are alike, so a single graph is made (half a minute on a CPU)."""
+    ((outcome, graphs),) = run_ranks(run_and_count_graphs, 1, Layout(zero_stage=1, compile=True), timeout=500)
+    assert graphs == 1
+    assert_equal_within(outcome, reference(False), 1e-5)
+
+
+def run_and_count_graphs(layout: Layout) -> tuple[Outcome, int]:
+    """A run, and how many different graphs torch.compile made of it."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    outcome = tiny.run(layout, STEPS)
+    return outcome, counters["stats"]["unique_graphs"]
+
+
 def test_the_bound_tells_another_learning_rate() -> None:
     """The comparison can fail: the weights after another learning rate are outside the bound."""
     expected = reference(False)

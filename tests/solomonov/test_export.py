@@ -133,6 +133,19 @@ def test_ids_and_decoded_text_are_ours_on_any_text(tokenizer: Tokenizer, text: s
     assert fast.decode(ids) == tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize("known", ["", "<", "<>", "<s>", "/x0123456789ABCDEF"])
+def test_reserved_pieces_in_a_text_are_only_text_whatever_characters_have_pieces(kind: Any, known: str) -> None:
+    """A corpus of prose has no piece for `<` or `>`: what spells a reserved piece must still not become it."""
+    words = [*"abcdeghijklm", *known, "the", "and", "then", "than"]
+    corpus = [" ".join(words[(i * j) % len(words)] for j in range(1, 40)) for i in range(1, 200)]
+    # The 256 bytes, four reserved pieces, newline and space, every character, and a few longer pieces.
+    tokenizer = Tokenizer(train_tokenizer(iter(corpus), kind=kind, vocab_size=266 + len({*"".join(words)})))
+    fast = build_tokenizer(tokenizer)
+    for text in ("<s>", "a<s>b", "</s><pad>", "<unk> <0x0A> the<0xFF>", "x <s", "0x41> then", "<0x41", "a/b <é>"):
+        _assert_same_ids(tokenizer, fast, text)
+
+
 def test_the_folder_loads_as_a_tokenizer(tmp_path: Path, tokenizer_path: Path) -> None:
     import transformers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -72,12 +73,15 @@ def test_the_precision_that_cuda_would_choose_is_checked_before(user: User, monk
 
 
 def test_a_place_without_permission_is_refused(user: User) -> None:
-    with ordinary_user() as folder:
-        (user.folder / "runs").symlink_to(folder / "runs")
-        folder.chmod(0o500)
-        for path in (user.folder, *user.folder.parents[:3]):
-            path.chmod(0o755)
-        assert "cannot be written" in refusal(user).what
+    """A folder that belongs to somebody else, seen from one's own working folder."""
+    for path in (user.folder, *user.folder.parents):
+        if path.stat().st_uid == os.geteuid():
+            path.chmod(path.stat().st_mode | 0o055)
+    loaded = load(user, "run.folder=others/runs")
+    (user.folder / "others").mkdir(mode=0o555)
+    with ordinary_user(), pytest.raises(ConfigurationError, match="cannot be written") as caught:
+        prepare_run(loaded, ranks=2, launch={})
+    assert "run.folder" in caught.value.remedy
 
 
 def finished(user: User) -> RunFolder:

@@ -45,8 +45,9 @@ def steps(checkpoints: Path) -> list[int]:
 
 
 def names(checkpoints: Path) -> set[str]:
-    """Folder entries, without what differs from run to run."""
-    return {path.name.rsplit("-", 1)[0] if "." in path.name else path.name for path in checkpoints.iterdir()}
+    """Folder entries, without what differs from run to run and the claim."""
+    entries = (path.name for path in checkpoints.iterdir() if path.name != store.CLAIM)
+    return {name.rsplit("-", 1)[0] if "." in name else name for name in entries}
 
 
 def holds(reader: CheckpointReader | None, step: int, *, seed: int | None = None) -> bool:
@@ -345,7 +346,21 @@ def test_what_an_earlier_attempt_wrote_above_the_resumed_step_is_fenced_off(tmp_
     assert names(tmp_path) >= {"step-00000200.set-aside-fenced", "step-00000300.set-aside-fenced"}
 
 
-def test_a_writer_that_would_not_die_spoils_nothing_of_its_successor(tmp_path: Path) -> None:
+def test_a_writer_that_would_not_die_leaves_when_its_successor_has_started(tmp_path: Path) -> None:
+    zombie = Run(tmp_path, attempt=1, keep_last=1)
+    zombie.checkpointer.find()
+    zombie.save(100)
+    run = Run(tmp_path, attempt=2, keep_last=1)
+    assert holds(run.checkpointer.find([ResumeFact(1, 0)]), 100)
+    with pytest.raises(ConfigurationError, match="attempt 2 there, attempt 1 here") as caught:
+        zombie.save(200)
+    assert caught.value.exit_code == 78
+    assert steps(tmp_path) == [100]
+    assert run.save(200) is not None
+
+
+@pytest.mark.parametrize("claim", [None, "", "x", "9" * 100])
+def test_a_writer_that_missed_it_spoils_nothing_either(tmp_path: Path, claim: str | None) -> None:
     zombie = Run(tmp_path, attempt=1, keep_last=1)
     zombie.checkpointer.find()
     zombie.save(100)
@@ -353,15 +368,33 @@ def test_a_writer_that_would_not_die_spoils_nothing_of_its_successor(tmp_path: P
     assert holds(run.checkpointer.find([ResumeFact(1, 0)]), 100)
     run.save(150)
     run.save(200)
+    (tmp_path / "attempt").unlink()
+    if claim is not None:
+        (tmp_path / "attempt").write_text(claim)
     with pytest.raises(ConfigurationError, match="a later attempt"):
         zombie.save(200, seed=1)
-    zombie.save(210, seed=1)
+    assert zombie.save(210, seed=1) is not None
     assert steps(tmp_path) == [210, 200, 150]
     run.save(220)
     assert steps(tmp_path) == [220, 200]
     assert run.named("checkpoint_set_aside")[0]["reason"] == "attempt 2 went on from step 100"
     again = Run(tmp_path, attempt=3)
     assert holds(again.checkpointer.find([ResumeFact(1, 0), ResumeFact(2, 100)]), 220)
+
+
+def test_a_successor_that_starts_during_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is published in that moment is fenced off later; nothing is deleted."""
+    zombie = Run(tmp_path, attempt=1, keep_last=1)
+    zombie.save(100)
+    publish = store.publish
+
+    def publish_and_start(tmp: Path, final: Path) -> None:
+        publish(tmp, final)
+        store.claim(tmp_path, 2)
+
+    monkeypatch.setattr(store, "publish", publish_and_start)
+    assert zombie.save(200) is not None
+    assert steps(tmp_path) == [200, 100]
 
 
 def test_with_the_resumed_checkpoint_gone_a_fenced_one_does_not_mean_step_0(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def check_aftermath(folder: Path, point: str) -> None:
     ]
     assert matching, f"{point}: step {reader.step} holds other numbers than were saved since {declared[-1]}"
     assert run.save(6) is not None, point
-    left = {path.name.split(".set-aside")[0] for path in folder.iterdir()} - {"latest"}
+    left = {path.name.split(".set-aside")[0] for path in folder.iterdir()} - {store.LATEST, store.CLAIM}
     assert {"step-00000006", f"step-{reader.step:08d}"} <= left, point
     assert not any("." in name for name in left), f"{point}: {left}"
 
