@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     checkpoints.add_argument("run", metavar="RUN")
     checkpoints.add_argument("--step", type=int, help="one checkpoint instead of all (digest: the newest)")
     checkpoints.add_argument("--other", type=int, help="diff: the step to compare with")
-    checkpoints.add_argument("--keep-last", type=int, help="prune: how many to keep (default: the run's own)")
+    checkpoints.add_argument("--keep-last", type=_at_least_one, help="prune: how many to keep (default: the run's own)")
 
     evaluate = verbs.add_parser("evaluate", help="held-out loss and bits per byte, beside gzip -9 and xz -9")
     evaluate.add_argument("target", metavar="RUN_OR_EXPORT")
@@ -85,6 +85,14 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("prepare", "checkpoints", "evaluate", "generate", "export", "doctor"):
         verbs.choices[name].add_argument("--json", action="store_true", help="print the answer as JSON")
     return parser
+
+
+def _at_least_one(text: str) -> int:
+    """A number from 1 on, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -49,11 +49,14 @@ def checkpoints(options: argparse.Namespace) -> int:
             },
         )
         return exits.DONE
-    found = [item for item in survey(run.checkpoints) if options.step in (None, item.step)]
-    if not found:
+    present = survey(run.checkpoints)
+    found = [item for item in present if options.step in (None, item.step)]
+    strange = {options.step, options.other} - {None, *(item.step for item in present)}
+    if strange or not found:
+        steps = f", step {', '.join(map(str, sorted(strange)))}" if strange else ""
         raise ConfigurationError(
             "the run has no such checkpoint",
-            got=f"{run.checkpoints}" + (f", step {options.step}" if options.step is not None else ""),
+            got=f"{run.checkpoints}{steps}",
             rule="a step at which a checkpoint was written and kept",
             remedy=f"list them: solomonov checkpoints list {run.path}",
         )

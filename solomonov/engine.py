@@ -269,7 +269,8 @@ class Engine:
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What really runs: for the journal, the checkpoint's header and the tests."""
+        """What really runs, and all that decides the last bits of a sum: for the journal, the checkpoint's header
+        and the tests."""
         held = sum(p.numel() if not hasattr(p, "ds_tensor") else p.ds_tensor.numel() for p in self.names)
         return {
             "optimizer": type(self._optimizer).__name__,
@@ -277,8 +278,12 @@ class Engine:
             "pipeline": self.spec.pipeline,
             "world": dist.get_world_size(),
             "data_parallel": self.spec.plan.data_parallel,
+            "micro_rows": self.spec.plan.micro_rows,
+            "accumulation": self.spec.plan.accumulation,
             "precision": self.spec.precision,
+            "compiled": self.spec.compile,
             "device": self.device.type,
+            "threads": torch.get_num_threads(),
             "parameters_held": held,
         }
 

@@ -55,7 +55,7 @@ def evaluate(model: LoadedModel, data_folder: Path, device: torch.device, *, max
         if dataset.manifest.tokenizer_digest != tokenizer.digest:
             raise ConfigurationError(
                 "the data set and the model have different tokenizers",
-                got=f"{dataset.manifest.tokenizer_digest} in {data_folder}, {tokenizer.digest} in {model.tokenizer_model}",
+                got=f"{dataset.manifest.tokenizer_digest} in {data_folder}, {tokenizer.digest} in {model.source}",
                 rule="a model is evaluated on data that was prepared with its own tokenizer",
                 remedy="name the data set that the model was trained on",
             )

@@ -47,9 +47,10 @@ def build_tokenizer(tokenizer: Tokenizer) -> Any:
     # Such a character is in no piece, so to cut it out leaves every other split as it is.
     reserved = {character for piece in pieces if piece.text not in spoken for character in piece.text}
     alone = "".join(f"\\x{{{ord(character):x}}}" for character in sorted(reserved.difference(*spoken)))
-    fast.pre_tokenizer = (
-        pre_tokenizers.Sequence([segments, pre_tokenizers.Split(Regex(f"[{alone}]"), "isolated")]) if alone else segments
-    )
+    fast.pre_tokenizer = segments
+    if alone:
+        isolated = pre_tokenizers.Split(Regex(f"[{alone}]"), "isolated")
+        fast.pre_tokenizer = pre_tokenizers.Sequence([segments, isolated])
     fast.decoder = decoders.Sequence([decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
     special = [AddedToken(piece.text, special=True, normalized=False) for piece in pieces[: tokenizer.pad + 1]]
     fast.add_special_tokens(special)

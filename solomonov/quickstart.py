@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 import sysconfig
 import threading
 import time
@@ -113,6 +116,14 @@ def quickstart(folder: Path, *, train: Callable[[Path], int]) -> int:
     write_atomically(summary_path, json.dumps(summary, indent=1) + "\n")
     show(console, summary, folder, run)
     return exits.DONE
+
+
+def command_name() -> str:
+    """How this user types the command: `solomonov` where it is on the PATH, else its path."""
+    if shutil.which("solomonov"):
+        return "solomonov"
+    beside = Path(sys.executable).with_name("solomonov")
+    return os.path.relpath(beside) if beside.exists() else f"{sys.executable} -m solomonov.cli"
 
 
 def configuration(folder: Path) -> str:
@@ -226,9 +237,10 @@ def show(console: Console, summary: dict[str, Any], folder: Path, run: RunFolder
     console.print("\n[bold]it writes[/]")
     console.print(summary["sample"].rstrip()[:400], markup=False)
     console.print("\n[bold]next[/]")
+    program = command_name()
     for command in (
-        f"solomonov tensorboard {run.path}",
-        f"solomonov generate {summary['export']} --prompt 'import os'",
-        f"solomonov train {folder / 'config.yaml'} run.name=longer training.total_steps=2000",
+        f"{program} tensorboard {run.path}",
+        f"{program} generate {summary['export']} --prompt 'import os'",
+        f"{program} train {folder / 'config.yaml'} run.name=longer training.total_steps=2000",
     ):
         console.print(f"  {command}", markup=False, soft_wrap=True)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from solomonov.checkpoint import files, store
+from solomonov.checkpoint import files, refusals, store
 from solomonov.checkpoint.agreement import (
     Collective,
     SystemFailure,
@@ -27,7 +27,7 @@ from solomonov.checkpoint.fragments import Fragment
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.checkpoint.store import CheckpointInfo, DamagedFolder, ResumeFact
 from solomonov.checkpoint.writer import Header, commit, write_rank_file
-from solomonov.errors import ConfigurationError, DamagedCheckpointError
+from solomonov.errors import DamagedCheckpointError
 
 V = TypeVar("V")
 EventSink = Callable[[str, dict[str, Any]], None]
@@ -107,13 +107,7 @@ class Checkpointer:
 
         _, failures = together(self.collective, write)
         if failures:
-            first = failures[0]
-            raise ConfigurationError(
-                f"no checkpoint can be written to {self.folder}",
-                got=f"rank {first.rank}: {first.message} ({first.path})",
-                rule="every rank can create, sync, rename and delete files there",
-                remedy="change the folder's owner or mode, free space, or choose another folder for runs",
-            )
+            raise refusals.not_writable(self.folder, failures[0])
 
     # --- save ----------------------------------------------------------------------------------------------
 
@@ -156,7 +150,8 @@ class Checkpointer:
 
         claims, failures = together(self.collective, claim)
         raise_failures(failures)
-        self._check_claims(claims)
+        if len({claim[:3] for claim in claims}) > 1:
+            raise refusals.ranks_disagree(claims)
         needed = sum(nbytes for *_, nbytes in claims)
         tmp, failures = on_first(self.collective, lambda: self._begin(step, needed))
         if tmp is None:
@@ -187,16 +182,6 @@ class Checkpointer:
         self._succeed(info, time.monotonic() - started)
         return info
 
-    def _check_claims(self, claims: Sequence[tuple[str, int, int, int]]) -> None:
-        """ConfigurationError on every rank where they do not mean the same checkpoint."""
-        if len({claim[:3] for claim in claims}) > 1:
-            raise ConfigurationError(
-                "the ranks do not mean the same checkpoint",
-                got="; ".join(f"rank {r}: run {c[0]}, attempt {c[1]}, step {c[2]}" for r, c in enumerate(claims)),
-                rule="all ranks save the same step of the same attempt of the same run",
-                remedy="start all ranks from the same run folder",
-            )
-
     def _begin(self, step: int, needed: int) -> str:
         """Make the folder to write in; its name. OSError(ENOSPC) where the disk cannot hold what comes."""
         self._check_not_superseded()
@@ -213,15 +198,7 @@ class Checkpointer:
         """ConfigurationError where a later attempt has looked for a checkpoint: this one must not go on."""
         newest = store.claimed(self.folder)
         if newest > self.attempt:
-            raise self._superseded(newest)
-
-    def _superseded(self, newest: int) -> ConfigurationError:
-        return ConfigurationError(
-            f"a later attempt of this run writes to {self.folder}",
-            got=f"attempt {newest} there, attempt {self.attempt} here",
-            rule="one attempt of a run at a time, and none goes on after a later one has started",
-            remedy="nothing is lost; leave the run to the later attempt, or stop both and start it again",
-        )
+            raise refusals.superseded(self.folder, newest, self.attempt)
 
     def _check_same_folder(self, tmp: str) -> None:
         """ConfigurationError on every rank where one does not see the folder that rank 0 made."""
@@ -230,16 +207,7 @@ class Checkpointer:
         if not all(visible for _, visible in seen):
             if self.collective.rank == 0:
                 os.rmdir(mine)
-            raise self._not_shared(seen)
-
-    def _not_shared(self, seen: Sequence[tuple[str, bool]]) -> ConfigurationError:
-        blind = [rank for rank, (_, visible) in enumerate(seen) if not visible]
-        return ConfigurationError(
-            f"ranks {blind} do not see the checkpoint folder of the others",
-            got="; ".join(f"rank {rank}: no {seen[rank][0]}" for rank in blind),
-            rule="the run folder lies on a file system that all ranks share, under the same path",
-            remedy="move the run folder to a shared file system, or correct its path on those machines",
-        )
+            raise refusals.not_shared(seen)
 
     def _commit(
         self,
@@ -255,7 +223,7 @@ class Checkpointer:
         if isinstance(found, DamagedFolder):
             store.set_aside(final, "damaged")
         elif found is not None and found.attempt > self.attempt:
-            raise self._superseded(found.attempt)
+            raise refusals.superseded(self.folder, found.attempt, self.attempt)
         return commit(tmp, final, entries=entries, expected=expected, header=header)
 
     def _give_up(self, step: int, needed: int, failures: list[SystemFailure], tmp: Path | None) -> None:
@@ -337,7 +305,7 @@ class Checkpointer:
 
         Raises:
             DamagedCheckpointError: there are checkpoints and none of them can be used.
-            ConfigurationError: they are another run's, or not all ranks see the same ones.
+            ConfigurationError: they are another run's, a later attempt uses them, or not all ranks see the same.
         """
         past = [ResumeFact(*fact) for fact in self.collective.broadcast_object([tuple(f) for f in facts])]
         names, failures = on_first(self.collective, lambda: self._list(fresh))
@@ -370,8 +338,9 @@ class Checkpointer:
 
     def _list(self, fresh: bool) -> list[str]:
         """Rank 0: names of the folders to try, newest first; with `fresh` none, and all are set aside."""
+        self._check_not_superseded()
+        self._claim()
         if self.folder.is_dir():
-            self._claim()
             store.recover(self.folder)
         names = store.candidates(self.folder)
         if fresh:
@@ -402,12 +371,7 @@ class Checkpointer:
         assert seen is not None, "a rank that has no failure has a value"
         doubt, digest, run_id = seen
         if run_id != self.run_id:
-            raise ConfigurationError(
-                f"{folder} is a checkpoint of another run",
-                got=f"run id {run_id}",
-                rule=f"run id {self.run_id}, as this run's folder says",
-                remedy="give this run a folder of its own, or move the other run's checkpoints away",
-            )
+            raise refusals.another_run(folder, run_id, self.run_id)
         return (replace(doubt, folder=folder) if doubt else None), digest  # each rank's own path
 
     def _verify_together(self, folder: Path, digest: str) -> _Doubt | None:
@@ -426,17 +390,12 @@ class Checkpointer:
         probes, failures = together(self.collective, look)
         raise_failures(failures)
         if not all(visible for _, visible, _, _ in probes):
-            raise self._not_shared([(path, visible) for path, visible, _, _ in probes])
+            raise refusals.not_shared([(path, visible) for path, visible, _, _ in probes])
         for *_, problem in probes:
             if problem is not None:
                 return _Doubt(folder, store.step_of(folder), problem)
         if {seen for _, _, seen, _ in probes} != {digest}:
-            raise ConfigurationError(
-                f"the ranks see different checkpoints named {folder.name}",
-                got="; ".join(f"rank {rank}: manifest {probe[2]}" for rank, probe in enumerate(probes)),
-                rule="the run folder lies on a file system that all ranks share, under the same path",
-                remedy="move the run folder to a shared file system, or correct its path on those machines",
-            )
+            raise refusals.different_bytes(folder.name, [seen for _, _, seen, _ in probes])
         return None
 
     def _check_nothing_lost(self, doubts: list[_Doubt]) -> None:
@@ -449,12 +408,7 @@ class Checkpointer:
         if not lost and not kept:
             return
         got = [f"{doubt.folder.name}: {_reason(doubt)}" for doubt in lost] + [f"{name}: damaged" for name in kept or []]
-        raise DamagedCheckpointError(
-            f"none of the checkpoints in {self.folder} can be used",
-            got="; ".join(got),
-            rule="a run goes on from its newest intact checkpoint, and never silently from step 0",
-            remedy="restore one of them from a copy, or ask for a fresh start, which sets them aside",
-        )
+        raise refusals.nothing_left(self.folder, got)
 
     def _set_aside(self, doubts: list[_Doubt]) -> None:
         """Rank 0: rename what is not to be used. Where that fails (read-only), it is found again."""

@@ -53,22 +53,32 @@ class FileEntry(Section):
     """What one file must be."""
 
     size: Count
+    """Bytes."""
     xxh3_128: Digest
+    """Digest of all of its bytes."""
 
 
 class TensorRecord(Section):
     """One stored fragment: where it belongs, where it lies, and the digest of its bytes."""
 
     name: Annotated[str, Field(pattern=r"^[!-~]{1,512}$")]
+    """Canonical name of the parameter or buffer."""
     kind: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+    """`master`, a moment's name, `ema`, `frozen` or `buffer`."""
     dtype: str
+    """Code of the elements' type, as in safetensors."""
     shape: Shape
     """Shape of the whole tensor."""
     start: Count
+    """First element in the flattened tensor."""
     end: Count
+    """One past the last element."""
     file: str
+    """File that holds it."""
     key: Annotated[str, Field(max_length=1024)]
+    """Name inside that file."""
     xxh3_128: Digest
+    """Digest of the elements' bytes."""
     slices: None = None
     """Reserved for tensor slicing."""
 
@@ -82,16 +92,22 @@ class RankEntry(Section):
     """What one rank reports of the file that it wrote and read back."""
 
     rank: Count
+    """Who wrote it."""
     file: str
+    """Its name."""
     entry: FileEntry
+    """Its size and digest."""
     records: Annotated[tuple[TensorRecord, ...], Field(strict=False)]
+    """What it holds."""
 
 
 class Manifest(Section):
     """MANIFEST.json without its own digest."""
 
     schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
+    """Version of this format."""
     run_id: str
+    """Identity of the run; checkpoints of another are refused."""
     step: Count
     """Updates done when it was written."""
     parent_step: Count | None
@@ -103,7 +119,9 @@ class Manifest(Section):
     topology: dict[str, Any]
     """Layout that it was saved in; informative, loading never needs it."""
     files: dict[str, FileEntry]
+    """Every other file of the checkpoint, by name."""
     tensors: Annotated[tuple[TensorRecord, ...], Field(strict=False)]
+    """Every stored fragment; together they tile each tensor once."""
     ledger: None = None
     """Reserved for consumed and skipped rows."""
     statistics: None = None

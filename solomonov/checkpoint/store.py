@@ -256,7 +256,8 @@ def write_latest(checkpoints: Path, folder: Path) -> None:
 
 def claim(checkpoints: Path, attempt: int) -> None:
     """Tell older attempts that may still be alive to leave; an older one claims nothing."""
-    if checkpoints.is_dir() and claimed(checkpoints) < attempt:
+    if claimed(checkpoints) < attempt:
+        files.make_folder(checkpoints)
         files.write_atomically(checkpoints / CLAIM, f"{attempt}\n".encode())
 
 
@@ -311,8 +312,8 @@ def prune(
         keep_last: at least 1.
         verified: digests of manifests whose checkpoints this process wrote or verified; added to.
         attempt: the attempt that calls. Checkpoints of later attempts are left alone: whoever would not die
-            deletes nothing of its successors. Leftovers of it and of earlier attempts are deleted. With None
-            nobody may be writing.
+            deletes nothing of its successors. Leftovers of writers up to it are deleted; None deletes none that
+            a living writer might still use.
         facts: see `superseded_by`.
         dry_run: only report.
     """
@@ -345,7 +346,7 @@ def _leftovers(checkpoints: Path, attempt: int | None, bad: set[Path]) -> list[P
     """Folders that nobody will finish: of deleters, of writers up to `attempt`, replaced ones."""
     found = []
     for path, match in _asides(checkpoints):
-        stale = match[3] is not None and (attempt is None or int(match[3]) <= attempt)
+        stale = match[3] is not None and attempt is not None and int(match[3]) <= attempt
         successor = checkpoints / match[1]
         replaced = match[2] == "replaced" and successor.is_dir() and successor not in bad
         if stale or replaced or match[2] == "deleted":

@@ -373,7 +373,7 @@ class CheckpointsOfARun(RuleBasedStateMachine):
             self.seed += 1
             write(self.folder, step, attempt=self.attempt - 1, seed=self.seed)
             self.damaged.discard(step)
-        elif self.folder.is_dir():
+        else:
             with pytest.raises(ConfigurationError, match="a later attempt"):
                 self.zombie.save(step)
         assert self._usable() == before

@@ -110,7 +110,6 @@ def test_diff_has_a_row_for_each_tensor(run: RunFolder, capsys: Capture) -> None
         (("diff", "own", "--step", "3"), "diff compares two steps"),
         (("diff", "own", "--other", "3"), "diff compares two steps"),
         (("diff", "own", "--step", "3", "--other", "4"), "the run has no such checkpoint"),
-        (("prune", "own", "--keep-last", "0"), "keep"),
         (("list", "owm"), "there is no such run"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -355,6 +355,8 @@ def test_a_writer_that_would_not_die_leaves_when_its_successor_has_started(tmp_p
     with pytest.raises(ConfigurationError, match="attempt 2 there, attempt 1 here") as caught:
         zombie.save(200)
     assert caught.value.exit_code == 78
+    with pytest.raises(ConfigurationError, match="a later attempt"):
+        zombie.checkpointer.find()
     assert steps(tmp_path) == [100]
     assert run.save(200) is not None
 

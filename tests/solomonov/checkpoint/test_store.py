@@ -201,7 +201,7 @@ def test_prune_clears_leftovers_of_the_dead_only(tmp_path: Path) -> None:
         "other",
     }
     store.prune(tmp_path, 1)
-    assert not (tmp_path / "step-00000001.tmp-a3-00000003").exists()
+    assert (tmp_path / "step-00000001.tmp-a3-00000003").exists()
 
 
 def test_recover_gives_back_the_name_only_where_it_is_free(tmp_path: Path) -> None:
