@@ -65,8 +65,18 @@ def manifests(draw: st.DrawFn) -> Manifest:
         dtype = draw(st.sampled_from(["F32", "BF16", "I64"]))
         for start, end in draw(cuts(math.prod(shape))):
             file = f"rank-{draw(st.integers(0, 2)):05d}.safetensors"
-            fields = {"name": name, "kind": "master", "dtype": dtype, "shape": shape, "start": start, "end": end}
-            tensors.append(TensorRecord(**fields, file=file, key=f"master/{name}/{start}", xxh3_128=draw(DIGESTS)))
+            record = TensorRecord(
+                name=name,
+                kind="master",
+                dtype=dtype,
+                shape=shape,
+                start=start,
+                end=end,
+                file=file,
+                key=f"master/{name}/{start}",
+                xxh3_128=draw(DIGESTS),
+            )
+            tensors.append(record)
     names = [f"rank-{rank:05d}.safetensors" for rank in range(3)] + ["state.json"]
     sizes = st.integers(10**6, (1 << 62) - 1)
     return Manifest(
@@ -172,7 +182,7 @@ def test_the_state_does_not_depend_on_the_layout(data: st.DataObject) -> None:
             for ranks in (1, data.draw(st.integers(2, 4)))
         ]
         assert digest(folders[0]) == digest(folders[1])
-        assert all(row.equal for row in diff(*folders))
+        assert all(row.equal for row in diff(folders[0], folders[1]))
         reader = CheckpointReader.open(folders[1], cache_bytes=data.draw(st.sampled_from([0, 1 << 20])))
         reader.verify()
         for (name, kind), tensor in state.items():

@@ -72,7 +72,7 @@ def test_the_memory_of_a_child_s_child_is_counted_whole_and_once(tmp_path: Path)
 # --- screen --------------------------------------------------------------------------------------------------
 
 SUMMARY: dict[str, Any] = {
-    "prepared": {"dataset": "a/dataset", "manifest digest": "0123", "source own": "4 files", "lanes": "8", "tasks": "9"},
+    "prepared": {"documents": 1234, "text_bytes": 5999999, "tokens": 1765432, "pieces": 4096, "shards": 2},
     "training": {"steps": 240, "first_loss": 8.25, "last_loss": 3.5, "tokens": 983040, "ranks": 2, "parameters": 4191552},
     "evaluation": {
         "bits_per_byte": 1.75,
@@ -92,6 +92,7 @@ def test_the_summary_stands_on_one_screen() -> None:
     show(Console(file=screen, width=120, highlight=False), SUMMARY, Path("a"), RunFolder(Path("a/runs/own")))
     text = screen.getvalue()
     for words in (
+        "1,234 documents, 5,999,999 bytes of Python source -> 1,765,432 tokens of 4,096 pieces, in 2 WebDataset shards",
         "4,191,552 parameters, 240 updates, 983,040 predicted tokens on 2 DeepSpeed rank(s)",
         "8.250 -> 3.500 nats a token",
         "1.750 bits a byte; gzip -9 2.250, xz -9 2.125 on the same 199,999 bytes",

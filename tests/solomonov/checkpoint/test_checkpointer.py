@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -35,6 +36,7 @@ from tests.solomonov.checkpoint.common import (
     write,
 )
 from tests.solomonov.checkpoint.test_format import sealed
+from tests.support.kill_points import KillPoints
 from tests.support.ranks import run_ranks
 
 RANK_FILE = "rank-00000.safetensors"
@@ -208,6 +210,32 @@ def test_a_disk_that_fills_up_during_a_save(monkeypatch: pytest.MonkeyPatch) -> 
         assert big_save(run, 2, 100_000) is not None
         assert run.checkpointer.consecutive_failures == 0
         assert steps(run.folder) == [2, 1]
+
+
+def test_whatever_call_is_refused_the_checkpoint_that_was_to_be_replaced_is_not_lost(tmp_path: Path) -> None:
+    """Every call in turn fails once with ENOSPC while a step is saved again."""
+    refused = 0
+
+    def refuse() -> None:
+        nonlocal refused
+        refused += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = Run(tmp_path, keep_last=1)
+    assert run.save(1, seed=1) is not None
+    for end_at in range(60):
+        points = KillPoints(end_at, refuse)
+        points.install()
+        try:
+            saved = run.save(1, seed=2)
+        finally:
+            points.remove()
+        assert steps(tmp_path) == [1], points.names[-1]
+        reader = Run(tmp_path, attempt=1).checkpointer.find()
+        assert holds(reader, 1, seed=2) or (saved is None and holds(reader, 1, seed=1)), points.names[-1]
+        assert run.save(1, seed=1) is not None
+        assert names(tmp_path) == {"step-00000001", "latest"}
+    assert 20 < refused < 60
 
 
 def test_a_disk_that_cannot_hold_it_is_not_filled() -> None:
@@ -476,7 +504,9 @@ def save_and_find(folder: Path) -> tuple[int, str, list[str], bool]:
     checkpointer = on_ranks(folder)
     for step in (1, 2):
         assert save_on(checkpointer, step) is not None
-    reader = on_ranks(folder, attempt=2).find([(2, 3)] if checkpointer.collective.rank else [])  # rank 0's facts count
+    reader = on_ranks(folder, attempt=2).find(
+        [ResumeFact(2, 1)] if checkpointer.collective.rank else []
+    )  # rank 0's facts count
     assert reader is not None
     return reader.step, reader.digest, [name for name, _ in checkpointer.seen], holds(reader, 2)  # type: ignore[attr-defined]
 

@@ -179,7 +179,7 @@ def test_diff_tells_equal_bytes_from_equal_numbers(tmp_path: Path) -> None:
 def test_nan_is_equal_to_the_same_nan(tmp_path: Path) -> None:
     state: State = {("w", "master"): torch.tensor([math.nan, 1.0])}
     folders = [write(tmp_path / str(ranks), 1, state=state, ranks=ranks).folder for ranks in (1, 2)]
-    assert [row.equal for row in diff(*folders)] == [True]
+    assert [row.equal for row in diff(folders[0], folders[1])] == [True]
 
 
 def test_tensors_without_elements(tmp_path: Path) -> None:

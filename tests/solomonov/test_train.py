@@ -1,0 +1,249 @@
+"""The loop on the pool's ranks against a plain PyTorch loop over the same rows; stops, saves that the disk refuses,
+resumes, numbers that are not finite, and the held-out loss against one forward over all rows."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.dataset import Dataset
+from data_pipeline.stream import HeldOutRows, Stream
+from solomonov.batch import to_tensors
+from solomonov.checkpoint.reader import digest
+from solomonov.config import parse_config
+from solomonov.distributed import Control
+from solomonov.exits import AGAIN, DONE
+from solomonov.heartbeat import Heartbeat
+from solomonov.loading import load_model
+from solomonov.model.transformer import Transformer
+from solomonov.runfolder import RunFolder
+from solomonov.signals import StopRequest
+from solomonov.start import prepare_run
+from tests.solomonov.checkpoint.common import small_disk
+from tests.support.ranks import run_ranks
+from tests.support.runs import model_state
+from tests.support.tiny import CPU
+from tests.support.tiny_run import CONFIG, lines_of, make_run, train_run
+from tests.support.user import unexpected
+
+pytestmark = pytest.mark.dist(world=2)
+SHORT = ("training.total_steps=6", "checkpoint.every_steps=2", "evaluation.every_steps=3", "evaluation.rows=5")
+
+
+def made(folder: Path, *overrides: str, ranks: int = 2) -> RunFolder:
+    return make_run(folder, ranks=ranks, overrides=(*SHORT, *overrides))
+
+
+def train(run: RunFolder, world: int = 2) -> list[int]:
+    """One attempt on all ranks; their exit codes."""
+    return run_ranks(train_run, world, run.path, timeout=120)
+
+
+def free_of_time(run: RunFolder) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines_of(run)]
+
+
+# --- numbers -------------------------------------------------------------------------------------------------
+
+
+def plain_losses(run: RunFolder) -> list[tuple[float, float, float]]:
+    """(loss, norm, rate) of each step: torch's AdamW on the whole batch, the schedule from its definition."""
+    config = run.config()
+    model = Transformer(config.model, config.tokenizer.vocab_size, seed=config.run.seed)
+    plain = [p for name, p in model.named_parameters() if name.endswith("norm.weight") or name == "embedding.weight"]
+    decaying = [p for p in model.parameters() if not any(p is other for other in plain)]
+    groups = [{"params": decaying, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)
+    found = []
+    with Dataset.open(run.data_folder()) as dataset:
+        weights = {source.name: source.weight for source in config.data.sources}
+        stream = Stream(dataset, sequence_tokens=32, packing=config.data.packing, seed=config.run.seed, weights=weights)
+        for step in range(6):
+            batch = to_tensors(stream.rows(range(step * 8, step * 8 + 8)), CPU)
+            # wsd: up over 4 updates, down to 0 over the last fifth (1 of 6), which would end at update 6.
+            rate = 0.003 * (min(1.0, (step + 1) / 4) if step < 5 else 1.0)
+            loss = model(batch.input_ids, batch.document_ids, batch.labels) / batch.valid_tokens
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append((float(loss.detach()), float(norm), rate))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [(1, ("parallel.zero_stage=0",)), (2, ()), (2, ("parallel.zero_stage=3", "training.micro_batch_sequences=1"))],
+    ids=["one-rank-zero0", "two-ranks-zero1", "two-ranks-zero3"],
+)
+def test_the_loop_is_a_plain_loop(world: int, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    run = made(tmp_path, *overrides, ranks=world)
+    assert train(run, world) == [DONE] * world
+    lines = lines_of(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line, (loss, norm, rate) in zip(lines, plain_losses(run), strict=True):
+        assert line["loss"] == pytest.approx(loss, rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert line["lr"] == pytest.approx(rate, rel=1e-12)
+    layout = run.journal.last("resumed")
+    assert layout is not None
+    assert layout["layout"]["world"] == world
+    assert layout["layout"]["zero_stage"] == run.config().parallel.zero_stage
+    assert run.journal.last("training_finished")["tokens"] == sum(line["tokens"] for line in lines)  # type: ignore[index]
+    assert not unexpected(list(run.journal.events()))
+
+
+def expected_evaluation(run: RunFolder) -> tuple[float, float]:
+    """Loss of the last checkpoint on the first five held-out rows at once, and its bits per byte of the split."""
+    module = load_model(str(run.path)).module(CPU)
+    with Dataset.open(run.data_folder()) as dataset, torch.no_grad():
+        held_out = HeldOutRows(dataset, sequence_tokens=32, packing=run.config().data.packing)
+        batch = to_tensors(held_out.rows(range(5)), CPU)
+        loss = float(module(batch.input_ids, batch.document_ids, batch.labels)) / batch.valid_tokens
+        return loss, loss * held_out.tokens / held_out.text_bytes / math.log(2)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_held_out_loss_is_that_of_one_forward(stage: int, tmp_path: Path) -> None:
+    """Five rows over two ranks: one of them has less, and still takes part in every forward."""
+    run = made(tmp_path, f"parallel.zero_stage={stage}")
+    assert train(run) == [DONE, DONE]
+    events = list(run.journal.events("evaluated"))
+    assert [event["step"] for event in events] == [3, 6]
+    loss, bits = expected_evaluation(run)
+    assert events[-1]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert events[-1]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert events[-1]["rows"] == 5
+
+
+@pytest.mark.parametrize("every", [0, 4])
+def test_evaluation_comes_when_it_is_due(every: int, tmp_path: Path) -> None:
+    run = made(tmp_path, f"evaluation.every_steps={every}", ranks=1)
+    assert train(run, 1) == [DONE]
+    assert [event["step"] for event in run.journal.events("evaluated")] == ([4, 6] if every else [])
+
+
+# --- stops and resumes ---------------------------------------------------------------------------------------
+
+
+def train_until_asked(path: Path, rank: int) -> int:
+    """One rank is asked to stop before the first step, the others are not."""
+    import torch.distributed as dist
+
+    from solomonov.train import train as loop
+
+    stop = StopRequest()
+    if dist.get_rank() == rank:
+        stop.received = "SIGTERM"
+    return loop(RunFolder(path), Control(), CPU, stop, Heartbeat(None))
+
+
+def again(run: RunFolder) -> None:
+    run.journal.write("attempt_started", attempt=run.journal.next_attempt())
+
+
+def test_one_rank_that_is_asked_stops_all_with_what_they_have(tmp_path: Path) -> None:
+    run, undisturbed = made(tmp_path / "a"), made(tmp_path / "b")
+    assert run_ranks(train_until_asked, 2, run.path, 1) == [AGAIN, AGAIN]
+    assert [path.name for path in run.checkpoints.glob("step-*")] == ["step-00000001"]
+    event = run.journal.last("preempted")
+    assert event is not None
+    assert event["step"] == 1
+    again(run)
+    assert train(run) == train(undisturbed) == [DONE, DONE]
+    assert free_of_time(run) == free_of_time(undisturbed)
+    assert [event["step"] for event in run.journal.events("resumed")] == [0, 1]
+    assert digest(run.checkpoints / "step-00000006") == digest(undisturbed.checkpoints / "step-00000006")
+
+
+def test_a_request_at_the_last_step_is_no_reason_to_come_again(tmp_path: Path) -> None:
+    run = made(tmp_path, "training.total_steps=1")
+    assert run_ranks(train_until_asked, 2, run.path, 0) == [DONE, DONE]
+    assert run.journal.last("preempted") is None
+
+
+def test_a_disk_that_refuses_the_last_checkpoint_is_a_reason_to_come_again(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    with small_disk("64k") as disk:
+        run.checkpoints.rmdir()
+        run.checkpoints.symlink_to(disk)
+        assert train(run) == [AGAIN, AGAIN]
+        assert [event["step"] for event in run.journal.events("checkpoint_failed")] == [2, 4, 6]
+        assert [event["step"] for event in run.journal.events("left_without_checkpoint")] == [6]
+        assert run.journal.last("training_finished") is None
+        assert [line["step"] for line in lines_of(run)] == [1, 2, 3, 4, 5, 6], "the run went on"
+        run.checkpoints.unlink()
+    run.checkpoints.mkdir()
+    again(run)
+    assert train(run) == [DONE, DONE]
+    assert not list(run.journal.events("replay_mismatch")), "from the beginning, and the same"
+
+
+def train_message(path: Path) -> tuple[str, str]:
+    """Kind and message of the error that ends the training."""
+    from solomonov.errors import SolomonovError
+
+    try:
+        train_run(path)
+    except SolomonovError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def test_numbers_that_are_not_finite_end_it_on_all_ranks(tmp_path: Path) -> None:
+    run = made(tmp_path, "optimizer.lr=1e30", "schedule.warmup_steps=0", "resilience.max_skipped_updates=1")
+    for kind, message in run_ranks(train_message, 2, run.path):
+        assert kind == "NumericalError"
+        assert "2 updates skipped in a row up to step 3" in message
+        assert "at most 1 in a row" in message
+    assert [line["skipped"] for line in lines_of(run)] == [False, True, True]
+
+
+def test_another_order_of_rows_is_refused_at_a_resume(tmp_path: Path) -> None:
+    """The record takes another weight, since it changes nothing before the first step; the checkpoint does not."""
+    run = made(tmp_path, ranks=1)
+    assert run_ranks(train_until_asked, 1, run.path, 0) == [AGAIN]
+    words = (*SHORT, "data.sources.1.weight=4.0")
+    loaded = parse_config(CONFIG.format(folder=tmp_path), words, where="again", folder=tmp_path)
+    prepare_run(loaded, ranks=1, launch={}).write()
+    again(run)
+    [(kind, message)] = run_ranks(train_message, 1, run.path)
+    assert kind == "ConfigurationError"
+    assert "another stream of rows" in message
+    assert [path.name for path in run.checkpoints.glob("step-*")] == ["step-00000001"], "nothing was lost"
+
+
+def compiled(path: Path, programs: str) -> str:
+    """Train with compilation asked for and no compiler on the PATH."""
+    from torch._inductor import cpp_builder
+
+    cpp_builder.cpp_compiler_search.cache_clear()
+    os.environ["PATH"] = programs
+    try:
+        train_run(path)
+    finally:
+        cpp_builder.cpp_compiler_search.cache_clear()
+    return programs
+
+
+def test_without_a_compiler_it_trains_eagerly_and_says_so(tmp_path: Path) -> None:
+    run = made(tmp_path, "training.compile=true", "training.total_steps=1", ranks=1)
+    run_ranks(compiled, 1, run.path, str(tmp_path / "nothing"))
+    [event] = run.journal.events("fallback")
+    assert (event["what"], event["to"]) == ("torch.compile", "eager")
+    assert "no C++ compiler" in event["reason"]
+    assert len(lines_of(run)) == 1
+
+
+def test_a_first_checkpoint_holds_what_the_support_expects(tmp_path: Path) -> None:
+    """The names of a real checkpoint are those of the checkpoints that other tests write by hand."""
+    run = made(tmp_path, "training.total_steps=1", ranks=1)
+    assert train(run, 1) == [DONE]
+    assert load_model(str(run.path)).state.keys() == model_state(run, 1).keys()
