@@ -31,14 +31,14 @@ def prepare(options: argparse.Namespace) -> int:
 def checkpoints(options: argparse.Namespace) -> int:
     """`solomonov checkpoints list|verify|digest|diff|prune RUN`."""
     from solomonov.checkpoint.reader import diff, digest
-    from solomonov.checkpoint.store import CheckpointInfo, folder_name, prune, survey
+    from solomonov.checkpoint.store import CheckpointInfo, ResumeFact, folder_name, prune, survey
     from solomonov.runfolder import find_run, run_lock
 
     run = find_run(options.run)
     if options.action == "prune":
         keep = options.keep_last or run.config().checkpoint.keep_last
         with run_lock(run, wait_seconds=1.0):
-            report = prune(run.checkpoints, keep)
+            report = prune(run.checkpoints, keep, facts=[ResumeFact(*fact) for fact in run.journal.resumes()])
         _answer(
             options,
             {

@@ -300,9 +300,9 @@ class Engine:
         return 0
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's share of masters and moments, as CPU copies; over all ranks they tile everything once.
+        """This rank's share of masters and moments; over all ranks they tile everything once.
 
-        Call between `update` and the next `forward_backward`.
+        They share memory with the optimizer: use them between `update` and the next `forward_backward`.
         """
         state = base_optimizer(self._optimizer).state
         kinds = ("master", *MOMENTS) if self.updates_applied() else ("master",)
@@ -318,7 +318,7 @@ class Engine:
                 continue
             for kind in kinds:
                 source = piece.view(piece.flat if kind == "master" else state[piece.flat][kind])
-                data = source[low:high].to("cpu", torch.float32, copy=True)
+                data = source[low:high]
                 start = piece.start + low
                 yield Fragment(piece.name, kind, piece.shape, start, start + data.numel(), data)
 

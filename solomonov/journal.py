@@ -70,6 +70,10 @@ class Journal:
             found = record
         return found
 
+    def resumes(self) -> list[tuple[int, int]]:
+        """(attempt, step it went on from) of every attempt that began to train: what fences old checkpoints off."""
+        return [(int(event["attempt"]), int(event["step"])) for event in self.events("resumed")]
+
     def next_attempt(self) -> int:
         """Number of the attempt that would start now: one more than the highest in the journal, from 1."""
         return 1 + max((int(e["attempt"]) for e in self.events("attempt_started")), default=0)

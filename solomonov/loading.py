@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from solomonov.checkpoint.reader import CheckpointReader
-from solomonov.checkpoint.store import folder_name, newest_verified
+from solomonov.checkpoint.store import ResumeFact, folder_name, newest_verified
 from solomonov.errors import ConfigurationError
 from solomonov.export import load_hf
 from solomonov.model.config import ModelConfig
@@ -61,7 +61,7 @@ def load_model(target: str, *, step: int | None = None) -> LoadedModel:
     run = find_run(target)
     config = run.config()
     if step is None:
-        newest = newest_verified(run.checkpoints)
+        newest = newest_verified(run.checkpoints, [ResumeFact(*fact) for fact in run.journal.resumes()])
         if newest is None:
             raise ConfigurationError(
                 "the run has no checkpoint yet",

@@ -105,8 +105,8 @@ class RunRecord:
             print(f"{kind} {json.dumps(fields)}", flush=True)
 
     def resumes(self) -> list[ResumeFact]:
-        """(attempt, step it resumed from) of all earlier attempts that began to train, for fencing."""
-        return [ResumeFact(int(e["attempt"]), int(e["step"])) for e in self._journal.events("resumed")]
+        """Where earlier attempts went on from, for fencing."""
+        return [ResumeFact(*fact) for fact in self._journal.resumes()]
 
     def begin(self, step: int, layout: dict[str, Any], *, resumed: bool) -> None:
         """Open the records at `step`: lines of later steps are superseded, and what is replayed will be compared."""

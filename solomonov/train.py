@@ -177,6 +177,7 @@ def build(
         config, plan, device, control, engine, stream, held_out if len(held_out) else None,
         checkpointer, record, heartbeat, stop,
     )  # fmt: skip
+    checkpointer.check_writable()
     resume(trainer)
     return trainer
 

@@ -74,7 +74,14 @@ def test_words_are_understood(words: list[str], expected: dict[str, object]) -> 
 
 @pytest.mark.parametrize(
     "words",
-    [["trian"], ["train"], ["checkpoints", "own"], ["checkpoints", "prune", "own", "--keep-last", "0"], ["export", "own", "--dtype", "int8"], ["generate", "own", "--seed", "x"]],
+    [
+        ["trian"],
+        ["train"],
+        ["checkpoints", "own"],
+        ["checkpoints", "prune", "own", "--keep-last", "0"],
+        ["export", "own", "--dtype", "int8"],
+        ["generate", "own", "--seed", "x"],
+    ],
     ids=" ".join,
 )
 def test_wrong_words_end_with_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

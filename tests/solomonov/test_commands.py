@@ -179,9 +179,10 @@ def load_device() -> Any:
 
 def test_numbers_are_shown_for_people(run: RunFolder, capsys: Capture) -> None:
     assert main(["evaluate", "own", "--max-bytes", "600"]) == exits.DONE
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith(("step", "loss")))
-    assert lines["step"] == "6"
-    assert lines["loss"] == f"{evaluate(load_model('own'), run.data_folder(), load_device(), max_bytes=600).loss:.6g}"
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = {words[0]: words[-1] for words in lines}
+    assert shown["step"] == "6"
+    assert shown["loss"] == f"{evaluate(load_model('own'), run.data_folder(), load_device(), max_bytes=600).loss:.6g}"
 
 
 @pytest.mark.parametrize("words", [("evaluate", "own"), ("generate", "own"), ("export", "own")], ids=lambda w: w[0])

@@ -73,7 +73,14 @@ def test_the_memory_of_a_child_s_child_is_counted_whole_and_once(tmp_path: Path)
 
 SUMMARY: dict[str, Any] = {
     "prepared": {"documents": 1234, "text_bytes": 5999999, "tokens": 1765432, "pieces": 4096, "shards": 2},
-    "training": {"steps": 240, "first_loss": 8.25, "last_loss": 3.5, "tokens": 983040, "ranks": 2, "parameters": 4191552},
+    "training": {
+        "steps": 240,
+        "first_loss": 8.25,
+        "last_loss": 3.5,
+        "tokens": 983040,
+        "ranks": 2,
+        "parameters": 4191552,
+    },
     "evaluation": {
         "bits_per_byte": 1.75,
         "gzip_bits_per_byte": 2.25,
@@ -111,7 +118,8 @@ def test_the_summary_stands_on_one_screen() -> None:
 
 def small(folder: Path) -> str:
     """The configuration of the tests' user, in the quickstart's folder."""
-    text = CONFIG.replace("seed: 5", f"seed: 5, folder: {folder}/runs").replace("folder: dataset", f"folder: {folder}/dataset")
+    text = CONFIG.replace("folder: dataset", f"folder: {folder}/dataset")
+    text = text.replace("seed: 5", f"seed: 5, folder: {folder}/runs")
     return text.replace('path: "text/', f'path: "{folder}/text/')
 
 

@@ -1,4 +1,4 @@
-"""One rank started by hand, with the torchrun variables alone: its lock, its journal, and the truth of its exit code."""
+"""One rank started by hand, with the torchrun variables alone: its lock, its journal, its exit code."""
 
 from __future__ import annotations
 
