@@ -21,9 +21,15 @@ from tests.support.processes import (
     program_environment,
     wait_for,
 )
-from tests.support.ranks import RankFailure, RankTimeout, pool_pids, run_ranks
+from tests.support.ranks import RankFailure, RankTimeout, close_pools, pool_pids, run_ranks
 
 pytestmark = pytest.mark.dist(world=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pools_of_other_tests_end_well() -> None:
+    """The tests here kill ranks; those that served other tests leave by themselves first, and write their coverage."""
+    close_pools()
 
 
 def rank_facts(word: str, *, number: int) -> dict[str, Any]:

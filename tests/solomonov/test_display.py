@@ -127,9 +127,9 @@ def test_good_ends_are_said_on_stdout(empty: RunFolder, capsys: pytest.CaptureFi
     display.verdict(exits.AGAIN, ["last words"])
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
-        "done    step 57/60, loss 2.5",
-        "stopped at step 57/60, loss 2.5; step 0 is saved, and the same command goes on from there",
-        "stopped at step 57/60, loss 2.5; step 55 is saved, and the same command goes on from there",
+        "done    step 57/60, loss 2.5000",
+        "stopped at step 57/60, loss 2.5000; step 0 is saved, and the same command goes on from there",
+        "stopped at step 57/60, loss 2.5000; step 55 is saved, and the same command goes on from there",
     ]
     assert captured.err == ""
 
