@@ -66,7 +66,7 @@ def find_inputs(source: SourceConfig, base_folder: Path, dataset_folder: Path) -
             got=f"data.sources path {source.path!r}, which is {pattern}: no file matches",
             rule="a file, a folder with .txt or .jsonl files, or a glob that matches files"
             + (f"; excluded: {', '.join(source.exclude)}" if source.exclude else ""),
-            remedy="correct data.sources path (relative paths count from the config file's folder)",
+            remedy="correct data.sources path (relative paths count from the working directory)",
         )
     inputs = []
     for name in sorted(found, key=os.fsencode):

@@ -20,7 +20,7 @@ class LaunchConfig(Section):
     """Crashes in a row without a newer durable step after which restarting is given up: the fault repeats."""
     restart_backoff_seconds: float = Field(default=1.0, ge=0.0)
     """Wait before a restart; doubled for each further crash without progress, at most a minute."""
-    grace_seconds: float = Field(default=60.0, gt=0.0)
+    grace_seconds: float = Field(default=300.0, gt=0.0)
     """Time between asking the ranks to save and leave (SIGTERM) and killing them (SIGKILL)."""
     master_port: int | None = Field(default=None, ge=1, le=65535)
     """TCP port at which the ranks meet; null: a free one is found for each attempt."""

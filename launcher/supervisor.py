@@ -45,6 +45,9 @@ class SupervisorState(enum.Enum):
         return self in (SupervisorState.RUNNING, SupervisorState.STOPPING, SupervisorState.KILLING)
 
 
+_SAVE_SIGNALS = frozenset((-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2, -signal.SIGINT))
+"""Exit codes of a rank that a request to save ended."""
+
 _TERMINAL = frozenset({SupervisorState.DONE, SupervisorState.SAVED, SupervisorState.CANCELLED, SupervisorState.FAILED})
 
 
@@ -148,7 +151,7 @@ class Supervisor:
         if self.state is SupervisorState.KILLING:
             return self._end(SupervisorState.CANCELLED, ExitCode.INTERRUPTED, "told to leave at once")
         if self.state is SupervisorState.STOPPING:
-            if code == -signal.SIGTERM:  # our own signal, before the rank could have had anything to save
+            if code in _SAVE_SIGNALS:  # before the rank could have had a handler, or anything to save
                 return self._end(SupervisorState.SAVED, ExitCode.AGAIN, "stopped before there was more to save")
             return self._end(SupervisorState.FAILED, shell_code(code), f"{describe(code)} while stopping")
         if outcome is not Outcome.CRASH:

@@ -82,6 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     tensorboard.add_argument("--port", type=int, default=6006, help="0: any free port")
 
     verbs.add_parser("doctor", help="what this machine has, and what is missing")
+    fresh = "begin anew at step 0: checkpoints of the run are set aside, not deleted"
+    verbs.choices["train"].add_argument("--fresh", action="store_true", help=fresh)
+    for verb in verbs.choices.values():
+        verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     for name in ("prepare", "checkpoints", "evaluate", "generate", "export", "doctor"):
         verbs.choices[name].add_argument("--json", action="store_true", help="print the answer as JSON")
     return parser
@@ -98,7 +102,11 @@ def _at_least_one(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (options.verb not in ("prepare", "train") or not all("=" in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides that stand behind an option
+        options.overrides = [*options.overrides, *rest]
     if options.version:
         from solomonov.host import versions
 
@@ -125,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(options: argparse.Namespace) -> int:
     if options.verb == "train":
-        return train(Path(options.config), options.overrides)
+        return train(Path(options.config), options.overrides, fresh=options.fresh)
     if options.verb == "quickstart":
         from solomonov.quickstart import quickstart
 
@@ -137,8 +145,11 @@ def _dispatch(options: argparse.Namespace) -> int:
     return code
 
 
-def train(config_path: Path, overrides: Sequence[str] = ()) -> int:
+def train(config_path: Path, overrides: Sequence[str] = (), *, fresh: bool = False) -> int:
     """Train on all local ranks, under a supervisor that starts them again after a death.
+
+    Args:
+        fresh: set the run's checkpoints aside and begin at step 0.
 
     Raises:
         ConfigurationError, LaunchConfigurationError, DataError: before any rank is started.
@@ -153,12 +164,31 @@ def train(config_path: Path, overrides: Sequence[str] = ()) -> int:
     run = prepared.run
     with run_lock(run) as lock:
         prepared.write()
+        if fresh:
+            _set_checkpoints_aside(run)
         done = finished_step(run, prepared.plan.total_steps)
         if done is not None:
             print(f"{run.path}: done, {done} updates; nothing is left to train")
             print(f"  raise training.total_steps under a new run.name to train longer; solomonov export {run.path}")
             return exits.DONE
         return _supervise(run, launch, ranks, lock, prepared.plan.total_steps, prepared.plan.describe())
+
+
+def _set_checkpoints_aside(run: RunFolder) -> None:
+    from solomonov.checkpoint.agreement import SingleProcess
+    from solomonov.checkpoint.checkpointer import Checkpointer
+
+    journal = run.journal
+    checkpointer = Checkpointer(
+        run.checkpoints,
+        SingleProcess(),
+        run_id=run.run_id(),
+        attempt=journal.next_attempt(),
+        keep_last=1,
+        on_event=lambda kind, fields: journal.write(kind, **fields),
+    )
+    checkpointer.find(fresh=True)
+    journal.write("fresh_start_requested")
 
 
 def _launch_section(loaded: Loaded) -> tuple[LaunchConfig, int]:
@@ -185,7 +215,10 @@ def _supervise(run: RunFolder, launch: LaunchConfig, ranks: int, lock: int, tota
     journal = run.journal
 
     def on_event(kind: str, /, **fields: Any) -> None:
-        journal.try_write(kind, **fields)
+        if kind == "attempt_started":
+            journal.write(kind, **fields)  # the number fences off earlier attempts: it must stand before training
+        else:
+            journal.try_write(kind, **fields)
         display.event(kind, fields)
 
     spec = JobSpec(

@@ -82,7 +82,7 @@ class EvaluationConfig(Section):
     every_steps: int = Field(default=200, ge=0)
     """Updates between two evaluations; 0: never during training."""
     rows: int = Field(default=256, ge=1)
-    """Largest number of held-out rows of one evaluation during training (the first ones, always the same)."""
+    """Largest number of held-out rows of one evaluation during training (spread over all, always the same)."""
 
 
 class MetricsConfig(Section):

@@ -15,7 +15,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from solomonov.errors import ConfigurationError
+
 T = TypeVar("T")
+
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a rank is given by whoever starts it."""
 
 COLLECTIVE_TIMEOUT_SECONDS = 600
 """How long a collective waits for a rank that lives but does not come; a rank that dies is seen at once."""
@@ -31,18 +36,26 @@ class RankInfo:
 
     @staticmethod
     def from_environment() -> RankInfo:
-        """Read the torchrun variables; a process without them is the only rank."""
-        return RankInfo(
-            rank=int(os.environ.get("RANK", "0")),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            world=int(os.environ.get("WORLD_SIZE", "1")),
-        )
+        """Read the torchrun variables.
+
+        Raises:
+            ConfigurationError: one is missing.
+        """
+        missing = [name for name in TORCHRUN_VARIABLES if name not in os.environ]
+        if missing:
+            raise ConfigurationError(
+                "this process was not started as a rank",
+                got=f"{', '.join(missing)} not in the environment",
+                rule=f"a rank is given {', '.join(TORCHRUN_VARIABLES)}",
+                remedy="start it with `solomonov train`, or with torchrun",
+            )
+        return RankInfo(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
 
 
 def pick_device(info: RankInfo) -> torch.device:
     """This rank's CUDA device where there is one, else the CPU."""
     if torch.cuda.is_available():
-        device = torch.device("cuda", info.local_rank % torch.cuda.device_count())
+        device = torch.device("cuda", info.local_rank)
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")

@@ -88,6 +88,8 @@ def deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
     if spec.precision == "bf16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Without this DeepSpeed casts the accumulated fp32 gradients to bf16 for the reduction, even on one rank.
+        config["communication_data_type"] = "fp32"
     elif spec.precision == "bf16_autocast":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return config

@@ -38,7 +38,10 @@ class Heartbeat:
             os.getpid(),
             section.encode(),
         )
-        os.pwrite(self._fd, head + struct.pack("<Q", zlib.crc32(head)), 0)
+        try:
+            os.pwrite(self._fd, head + struct.pack("<Q", zlib.crc32(head)), 0)
+        except OSError:
+            return  # a full disk refuses the file's first block: a sign of life must not end the life
 
     def close(self) -> None:
         """Close the file; the last record stays."""

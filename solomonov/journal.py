@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -26,7 +27,7 @@ class Journal:
         self.path = path
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event with the wall-clock time and this process's id.
+        """Append one event with the wall-clock time and this process's id, durably.
 
         Raises:
             OSError: the file cannot be written (a full disk, say); callers on the training path use `try_write`.
@@ -38,7 +39,10 @@ class Journal:
             size = os.fstat(fd).st_size
             if size and os.pread(fd, 1, size - 1) != b"\n":
                 line = b"\n" + line
-            os.write(fd, line)
+            written = os.write(fd, line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            os.fsync(fd)
         finally:
             os.close(fd)
 

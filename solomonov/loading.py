@@ -67,7 +67,7 @@ def load_model(target: str, *, step: int | None = None) -> LoadedModel:
                 "the run has no checkpoint yet",
                 got=f"{run.checkpoints} holds none that verifies",
                 rule="a model is read from a verified checkpoint",
-                remedy=f"train it first: solomonov train {run.path / 'config.yaml'}",
+                remedy="train it first, with its configuration and overrides",
             )
         step = newest.step
     folder = run.checkpoints / folder_name(step)

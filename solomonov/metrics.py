@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 LOSS_BOUND = {"fp32": 1e-5, "bf16": 5e-3, "bf16_autocast": 5e-3}
 """Largest relative difference of loss and gradient norm between two layouts, by precision."""
@@ -27,8 +27,12 @@ class MetricsLog:
         self._size = 0
         self._fd: int | None = None
 
-    def resume(self, step: int) -> dict[int, dict[str, Any]]:
+    def resume(self, step: int, writer: Callable[[int], int] = lambda step: 0) -> dict[int, dict[str, Any]]:
         """Move lines of later steps to metrics.superseded.jsonl and open the log for appending.
+
+        Args:
+            step: updates done; the lines up to it stay.
+            writer: tells which attempt wrote a line, by its step; it is added to the moved lines.
 
         Returns:
             step -> line, for every later step that some earlier attempt had logged: what the replay must reproduce.
@@ -39,11 +43,13 @@ class MetricsLog:
         for line in _complete_lines(self.path):
             (kept if line["step"] <= step else moved).append(line)
         if moved:
-            with superseded.open("ab") as file:
-                file.writelines(_encode(line) for line in moved)
+            with superseded.open("ab+") as file:
+                if file.tell() and not _ends_with_newline(file):
+                    file.write(b"\n")  # close off a line that a crash cut short
+                file.writelines(_encode({**line, "attempt": writer(line["step"])}) for line in moved)
                 file.flush()
                 os.fsync(file.fileno())
-        if self.path.exists():
+        if self.path.exists() and (moved or not _is_whole(self.path)):
             aside = self.path.with_suffix(".tmp")
             with aside.open("wb") as file:
                 file.writelines(_encode(line) for line in kept)
@@ -86,6 +92,17 @@ class MetricsLog:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+def _ends_with_newline(file: IO[bytes]) -> bool:
+    """Whether a file that is not empty ends with a whole line; leaves the position at its end."""
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def _is_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.seek(0, os.SEEK_END) == 0 or _ends_with_newline(file)
 
 
 def _encode(line: Mapping[str, Any]) -> bytes:

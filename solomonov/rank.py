@@ -13,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 
 from solomonov.heartbeat import Heartbeat
-from solomonov.runfolder import RunFolder, lock_holder, run_lock
+from solomonov.output import Unfailing, protect_output
+from solomonov.runfolder import RunFolder, is_locked, lock_holder, run_lock
 from solomonov.signals import StopRequest
 
 
@@ -26,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     (folder,) = sys.argv[1:] if arguments is None else arguments
     # Signals and stacks first: a request to stop that comes while torch is imported must not kill the rank.
     stop = StopRequest().install()
+    protect_output()
     faulthandler.enable()
     faulthandler.register(signal.SIGQUIT, all_threads=True)
     heartbeat = Heartbeat(os.environ.get("SOLOMONOV_HEARTBEAT"))
@@ -72,7 +74,7 @@ def _run(run: RunFolder, stop: StopRequest, heartbeat: Heartbeat, stack: ExitSta
 
 def _own_the_run(run: RunFolder, stack: ExitStack) -> None:
     """Under a supervisor the lock is its own; a rank that was started by hand takes it and counts the attempt."""
-    if lock_holder(run).get("pid") == os.getppid():
+    if is_locked(run) and lock_holder(run).get("pid") == os.getppid():
         return
     stack.enter_context(run_lock(run))
     run.journal.write("attempt_started", attempt=run.journal.next_attempt(), supervisor=None)
@@ -81,9 +83,10 @@ def _own_the_run(run: RunFolder, stack: ExitStack) -> None:
 def _leave_on_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say what happened and leave at once: after a fault the collectives' threads may wait for peers that are gone."""
     # Not sys.stderr: torch.distributed wraps this hook and catches in memory what is written there.
-    traceback.print_exception(kind, error, trace, file=sys.__stderr__)
     if sys.__stderr__ is not None:
-        sys.__stderr__.flush()
+        log = Unfailing(sys.__stderr__)
+        traceback.print_exception(kind, error, trace, file=log)
+        log.flush()
     os._exit(1)
 
 

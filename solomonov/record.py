@@ -80,7 +80,7 @@ class RunRecord:
         self._metrics: MetricsLog | None = None
         self._tensorboard: TensorBoardLog | None = None
         self._replay: dict[int, dict[str, Any]] = {}
-        self._layouts: list[tuple[int, dict[str, Any]]] = []
+        self._layouts: dict[int, dict[str, Any]] = {}
         self._layout: dict[str, Any] = {}
         self._flops = 0.0
         last = self._journal.last("attempt_started")
@@ -113,10 +113,19 @@ class RunRecord:
         self._layout = layout
         if self._rank:
             return
-        self._layouts = [(int(e["step"]), e["layout"]) for e in self._journal.events("resumed")]
+        earlier = list(self._journal.events("resumed"))
+        self._layouts = {int(event["attempt"]): event["layout"] for event in earlier}
+
+        def writer(written: int) -> int:
+            """The attempt that wrote a line: the last one that had gone on from below its step."""
+            return max((int(e["attempt"]) for e in earlier if e["step"] < written), default=0)
+
         self._metrics = MetricsLog(self._run.metrics, lambda message: self.event("metrics_failed", message=message))
-        self._replay = self._metrics.resume(step)
-        self.event("resumed", step=step, of=self._plan.total_steps, layout=layout, plan=self._plan.describe())
+        self._replay = self._metrics.resume(step, writer)
+        # Not try_write: this line fences off what earlier attempts may still write, so it must stand before training.
+        fields = {"step": step, "of": self._plan.total_steps, "layout": layout, "plan": self._plan.describe()}
+        self._journal.write("resumed", attempt=self.attempt, **fields)
+        print(f"resumed {json.dumps(fields)}", flush=True)
         if self._config.metrics.tensorboard:
             self._tensorboard = TensorBoardLog(
                 self._run.path / "tensorboard",
@@ -170,9 +179,8 @@ class RunRecord:
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         """A replayed step must be what it was (data to the bit always, numbers by the promise of the layout)."""
-        earlier = [layout for start, layout in self._layouts if start < now["step"]]
         exact = self._layout["device"] == "cpu" or self._config.run.deterministic
-        same = exact and bool(earlier) and earlier[-1] == self._layout
+        same = exact and self._layouts.get(before["attempt"]) == self._layout
         differences = replay_differences(before, now, same_layout=same, precision=str(self._layout["precision"]))
         if differences:
             self.event("replay_mismatch", step=now["step"], differences=differences, same_layout=same)

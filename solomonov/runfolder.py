@@ -25,6 +25,7 @@ FREE_KEYS = (
     "run.folder",
     "data.",
     "parallel.",
+    "training.precision",
     "training.micro_batch_sequences",
     "training.activation_checkpointing",
     "training.compile",
@@ -34,7 +35,7 @@ FREE_KEYS = (
     "metrics.",
 )
 """Keys (or beginnings of keys) that may change when a run goes on: they change where and how fast, not what is
-learned. The data's identity is compared by digest instead."""
+learned. The data is compared by the identity of its stream of rows instead."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,12 @@ class RunFolder:
 
     def data_folder(self) -> Path:
         """The prepared data set of the run."""
-        return Path(self.resolved()["working_folder"]) / self.config().data.folder
+        return Path(self.resolved()["working_folder"]) / Path(self.config().data.folder).expanduser()
+
+
+def run_folder(config: Config) -> RunFolder:
+    """Where the run of a configuration is kept."""
+    return RunFolder(Path(config.run.folder).expanduser() / config.run.name)
 
 
 def find_run(name: str, folder: str = "runs") -> RunFolder:
@@ -148,7 +154,7 @@ def open_run(
         ConfigurationError: the folder cannot be written, or belongs to a run with another configuration or data.
     """
     config = loaded.config
-    run = RunFolder(Path(config.run.folder) / config.run.name)
+    run = run_folder(config)
     old = run.resolved() if run.resolved_path.exists() else None
     # A kill during the very first write leaves the lock and a hidden file at most: resolved.json comes first.
     if old is None and run.path.is_dir() and any(p.name != "lock" and p.name[0] != "." for p in run.path.iterdir()):
@@ -158,16 +164,16 @@ def open_run(
             rule="a run starts in a new folder, or in its own",
             remedy="choose another run.name or run.folder, or move the folder away",
         )
-    values = {
-        key: {"value": value, "origin": loaded.origins.get(key, "default")} for key, value in flatten(config).items()
-    }
+    values = {key: {"value": value, "origin": _origin(loaded.origins, key)} for key, value in flatten(config).items()}
     if old is not None:
         _refuse_another_run(run, old, values, data)
     record = {
         "schema_version": SCHEMA_VERSION,
         "run_id": old["run_id"] if old else uuid.uuid4().hex,
         "values": values,
-        "launch": dict(launch),
+        "launch": {
+            key: {"value": value, "origin": _origin(loaded.origins, f"launch.{key}")} for key, value in launch.items()
+        },
         "overrides": list(loaded.overrides),
         "data": dict(data),
         "derived": dict(derived),
@@ -187,6 +193,13 @@ def open_run(
     except OSError as error:
         raise unwritable(run.path, error) from error
     return run
+
+
+def _origin(origins: Mapping[str, str], key: str) -> str:
+    """Where a value came from; an override of one item of a list makes the list an overridden one."""
+    if any(name.startswith(f"{key}.") for name in origins):
+        return "override"
+    return origins.get(key, "default")
 
 
 def unwritable(path: Path, error: OSError) -> ConfigurationError:
@@ -263,6 +276,21 @@ def run_lock(run: RunFolder, *, wait_seconds: float = 10.0) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def is_locked(run: RunFolder) -> bool:
+    """Whether some live process holds the run's lock now."""
+    try:
+        fd = os.open(run.path / "lock", os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def lock_holder(run: RunFolder) -> dict[str, Any]:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.manifest import Manifest
-from solomonov.config import Loaded
+from data_pipeline.dataset import Dataset
+from data_pipeline.stream import Stream
+from solomonov.config import Config, Loaded
 from solomonov.errors import ConfigurationError
 from solomonov.host import visible_gpus
 from solomonov.model.counts import parameter_count
 from solomonov.parallel import check_layout
 from solomonov.plan import BatchPlan, plan_batch
-from solomonov.runfolder import RunFolder, open_run, unwritable
+from solomonov.runfolder import RunFolder, open_run, run_folder, unwritable
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,35 @@ def prepare_run(loaded: Loaded, *, ranks: int, launch: Mapping[str, Any]) -> Pre
         precision = "bf16"  # every CUDA device of the last five generations has it; the rank itself decides
     data_parallel = check_layout(config.parallel, precision=precision, world=ranks)
     plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel)
-    if not (Path(config.data.folder) / "MANIFEST.json").exists():
+    _check_schedule(config.schedule.warmup_steps, plan.total_steps)
+    gpus = visible_gpus()
+    if gpus and ranks > gpus:
+        raise ConfigurationError(
+            "there are more ranks than GPUs",
+            got=f"{ranks} ranks (launch.ranks_per_node), {gpus} GPUs that this process may use",
+            rule="each rank has a GPU of its own",
+            remedy=f"set launch.ranks_per_node to {gpus} or null",
+        )
+    folder = Path(config.data.folder).expanduser()
+    if not (folder / "MANIFEST.json").exists():
         raise ConfigurationError(
             "the data is not prepared",
-            got=f"{config.data.folder} holds no MANIFEST.json",
+            got=f"{folder} holds no MANIFEST.json",
             rule="training reads the folder that `solomonov prepare` writes (data.folder)",
             remedy="run `solomonov prepare` with this configuration first",
         )
-    manifest = Manifest.load(Path(config.data.folder))
-    if manifest.vocab_size != config.tokenizer.vocab_size:
+    with Dataset.open(folder) as dataset:
+        manifest = dataset.manifest
+        stream = make_stream(config, dataset).identity
+    trained, asked = manifest.tokenizer, config.tokenizer
+    if (trained.kind, trained.vocab_size) != (asked.kind, asked.vocab_size):
         raise ConfigurationError(
-            "the data was prepared with another vocabulary",
-            got=f"{manifest.vocab_size} in {config.data.folder}, tokenizer.vocab_size {config.tokenizer.vocab_size}",
+            "the data was prepared with another tokenizer",
+            got=f"{trained.kind}, {trained.vocab_size} ids in {folder}; {asked.kind}, {asked.vocab_size} asked for",
             rule="training uses the tokenizer of its data",
-            remedy="prepare the data with this configuration in another data.folder, or restore tokenizer.vocab_size",
+            remedy="prepare the data with this configuration in another data.folder, or restore the tokenizer section",
         )
-    run = RunFolder(Path(config.run.folder) / config.run.name)
+    run = run_folder(config)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -76,14 +90,36 @@ def prepare_run(loaded: Loaded, *, ranks: int, launch: Mapping[str, Any]) -> Pre
         plan=plan,
         loaded=loaded,
         launch=launch,
-        data={"content_digest": manifest.content_digest, "tokenizer_digest": manifest.tokenizer_digest},
+        data={"stream": stream, "tokenizer": manifest.tokenizer_digest},
         derived={"batch": plan.describe(), "ranks": ranks, "parameters": parameters},
     )
 
 
+def make_stream(config: Config, dataset: Dataset) -> Stream:
+    """The stream of training rows that a configuration describes."""
+    return Stream(
+        dataset,
+        sequence_tokens=config.data.sequence_tokens,
+        packing=config.data.packing,
+        seed=config.run.seed,
+        weights={source.name: source.weight for source in config.data.sources},
+        cache_bytes=config.data.cache_bytes,
+    )
+
+
+def _check_schedule(warmup_steps: int, total_steps: int) -> None:
+    if warmup_steps >= total_steps:
+        raise ConfigurationError(
+            "the learning rate never reaches its peak",
+            got=f"schedule.warmup_steps {warmup_steps} in a run of {total_steps} updates",
+            rule="the warm-up is shorter than the run",
+            remedy=f"set schedule.warmup_steps to {total_steps // 10}, or train longer",
+        )
+
+
 def finished_step(run: RunFolder, total_steps: int) -> int | None:
     """The last step, if the run has trained to its end and the checkpoint of that step is still there."""
-    event = run.journal.last("training_finished", "resumed")
+    event = run.journal.last("training_finished", "resumed", "fresh_start_requested")
     if event is None or event["event"] != "training_finished" or event["step"] < total_steps:
         return None
     step = int(event["step"])

@@ -20,7 +20,7 @@ from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.config import Config
 from solomonov.distributed import Control
 from solomonov.engine import Engine, EngineSpec, resolve_precision
-from solomonov.errors import ConfigurationError, NumericalError
+from solomonov.errors import ConfigurationError, NumericalError, SolomonovError
 from solomonov.exits import AGAIN, DONE
 from solomonov.heartbeat import Heartbeat
 from solomonov.parallel import check_layout
@@ -29,7 +29,8 @@ from solomonov.record import RunRecord, StepLine
 from solomonov.runfolder import RunFolder
 from solomonov.schedule import lr_factor
 from solomonov.signals import StopRequest
-from solomonov.toolchain import compiler_missing
+from solomonov.start import make_stream
+from solomonov.toolchain import compiler_problem
 
 
 @dataclass
@@ -74,8 +75,10 @@ def train(run: RunFolder, control: Control, device: torch.device, stop: StopRequ
     with ExitStack() as stack:
         trainer = build(run, control, device, stop, heartbeat, stack)
         state, plan, record = trainer.state, trainer.plan, trainer.record
-        loader = stack.enter_context(_loader(trainer))
-        steps = iter(loader)
+        if control.sum_integers([int(stop.requested)])[0]:
+            record.event("preempted", step=state.step, signal=stop.received)
+            return AGAIN
+        steps = iter(stack.enter_context(_loader(trainer)))
         while state.step < plan.total_steps:
             line = StepLine(step=state.step + 1)
             heartbeat.beat("data", line.step)
@@ -86,10 +89,12 @@ def train(run: RunFolder, control: Control, device: torch.device, stop: StopRequ
             heartbeat.beat("forward_backward")
             line.lr = trainer.config.optimizer.lr * lr_factor(trainer.config.schedule, state.step, plan.total_steps)
             loss_sum = trainer.engine.forward_backward(batches, line.tokens, line.lr)
+            _finish(device)
             line.lap("forward_backward")
 
             heartbeat.beat("update")
             update = trainer.engine.update()
+            _finish(device)
             line.lap("update")
 
             heartbeat.beat("log")
@@ -104,23 +109,42 @@ def train(run: RunFolder, control: Control, device: torch.device, stop: StopRequ
             _refuse_endless_skipping(trainer, line)
 
             last = state.step == plan.total_steps
-            if trainer.config.evaluation.every_steps and (
-                state.step % trainer.config.evaluation.every_steps == 0 or last
-            ):
+            if not stopping and _due(state.step, trainer.config.evaluation.every_steps, last):
                 heartbeat.beat("evaluate")
                 evaluate_held_out(trainer)
-            if stopping or last or state.step % trainer.config.checkpoint.every_steps == 0:
+            if stopping or _due(state.step, trainer.config.checkpoint.every_steps, last):
                 heartbeat.beat("save")
-                saved = save(trainer)
-                if (stopping or last) and not saved:
-                    record.event("left_without_checkpoint", step=state.step)
-                    return AGAIN
+                if not save(trainer) and (stopping or last):
+                    raise _not_saved(trainer)
             if stopping and not last:
                 record.event("preempted", step=state.step, signal=stop.received)
                 return AGAIN
         heartbeat.beat("leave")
         record.event("training_finished", step=state.step, tokens=state.tokens)
         return DONE
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    """Whether something that happens every so many updates, and after the last one, is due; 0: never."""
+    return bool(every) and (last or step % every == 0)
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for the device, so that the time of each part of a step is its own. CPU work is done when a call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _not_saved(trainer: Trainer) -> SolomonovError:
+    """The end of a run whose last checkpoint the disk refused: not 75, since nothing of it is saved."""
+    folder = trainer.checkpointer.folder
+    trainer.record.event("left_without_checkpoint", step=trainer.state.step)
+    return SolomonovError(
+        "the last checkpoint could not be written",
+        got=f"step {trainer.state.step}: the disk refused it (see checkpoint_failed in journal.jsonl)",
+        rule=f"{folder} takes a checkpoint before the run is left",
+        remedy="free space there; the same command goes on from the newest checkpoint",
+    )
 
 
 def build(
@@ -137,21 +161,15 @@ def build(
     data_parallel = check_layout(config.parallel, precision=precision, world=control.size)
     plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel)
     dataset = stack.enter_context(Dataset.open(run.data_folder()))
-    stream = Stream(
-        dataset,
-        sequence_tokens=config.data.sequence_tokens,
-        packing=config.data.packing,
-        seed=config.run.seed,
-        weights={source.name: source.weight for source in config.data.sources},
-        cache_bytes=config.data.cache_bytes,
-    )
+    stream = make_stream(config, dataset)
     held_out = HeldOutRows(dataset, sequence_tokens=config.data.sequence_tokens, packing=config.data.packing)
     record = stack.enter_context(RunRecord(run, config, plan, rank=control.rank))
-    missing = (
-        compiler_missing(device) if config.training.compile is True or _compile_by_default(config, device) else None
-    )
-    if missing:
-        record.event("fallback", what="torch.compile", to="eager", reason=missing)
+    compile_blocks = config.training.compile is True or (config.training.compile == "auto" and device.type == "cuda")
+    if compile_blocks:
+        problems = [text for text in control.all_gather_object(compiler_problem(device)) if text]
+        if problems:
+            record.event("fallback", what="torch.compile", to="eager", reason=problems[0])
+            compile_blocks = False
     spec = EngineSpec(
         model=config.model,
         vocab_size=dataset.manifest.vocab_size,
@@ -162,7 +180,7 @@ def build(
         optimizer=config.optimizer,
         gradient_clipping=config.training.gradient_clipping,
         activation_checkpointing=config.training.activation_checkpointing,
-        compile=(config.training.compile is True or _compile_by_default(config, device)) and not missing,
+        compile=compile_blocks,
     )
     engine = Engine(spec, device)
     checkpointer = Checkpointer(
@@ -182,10 +200,6 @@ def build(
     return trainer
 
 
-def _compile_by_default(config: Config, device: torch.device) -> bool:
-    return config.training.compile == "auto" and device.type == "cuda"
-
-
 def resume(trainer: Trainer) -> None:
     """Restore the newest checkpoint that verifies, if there is any, and open the records at its step."""
     control, record = trainer.control, trainer.record
@@ -193,6 +207,9 @@ def resume(trainer: Trainer) -> None:
     if reader is not None:
         _check_same_stream(trainer, reader)
         trainer.engine.restore(reader, int(reader.scalars["optimizer_step"]))
+        before, now = reader.manifest.topology["precision"], trainer.engine.spec.precision
+        if before != now:
+            record.event("fallback", what=f"precision {before}", to=now, reason="training.precision resolved anew")
         saved = reader.state
         trainer.state = TrainState(step=saved["step"], tokens=saved["tokens"], skipped=saved["skipped"])
     layout = trainer.engine.layout
@@ -235,12 +252,13 @@ def save(trainer: Trainer) -> bool:
 
 
 def evaluate_held_out(trainer: Trainer) -> None:
-    """Loss on the first `evaluation.rows` held-out rows, the same ones every time."""
+    """Loss on `evaluation.rows` held-out rows, spread evenly over all of them, the same ones every time."""
     held_out, plan = trainer.held_out, trainer.plan
     if held_out is None:
         return
     rows = min(len(held_out), trainer.config.evaluation.rows)
-    mine = range(trainer.control.rank, rows, plan.data_parallel)
+    chosen = [index * len(held_out) // rows for index in range(rows)]
+    mine = chosen[trainer.control.rank :: plan.data_parallel]
     forwards = math.ceil(math.ceil(rows / plan.data_parallel) / plan.micro_rows)
     total, tokens = 0.0, 0
     indices = iter(mine)

@@ -53,7 +53,9 @@ HEAVY_AT_START = {"torch", *DOORS}  # absent from sys.modules after `solomonov -
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
-LONG_FILES: dict[str, str] = {}  # file -> reason
+LONG_FILES: dict[str, str] = {  # file -> reason
+    "tests/solomonov/checkpoint/test_checkpointer.py": "one file a module, and most faults of a save meet in this one",
+}
 LONG_FUNCTIONS: dict[str, str] = {}  # file:function -> reason
 BROAD_EXCEPTS: dict[str, str] = {}  # file:function -> reason; a handler that ends in a bare `raise` needs none
 

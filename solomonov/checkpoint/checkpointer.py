@@ -97,7 +97,10 @@ class Checkpointer:
             self._on_event(name, fields)
 
     def check_writable(self) -> None:
-        """Create the folder and write a probe. ConfigurationError where that fails, on every rank."""
+        """Create the folder and write a probe. ConfigurationError where that is forbidden, on every rank.
+
+        A disk that is only full is no reason to refuse: it may have room again when a checkpoint is due.
+        """
         probe = self.folder / f"probe-{self.collective.rank:05d}"
 
         def write() -> None:
@@ -106,8 +109,9 @@ class Checkpointer:
             os.unlink(probe)
 
         _, failures = together(self.collective, write)
-        if failures:
-            raise refusals.not_writable(self.folder, failures[0])
+        lasting = [failure for failure in failures if failure.errno not in (errno.ENOSPC, errno.EDQUOT)]
+        if lasting:
+            raise refusals.not_writable(self.folder, lasting[0])
 
     # --- save ----------------------------------------------------------------------------------------------
 

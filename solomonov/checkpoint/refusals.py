@@ -80,5 +80,5 @@ def nothing_left(folder: Path, reasons: Iterable[str]) -> DamagedCheckpointError
         f"none of the checkpoints in {folder} can be used",
         got="; ".join(reasons),
         rule="a run goes on from its newest intact checkpoint, and never silently from step 0",
-        remedy="restore one of them from a copy, or ask for a fresh start, which sets them aside",
+        remedy="restore one of them from a copy, or begin anew with `solomonov train --fresh`, which sets them aside",
     )

@@ -139,6 +139,39 @@ def run_and_count_graphs(layout: Layout) -> tuple[Outcome, int]:
     return outcome, counters["stats"]["unique_graphs"]
 
 
+def test_bf16_gradients_are_accumulated_and_reduced_in_fp32() -> None:
+    """With four micro-batches the gradient that the optimizer gets is not a bf16 number in most places."""
+    for stage, world in ((1, 1), (2, 2)):
+        layout = Layout(zero_stage=stage, precision="bf16", accumulation=4)
+        for share in run_ranks(share_of_bf16_gradients, world, layout):
+            assert share < 0.9, f"stage {stage}: {share:.0%} of the gradient's elements are exactly bf16"
+
+
+def share_of_bf16_gradients(layout: Layout) -> float:
+    """Share of the elements of the reduced gradients that are exactly representable in bf16."""
+    from solomonov.partition import base_optimizer
+
+    engine = tiny.make_engine(layout)
+    base = base_optimizer(engine._optimizer)
+    exact, total = 0, 0
+    apply = base.step
+
+    def step(*args: object, **kwargs: object) -> object:
+        nonlocal exact, total
+        for group in base.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    nonzero = parameter.grad[parameter.grad != 0].float()
+                    exact += int((nonzero == nonzero.bfloat16().float()).sum())
+                    total += nonzero.numel()
+        return apply(*args, **kwargs)
+
+    base.step = step  # type: ignore[method-assign]
+    tiny.train(engine, 0, 1)
+    assert total, "no gradient was seen"
+    return exact / total
+
+
 def test_the_bound_tells_another_learning_rate() -> None:
     """The comparison can fail: the weights after another learning rate are outside the bound."""
     expected = reference(False)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.heartbeat import read_heartbeat
 from tests.support.sampling import sampler
 from tests.support.user import User, unexpected
 
@@ -164,29 +165,35 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_at_save_the_run_goes_on(user: User, disk: Path) -> None:
+@pytest.mark.parametrize("left", [0, 8192], ids=["nothing-left", "room-for-the-journal"])
+def test_a_full_disk_at_save_the_run_goes_on(left: int, user: User, disk: Path) -> None:
     folder = f"run.folder={disk}"
-    long = (
-        "training.total_steps=30",
-        "checkpoint.every_steps=2",
-        "launch.ranks_per_node=1",
-        "metrics.tensorboard=false",
-    )
+    long = ("training.total_steps=60", "checkpoint.every_steps=2", "launch.ranks_per_node=1")
     with user.command("train", "own.yaml", folder, *long) as program:
         journal = disk / "own" / "journal.jsonl"
         program.wait_for(lambda: _events(journal, "checkpoint_durable"), deadline=120, what="a checkpoint")
         filler = disk / "filler"
         fill(filler)
-        os.truncate(filler, max(0, filler.stat().st_size - 8192))  # room for the journal, not for a checkpoint
-        failed = program.wait_for(
-            lambda: _events(journal, "checkpoint_failed"), deadline=120, what="a refused checkpoint"
-        )
-        assert failed[0]["cause"] == "ENOSPC"
+        if left:
+            os.truncate(filler, filler.stat().st_size - left)
+            failed = program.wait_for(
+                lambda: _events(journal, "checkpoint_failed"), deadline=120, what="a refused checkpoint"
+            )
+            assert failed[0]["cause"] == "ENOSPC"
+        full_since = _heartbeat_step(disk)
+        program.wait_for(lambda: _heartbeat_step(disk) >= full_since + 7, deadline=120, what="steps on a full disk")
         filler.unlink()
         assert program.wait(deadline=180) == 0, program.output() + user.rank_logs()
-    assert _steps(disk) == list(range(1, 31)), "a step was lost"
-    assert (disk / "own" / "checkpoints" / "step-00000030" / "MANIFEST.json").exists()
+    assert _steps(disk) == list(range(1, 61)), "a step was lost"
+    assert len(_events(journal, "attempt_started")) == 1
+    assert (disk / "own" / "checkpoints" / "step-00000060" / "MANIFEST.json").exists()
     user.must("checkpoints", "verify", str(disk / "own"))
+
+
+def _heartbeat_step(disk: Path) -> int:
+    """The step that the rank is at, which it tells without needing room on the disk."""
+    record = read_heartbeat(disk / "own" / "logs" / "attempt-1" / "heartbeat-0")
+    return record.step if record else -1
 
 
 def fill(path: Path) -> None:

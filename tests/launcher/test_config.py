@@ -15,7 +15,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "max_restarts": 10,
         "max_no_progress": 3,
         "restart_backoff_seconds": 1.0,
-        "grace_seconds": 60.0,
+        "grace_seconds": 300.0,
         "master_port": None,
         "partition": None,
     }

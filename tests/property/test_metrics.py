@@ -54,7 +54,16 @@ class MetricsOfARun(RuleBasedStateMachine):
 
     def _next(self, loss: float) -> Line:
         step = len(self.lines) + 1
-        return {"step": step, "loss": loss, "attempt": self.attempt, "text": "ü\n"}
+        return {"step": step, "loss": loss, "written_by": self.attempt, "text": "ü\n"}
+
+    def _writer(self, step: int) -> int:
+        """Which attempt wrote a line, as the journal would tell."""
+        return int(self.lines_before[step - 1]["written_by"])
+
+    def _told(self, lines: list[Line]) -> list[Line]:
+        """Lines as they are kept when they are taken back: with the attempt that wrote them."""
+        self.lines_before = list(self.lines)
+        return [{**line, "attempt": line["written_by"]} for line in lines]
 
     @precondition(lambda self: self.log is not None)
     @rule(loss=st.floats(allow_nan=False, allow_infinity=False), sync=st.booleans())
@@ -89,12 +98,12 @@ class MetricsOfARun(RuleBasedStateMachine):
     def resume(self, data: Any) -> None:
         """At any step up to the newest; the lines that are to be reproduced come back, the newest of each step."""
         step = data.draw(st.integers(0, len(self.lines)))
-        self.taken_back += self.lines[step:]
+        self.taken_back += self._told(self.lines[step:])
         del self.lines[step:]
         self.attempt += 1
         self.log = MetricsLog(self.path, refuse)
         newest = {line["step"]: line for line in self.taken_back if line["step"] > step}
-        assert self.log.resume(step) == newest
+        assert self.log.resume(step, self._writer) == newest
 
     @precondition(lambda self: self.log is None)
     @rule(point=st.integers(0, 3), data=st.data())
@@ -102,11 +111,11 @@ class MetricsOfARun(RuleBasedStateMachine):
         """The process ends inside `resume`: a line is in both files at the worst, and the next resume mends it."""
         step = data.draw(st.integers(0, len(self.lines)))
         superseded = self.path.with_suffix(".superseded.jsonl")
-        moved = b"".join(json.dumps(line).encode() + b"\n" for line in self.lines[step:])
+        moved = b"".join(json.dumps(line).encode() + b"\n" for line in self._told(self.lines[step:]))
         if point:
             with superseded.open("ab") as file:
                 file.write(moved)
-            self.taken_back += self.lines[step:]
+            self.taken_back += self._told(self.lines[step:])
         if point > 1:
             self.path.with_suffix(".tmp").write_bytes(b'{"step": 1, "lo')
 

@@ -56,6 +56,7 @@ def test_the_verbs_are_the_documented_ones() -> None:
         (["train", "c.yaml"], {"config": "c.yaml", "overrides": []}),
         (["train", "c.yaml", "a.b=1", "c.d=x y"], {"overrides": ["a.b=1", "c.d=x y"]}),
         (["prepare", "c.yaml", "a.b=1", "--json"], {"json": True, "overrides": ["a.b=1"]}),
+        (["train", "c.yaml", "a.b=1", "--fresh"], {"fresh": True, "overrides": ["a.b=1"]}),
         (["checkpoints", "list", "own"], {"action": "list", "run": "own", "step": None, "keep_last": None}),
         (["checkpoints", "diff", "own", "--step", "3", "--other", "6"], {"step": 3, "other": 6}),
         (["evaluate", "own"], {"target": "own", "max_bytes": 1 << 20, "data": None, "json": False}),
@@ -168,14 +169,14 @@ def test_a_mistake_in_the_launch_section_is_named(user: User, capsys: pytest.Cap
 
 @pytest.mark.e2e
 def test_a_training_ends_with_done_and_again_with_nothing_to_do(user: User) -> None:
-    words = ("train", "own.yaml", "training.total_steps=2", "launch.ranks_per_node=1")
+    words = ("train", "own.yaml", "training.total_steps=2", "schedule.warmup_steps=1", "launch.ranks_per_node=1")
     output = user.must(*words)
     assert "done    step 2/2, loss " in output
     assert "solomonov tensorboard runs/own" in output
     assert "2 updates = 512 tokens" in output
     assert [line["step"] for line in user.metrics()] == [1, 2]
     resolved = json.loads((user.run() / "resolved.json").read_text())
-    assert resolved["launch"]["ranks_per_node"] == 1
+    assert resolved["launch"]["ranks_per_node"] == {"value": 1, "origin": "override"}
     assert resolved["values"]["training.total_steps"] == {"value": 2, "origin": "override"}
     assert resolved["run_id"]
     output = user.must(*words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from solomonov.distributed import (
     start_process_group,
     stop_process_group,
 )
+from solomonov.errors import ConfigurationError
 from tests.support.ranks import run_ranks
 
 WORLD = 2
@@ -29,13 +31,14 @@ def talk() -> dict[str, Any]:
     control = Control()
     rank = control.rank
     control.barrier()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # the pool's ranks met through a file
     return {
         "place": (control.rank, control.size),
         "info": RankInfo.from_environment(),
         "gathered": control.all_gather_object({"rank": rank}),
         "from_0": control.broadcast_object(f"said by {rank}"),
         "from_1": control.broadcast_object(f"said by {rank}", src=1),
-        "integers": control.sum_integers([0, 1, BIG, 2**63 + rank, rank]),
+        "integers": control.sum_integers([0, 1, BIG if rank else 5, 2**63 + rank, rank]),
         "floats": control.sum_floats([0.1 * (rank + 1), 1e300, math.inf if rank else 1.0]),
         "device": str(pick_device(RankInfo.from_environment())),
     }
@@ -51,14 +54,20 @@ def test_collectives() -> None:
         assert answer["from_0"] == "said by 0"
         assert answer["from_1"] == "said by 1"
         assert answer["device"] == "cpu"
-        assert answer["integers"] == [0, 2, 2 * BIG % 2**64, (2**63 + 2**63 + 1) % 2**64, 1]
+        assert answer["integers"] == [0, 2, (BIG + 5) % 2**64, (2**63 + 2**63 + 1) % 2**64, 1]
         assert answer["floats"] == [0.1 + 0.2, 2e300, math.inf]
 
 
-def test_a_process_without_the_variables_is_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert RankInfo.from_environment() == RankInfo(rank=0, local_rank=0, world=1)
+def test_a_process_that_is_no_rank_is_told_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert RankInfo.from_environment() == RankInfo(rank=3, local_rank=1, world=8)
+    for name in ("LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name)
+    with pytest.raises(ConfigurationError, match="not started as a rank") as caught:
+        RankInfo.from_environment()
+    assert caught.value.got == "LOCAL_RANK, MASTER_PORT not in the environment"
 
 
 def test_a_group_is_joined_and_left(tmp_path: Path) -> None:

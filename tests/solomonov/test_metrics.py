@@ -33,10 +33,10 @@ def test_later_lines_are_superseded_and_returned(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, 1, 7)
     log = MetricsLog(path, pytest.fail)
-    replay = log.resume(4)
+    replay = log.resume(4, lambda step: 3)
     assert steps(path) == [1, 2, 3, 4]
     assert steps(tmp_path / "metrics.superseded.jsonl") == [5, 6, 7]
-    assert replay == {step: line(step) for step in (5, 6, 7)}
+    assert replay == {step: {**line(step), "attempt": 3} for step in (5, 6, 7)}
     log.append(line(5))
     log.close()
     again = MetricsLog(path, pytest.fail)

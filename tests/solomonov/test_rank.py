@@ -40,7 +40,8 @@ def rank(folder: Path, *words: str | Path, **environment: str) -> Iterator[Progr
 
 
 def begun(user: User, *overrides: str) -> RunFolder:
-    return begin_run(user, "evaluation.every_steps=0", "metrics.tensorboard=false", *overrides)
+    quiet = ("schedule.warmup_steps=0", "evaluation.every_steps=0", "metrics.tensorboard=false")
+    return begin_run(user, *quiet, *overrides)
 
 
 def test_it_takes_the_lock_counts_the_attempt_and_goes_on(user: User, tmp_path: Path) -> None:

@@ -47,7 +47,12 @@ def test_the_record_gives_back_the_configuration(user: User) -> None:
     assert record["values"]["optimizer.eps"]["origin"] == "default"
     assert record["values"].keys() == flatten(loaded.config).keys(), "every value has its line"
     assert record["overrides"] == ["optimizer.lr=0.125", "data.sources.0.weight=2.5"]
-    assert (record["data"], record["derived"], record["launch"]) == (DATA, {"ranks": 1}, {"nodes": 1})
+    assert (record["data"], record["derived"], record["launch"]) == (
+        DATA,
+        {"ranks": 1},
+        {"nodes": {"value": 1, "origin": "default"}},
+    )
+    assert record["values"]["data.sources"]["origin"] == "override"
     assert run.data_folder() == user.folder / "dataset"
     assert [event["run_id"] for event in run.journal.events("run_created")] == [run.run_id()]
 

@@ -34,7 +34,7 @@ def test_a_run_that_may_start_knows_its_plan_data_and_size(user: User) -> None:
     made = prepared(user)
     assert (made.plan.batch_rows, made.plan.accumulation, made.plan.data_parallel) == (8, 1, 2)
     manifest = json.loads((user.folder / "dataset/MANIFEST.json").read_text())
-    assert made.data["tokenizer_digest"] == manifest["tokenizer"]["xxh3_128"]
+    assert made.data["tokenizer"] == manifest["tokenizer"]["xxh3_128"]
     assert made.derived["ranks"] == 2
     assert not made.run.resolved_path.exists(), "the record is written with the lock held"
     made.write()
@@ -58,7 +58,7 @@ def test_data_that_is_damaged_is_refused_with_another_code(user: User) -> None:
 
 
 def test_another_vocabulary_is_refused(user: User) -> None:
-    assert "another vocabulary" in refusal(user, "tokenizer.vocab_size=400").what
+    assert "another tokenizer" in refusal(user, "tokenizer.vocab_size=400").what
 
 
 def test_a_world_that_does_not_divide_the_batch_is_refused(user: User) -> None:
@@ -67,9 +67,27 @@ def test_a_world_that_does_not_divide_the_batch_is_refused(user: User) -> None:
 
 def test_the_precision_that_cuda_would_choose_is_checked_before(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
     assert prepared(user, "parallel.zero_stage=0").plan.batch_rows == 8
-    monkeypatch.setattr(start, "visible_gpus", lambda: 1)
+    monkeypatch.setattr(start, "visible_gpus", lambda: 2)
     assert "bf16" in refusal(user, "parallel.zero_stage=0").what
     assert prepared(user, "parallel.zero_stage=0", "training.precision=fp32").plan.batch_rows == 8
+
+
+def test_more_ranks_than_gpus_are_refused(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "visible_gpus", lambda: 1)
+    error = refusal(user)
+    assert "more ranks than GPUs" in error.what
+    assert "launch.ranks_per_node to 1" in error.remedy
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused(user: User) -> None:
+    error = refusal(user, "training.total_steps=20", "schedule.warmup_steps=20")
+    assert error.remedy == "set schedule.warmup_steps to 2, or train longer"
+
+
+def test_a_home_folder_is_found(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(user.folder))
+    made = prepared(user, "data.folder=~/dataset", "run.folder=~/elsewhere")
+    assert made.run.path == user.folder / "elsewhere" / "own"
 
 
 def test_a_place_without_permission_is_refused(user: User) -> None:

@@ -23,7 +23,7 @@ data:
   prepare: {workers: 1, held_out_fraction: 0.1}
 training: {total_steps: 60, global_batch_tokens: 256, micro_batch_sequences: 4}
 optimizer: {lr: 0.003}
-schedule: {warmup_steps: 5}
+schedule: {warmup_steps: 2}
 checkpoint: {every_steps: 5, keep_last: 2}
 evaluation: {every_steps: 30, rows: 8}
 launch: {ranks_per_node: 2, restart_backoff_seconds: 0.1}
