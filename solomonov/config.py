@@ -136,8 +136,6 @@ class Loaded:
     """Dotted key -> `config` or `override`; all other keys are defaults."""
     text: str
     """The file as given."""
-    folder: Path
-    """Where relative source paths start: the folder of the file."""
     overrides: tuple[str, ...]
     """The dotted overrides as given."""
 
@@ -196,10 +194,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Loaded:
             rule="a readable UTF-8 YAML file",
             remedy="check the path; `solomonov quickstart` shows a working file",
         ) from error
-    return parse_config(text, overrides, where=str(path), folder=path.resolve().parent)
+    return parse_config(text, overrides, where=str(path))
 
 
-def parse_config(text: str, overrides: Sequence[str], *, where: str, folder: Path) -> Loaded:
+def parse_config(text: str, overrides: Sequence[str], *, where: str) -> Loaded:
     """Like `load_config`, from the file's text."""
     raw = parse_yaml(text, where=where)
     raw = {} if raw is None else raw
@@ -222,7 +220,7 @@ def parse_config(text: str, overrides: Sequence[str], *, where: str, folder: Pat
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise configuration_mistakes(error, Config, where=where, extra=("launch",)) from error
-    return Loaded(config, launch, origins, text, folder, tuple(overrides))
+    return Loaded(config, launch, origins, text, tuple(overrides))
 
 
 def configuration_mistakes(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.tokenizer import Tokenizer
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.checkpoint.store import ResumeFact, folder_name, newest_verified
 from solomonov.errors import ConfigurationError
@@ -60,6 +61,15 @@ def load_model(target: str, *, step: int | None = None) -> LoadedModel:
         return _load_export(Path(target))
     run = find_run(target)
     config = run.config()
+    tokenizer_model = run.data_folder() / "tokenizer" / "tokenizer.model"
+    recorded, found = run.resolved()["data"]["tokenizer"], Tokenizer.load(tokenizer_model).digest
+    if recorded != found:
+        raise ConfigurationError(
+            "the tokenizer is not the one that the run was trained with",
+            got=f"{tokenizer_model} has the digest {found}, the run recorded {recorded}",
+            rule="a model is used with the tokenizer of its training data",
+            remedy="restore the data folder that the run was trained on",
+        )
     if step is None:
         newest = newest_verified(run.checkpoints, [ResumeFact(*fact) for fact in run.journal.resumes()])
         if newest is None:
@@ -85,7 +95,7 @@ def load_model(target: str, *, step: int | None = None) -> LoadedModel:
         config=config.model,
         state=state,
         vocab_size=state["embedding.weight"].shape[0],
-        tokenizer_model=run.data_folder() / "tokenizer" / "tokenizer.model",
+        tokenizer_model=tokenizer_model,
         sequence_tokens=config.data.sequence_tokens,
         step=step,
         source=folder,

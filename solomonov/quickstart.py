@@ -30,7 +30,7 @@ EVALUATION_BYTES = 200_000
 
 
 class PeakMemory:
-    """Largest memory of this process and all its descendants together, sampled four times a second.
+    """Largest memory of this process and all its descendants together, sampled once a second.
 
     Memory that several processes share (libraries) is counted once: the sum of proportional set sizes.
     """
@@ -54,7 +54,7 @@ class PeakMemory:
         import psutil
 
         root = psutil.Process()
-        while not self._over.wait(0.25):
+        while not self._over.wait(1.0):
             total = 0
             for process in [root, *root.children(recursive=True)]:
                 try:

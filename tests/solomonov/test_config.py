@@ -23,7 +23,7 @@ training: {total_steps: 3}
 
 
 def parse(text: str = MINIMAL, *overrides: str) -> Any:
-    return parse_config(text, overrides, where="test.yaml", folder=Path("."))
+    return parse_config(text, overrides, where="test.yaml")
 
 
 def refusal(text: str = MINIMAL, *overrides: str) -> ConfigurationError:

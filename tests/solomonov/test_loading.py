@@ -92,3 +92,17 @@ def test_what_is_not_there_is_refused_with_what_to_do(run: RunFolder) -> None:
     with pytest.raises(ConfigurationError, match="no checkpoint yet") as caught:
         load_model("own")
     assert "train it first" in caught.value.remedy
+
+
+def test_another_tokenizer_in_the_data_folder_is_refused(run: RunFolder) -> None:
+    """The folder was prepared anew since: same size, same vocabulary, other pieces."""
+    path = run.data_folder() / "tokenizer" / "tokenizer.model"
+    original = path.read_bytes()
+    index = original.index(b"ing")
+    path.write_bytes(original[:index] + b"ign" + original[index + 3 :])
+    try:
+        with pytest.raises(ConfigurationError, match="not the one that the run was trained with"):
+            load_model(str(run.path))
+    finally:
+        path.write_bytes(original)
+    load_model(str(run.path))

@@ -36,7 +36,7 @@ def test_the_text_is_a_configuration_for_this_machine(
 ) -> None:
     monkeypatch.setattr(quickstart, "visible_gpus", lambda: gpus)
     text = configuration(tmp_path / "place")
-    loaded = parse_config(text, (), where="quickstart", folder=tmp_path)
+    loaded = parse_config(text, (), where="quickstart")
     assert loaded.launch == {"ranks_per_node": ranks}
     assert loaded.config.run.folder == str(tmp_path / "place/runs")
     assert loaded.config.data.folder == str(tmp_path / "place/dataset")
