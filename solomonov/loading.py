@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.manifest import digest_file
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.checkpoint.store import ResumeFact, folder_name, newest_verified
 from solomonov.errors import ConfigurationError
@@ -62,7 +62,8 @@ def load_model(target: str, *, step: int | None = None) -> LoadedModel:
     run = find_run(target)
     config = run.config()
     tokenizer_model = run.data_folder() / "tokenizer" / "tokenizer.model"
-    recorded, found = run.resolved()["data"]["tokenizer"], Tokenizer.load(tokenizer_model).digest
+    recorded = run.resolved()["data"]["tokenizer"]
+    found = digest_file(tokenizer_model) if tokenizer_model.is_file() else "none: no such file"
     if recorded != found:
         raise ConfigurationError(
             "the tokenizer is not the one that the run was trained with",
