@@ -429,11 +429,13 @@ def program(base: Path, moment: int = 0, limit: int = 0, workers: int = 1) -> Pr
     script = base / "killed.py"
     script.write_text(KILLED)
     root = Path(__file__).resolve().parents[2]
+    # Under a limit nothing is measured: the limit holds for the measurement's own file as well.
+    kept = {name: value for name, value in os.environ.items() if not (limit and name.startswith("COVERAGE_"))}
     return Program(
         [sys.executable, script, base, str(moment), str(limit), str(workers)],
         log=base / "log",
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env=kept | {"PYTHONPATH": str(root)},
     )
 
 
