@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import time
@@ -19,8 +20,8 @@ SCHEMA_VERSION = 1
 class Journal:
     """Appends events to a run's journal and reads them back.
 
-    A line is appended by a single write in append mode, so lines of the supervisor and of rank 0 do not mix. A line
-    that a crash cut short is closed off by the next writer and skipped by readers.
+    A line is appended by a single write in append mode under a lock, so lines of the supervisor and of rank 0 do not
+    mix. A line that a crash cut short is closed off by the next writer and skipped by readers.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,10 +37,14 @@ class Journal:
         line = json.dumps({**record, "pid": os.getpid(), **fields}, ensure_ascii=False).encode() + b"\n"
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
+            # The lock keeps the look at the last byte from meeting another writer's line half-way: a line that crosses
+            # a page grows in two steps. It is held for some microseconds and ends with its holder.
+            fcntl.flock(fd, fcntl.LOCK_EX)
             size = os.fstat(fd).st_size
             if size and os.pread(fd, 1, size - 1) != b"\n":
                 line = b"\n" + line
             written = os.write(fd, line)
+            fcntl.flock(fd, fcntl.LOCK_UN)
             if written != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             os.fsync(fd)
