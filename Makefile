@@ -4,11 +4,13 @@
 # make clean        removes what the others made, the environment included
 #
 # Needs Python 3.11 or newer with its venv module. VENV=folder and PYTHON=interpreter choose others;
-# TESTS="tests/launcher -k name" runs a part of the suite, without the coverage floors.
+# TESTS="tests/launcher -k name" runs a part of the suite, without the coverage floors. RAY= leaves Ray out:
+# the quickstart then builds rows inline.
 
 VENV ?= .venv
 PYTHON ?= python3
 TESTS ?=
+RAY ?= ray
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints.txt
@@ -37,11 +39,11 @@ $(RUNTIME): $(INPUTS)
 	@echo "installing into $(VENV) (a few minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
-	@$(PIP) --editable .
+	@$(PIP) --editable '.[$(RAY)]'
 	@touch $@
 
 $(TESTING): $(RUNTIME)
-	@$(PIP) --editable '.[test]'
+	@$(PIP) --editable '.[ray,test]'
 	@touch $@
 
 clean:

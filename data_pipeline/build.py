@@ -86,28 +86,37 @@ class PrepareReport:
 
 
 def prepare(
-    data: DataConfig, tokenizer: TokenizerConfig, *, base_folder: Path, show_progress: bool = True
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    *,
+    base_folder: Path,
+    show_progress: bool = True,
+    cluster: str | None = None,
 ) -> PrepareReport:
     """Makes the dataset that `data` describes, or completes or checks the one that is there.
 
-    The bytes depend on the input texts, the settings and the seed: not on workers, interruptions or reruns.
+    The bytes depend on the input texts, the settings and the seed: not on workers, backend, interruptions or reruns.
 
     Args:
         data: the data section; `data.prepare.seed` is the seed.
         tokenizer: the tokenizer section.
         base_folder: what relative paths count from.
         show_progress: bars on a terminal, plain lines elsewhere, on stderr.
+        cluster: host:port of the head of the Ray that runs the tasks, where `data.prepare.backend` is `ray`. It is
+            joined only if there is a task to run.
 
     Raises:
         DataConfigurationError: the config or the input text cannot work, the folder holds another dataset,
             the disk is full, or a permission is missing. Finished tasks are kept.
         DamagedDataError: a damaged file cannot be made again as it was.
+        DataError: the cluster cannot be joined, or a task's process died again and again.
     """
+    address = _address(cluster) if data.prepare.backend == "ray" else None
     folder = resolve_path(data.folder, base_folder)
     with (
         explained_os_errors(folder),
         Progress(show=show_progress) as progress,
-        Runner(folder, data.prepare.workers, progress) as runner,
+        Runner(folder, data.prepare.workers, progress, address) as runner,
     ):
         plan = make_plan(data, tokenizer, base_folder, runner)
         manifest = _whole_dataset(plan)
@@ -117,6 +126,18 @@ def prepare(
                 # Last: until here a kill leaves everything that a rerun needs.
                 shutil.rmtree(folder / WORK)
         return PrepareReport(folder, manifest, runner.redone, dict(progress.seconds))
+
+
+def _address(cluster: str | None) -> str:
+    host, _, port = (cluster or "").rpartition(":")
+    if cluster is None or not host or not port.isdigit() or "/" in host:
+        raise DataConfigurationError(
+            "There is no Ray cluster to prepare the dataset on.",
+            got="data.prepare.backend: ray without an address" if cluster is None else f"the address {cluster!r}",
+            rule="the address of the head of a Ray that runs, as host:port",
+            remedy="start Ray and give its address, or set data.prepare.backend: local",
+        )
+    return cluster
 
 
 def _whole_dataset(plan: Plan) -> Manifest | None:

@@ -38,11 +38,12 @@ class PrepareConfig(Section):
     """How `prepare` works; all but `workers` and `backend` decides the bytes of the dataset."""
 
     workers: Annotated[int, Field(ge=1, le=1024)] = 2
-    """Processes that run the tasks; 1 runs them in this process. The output does not depend on it."""
+    """Processes that run the tasks; `local`: 1 runs them in this process. The output does not depend on it."""
     shard_bytes: Annotated[int, Field(ge=1 << 10)] = 64 << 20
     """Largest size of a shard, unless a single block is larger."""
-    backend: Literal["local"] = "local"
-    """Where the tasks run: `local`, a pool of processes on this machine."""
+    backend: Literal["local", "ray"] = "local"
+    """Where the tasks run. `local`: processes on this machine. `ray`: a Ray cluster, each of whose nodes sees the
+    inputs and the dataset folder under the same paths; each task takes one CPU. The output does not depend on it."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed of the shuffle over shards, of the held-out split and of samples; not of the training order."""
     held_out_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.02
@@ -57,10 +58,18 @@ class PrepareConfig(Section):
 class WorkersConfig(Section):
     """Who builds the rows while training runs."""
 
-    backend: Literal["inline"] = "inline"
-    """`inline`: a thread of each rank."""
+    backend: Literal["inline", "ray"] = "inline"
+    """`inline`: a thread of each rank. `ray`: actors on a Ray cluster, for rows that cost more to build than the
+    ranks' machines can spare; the rows are the same."""
     count: Annotated[int, Field(ge=1, le=4096)] = 2
-    """Data workers, where the backend has any."""
+    """Data workers, where the backend has any; the dataset's lanes are shared out among them."""
+    cpus: Annotated[float, Field(ge=0, le=64)] = 1.0
+    """ray: CPUs that each worker asks the cluster for; it builds rows in one thread."""
+    window_bytes: Annotated[int, Field(ge=1)] = 16 << 20
+    """ray: rows that a rank has asked for and not yet used; more only where a single step is larger. Half of it is
+    the largest chunk of steps that is asked for at once; replies are aimed at 2 MiB."""
+    patience_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """ray: how long a step waits while no worker lives, before its rank builds the rows by itself."""
 
 
 class DataConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,9 @@ def write_atomically(path: Path, aside: Path, write: Callable[[IO[bytes]], None]
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside.mkdir(parents=True, exist_ok=True)
-    # The pid keeps two processes that write the same file apart: the later rename wins, with equal bytes.
-    unfinished = aside / f"{path.parent.name}-{path.name}.{os.getpid()}.tmp"
+    # A name of its own keeps two processes that write the same file apart: the later rename wins, with equal bytes.
+    # On a disk that machines share, their pids would not.
+    unfinished = aside / f"{path.parent.name}-{path.name}.{secrets.token_hex(8)}.tmp"
     try:
         with unfinished.open("wb") as file:
             write(file)

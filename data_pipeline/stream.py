@@ -71,6 +71,8 @@ class Stream:
         ]
         self.order = Order(orders, _mixture(self.source_names, phases))
         self._cache = BlockCache(cache_bytes)
+        self.blocks_read = 0
+        """Blocks that were read from shards; one that the cache has dropped counts again."""
         self.identity = digest_hex(
             json.dumps(
                 {
@@ -99,7 +101,7 @@ class Stream:
         """
         row_ids = _row_numbers(indices)
         source, places = self.order.locate(row_ids)
-        batch = _empty_batch(row_ids, self.sequence_tokens)
+        batch = empty_batch(row_ids, self.sequence_tokens)
         # All rows of a block together: each block is looked up once.
         order = np.lexsort((places.block, source))
         bounds = np.flatnonzero((np.diff(source[order]) != 0) | (np.diff(places.block[order]) != 0)) + 1
@@ -113,6 +115,12 @@ class Stream:
         """Where row `index` lies in the dataset."""
         return self.order.address(index)
 
+    def lanes_of(self, indices: Indices) -> NDArray[np.int64]:
+        """Lane of each row (B,) within its source: rows of other lanes lie in other blocks."""
+        source, within = self.order.mixture.locate(_row_numbers(indices))
+        lanes = np.array([order.lanes for order in self.order.sources], dtype=np.int64)
+        return within % lanes[source]
+
     def rows_before(self, index: int) -> dict[str, int]:
         """How many of the rows before `index` come from each source."""
         return dict(zip(self.source_names, self.order.mixture.counts_before(index), strict=True))
@@ -122,6 +130,7 @@ class Stream:
         if packed is None:
             name = self.source_names[source]
             packed = self.dataset.packed_block(name, "train", block, self.sequence_tokens, self.packing)
+            self.blocks_read += 1
             self._cache.put((source, block), packed)
         return packed
 
@@ -181,7 +190,7 @@ class HeldOutRows:
         row_ids = _row_numbers(indices)
         if row_ids.size and not 0 <= int(row_ids.min()) <= int(row_ids.max()) < len(self):
             raise ValueError(f"rows {row_ids.min()}..{row_ids.max()}, there are {len(self)} held-out rows")
-        batch = _empty_batch(row_ids, self.sequence_tokens)
+        batch = empty_batch(row_ids, self.sequence_tokens)
         block_of = np.searchsorted(self._rows_before, row_ids, side="right") - 1
         row_in_block = row_ids - self._rows_before[block_of]
         for block in np.unique(block_of).tolist():
@@ -250,7 +259,8 @@ def _row_numbers(indices: Indices) -> NDArray[np.int64]:
     return numbers.astype(np.int64)
 
 
-def _empty_batch(row_ids: NDArray[np.int64], length: int) -> RowBatch:
+def empty_batch(row_ids: NDArray[np.int64], length: int) -> RowBatch:
+    """Rows (B,) of `length` positions of padding, to be filled."""
     shape = (len(row_ids), length)
     return RowBatch(
         row_ids,

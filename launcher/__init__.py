@@ -9,9 +9,10 @@ from launcher.config import LaunchConfig
 from launcher.errors import LaunchConfigurationError, LauncherError
 from launcher.exits import ExitCode, Outcome, RankExit, classify, describe
 from launcher.heartbeat import Heartbeat, read_heartbeat
-from launcher.job import Attempt, EventCallback, Job, JobSpec, JobState
+from launcher.job import Attempt, EventCallback, Job, JobSpec, JobState, Sidecar
 from launcher.local import LocalJob, LocalLauncher
 from launcher.rank_env import RankEnvironment
+from launcher.ray import PrivateRay, check_cluster, client_environment, require_ray
 from launcher.supervisor import Action, Decision, RestartPolicy, Supervisor, SupervisorState
 
 __all__ = [
@@ -30,12 +31,17 @@ __all__ = [
     "LocalJob",
     "LocalLauncher",
     "Outcome",
+    "PrivateRay",
     "RankEnvironment",
     "RankExit",
     "RestartPolicy",
+    "Sidecar",
     "Supervisor",
     "SupervisorState",
+    "check_cluster",
     "classify",
+    "client_environment",
     "describe",
     "read_heartbeat",
+    "require_ray",
 ]

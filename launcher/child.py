@@ -138,12 +138,21 @@ def _die_with_parent(parent: int) -> Callable[[], None]:
     """What the child does between fork and exec."""
 
     def in_child() -> None:
-        assert _LIBC is not None, "loaded on Linux"
-        armed = _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
-        if not armed or os.getppid() != parent:  # the parent died before it was armed: nobody will tell us
+        if not tell_parents_end(parent, signal.SIGKILL):
             os.kill(os.getpid(), signal.SIGKILL)
 
     return in_child
+
+
+def tell_parents_end(parent: int, number: signal.Signals) -> bool:
+    """Have the kernel (Linux) send us a signal when the thread that started us ends, in place of any before.
+
+    Returns:
+        False if nobody will tell us: it could not be armed, or the parent died before it was.
+    """
+    assert _LIBC is not None, "loaded on Linux"
+    armed = _LIBC.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) == 0
+    return armed and os.getppid() == parent
 
 
 def _exit_fd(process: subprocess.Popen[bytes]) -> int:

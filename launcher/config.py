@@ -27,6 +27,10 @@ class LaunchConfig(Section):
     partition: str | None = Field(default=None, min_length=1)
     """Partition (queue) of a cluster; means nothing to ranks on this machine."""
 
+    ray_address: str | None = Field(default=None, min_length=1)
+    """host:port of the head of a Ray cluster that runs, with a node on this machine, where something wants Ray;
+    null: a private Ray is started on this machine for as long as the command runs."""
+
     @field_validator("nodes")
     @classmethod
     def _one_node(cls, nodes: int) -> int:

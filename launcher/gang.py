@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import selectors
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -107,14 +107,19 @@ class Gang:
         """At least one rank has not ended, as far as `wait` has seen."""
         return bool(self._living)
 
-    def wait(self, timeout: float | None) -> list[RankExit]:
-        """Sleep until a rank ends, the wake descriptor is readable, or `timeout` seconds are over.
+    def wait(self, timeout: float | None, also: Sequence[int] = ()) -> list[RankExit]:
+        """Sleep until a rank ends, the wake descriptor or one of `also` is readable, or `timeout` seconds are over.
 
         Returns:
             Ends not reported before, the likelier cause first where several came at once.
         """
+        for fd in also:
+            self._selector.register(fd, selectors.EVENT_READ, None)
+        ready = self._selector.select(timeout)
+        for fd in also:
+            self._selector.unregister(fd)
         ended = []
-        for key, _ in self._selector.select(timeout):
+        for key, _ in ready:
             if key.data is not None and (end := self._ended(key.data)) is not None:
                 self._selector.unregister(key.fileobj)
                 ended.append(end)

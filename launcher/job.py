@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ from launcher.exits import RankExit, first_cause
 
 TAIL_LINES = 20
 TAIL_BYTES = 16384
+SIDECAR_NAME = r"[a-z][a-z0-9-]{0,39}"
 
 
 class JobState(enum.Enum):
@@ -38,17 +41,47 @@ class JobState(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Sidecar:
+    """A process beside the ranks: started before them, started again whenever it dies, ended with the job.
+
+    The ranks are not touched by its death; how long they wait for it is theirs to decide. Only a verdict (exit
+    code 2, 70, 74 or 78) ends the job.
+
+    Raises:
+        ValueError: a bad name, no command, a bad variable name, a NUL byte, or no back-off.
+    """
+
+    name: str
+    """What it is called in events and reasons; its log is `NAME.log` in the job's log folder, appended."""
+    command: Sequence[str]
+    """Program and arguments, passed on unchanged; no shell is involved."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Added to the job's."""
+    restart_backoff_seconds: float = 0.5
+    """Wait before the first start after a death; doubled for each further one, at most half a minute."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(SIDECAR_NAME, self.name):
+            raise ValueError(f"the name of a sidecar matches {SIDECAR_NAME}, {self.name!r} does not")
+        _require_passable(self.command, self.environment)
+        if not (math.isfinite(self.restart_backoff_seconds) and self.restart_backoff_seconds > 0.0):
+            raise ValueError(f"a back-off is a positive number of seconds, not {self.restart_backoff_seconds}")
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """A command line that is started once a rank.
 
     Raises:
-        ValueError: no command, no rank, a bad variable name, or a NUL byte, which no argument can hold.
+        ValueError: no command, no rank, a bad variable name, a NUL byte, which no argument can hold, or two
+            sidecars of one name.
     """
 
     command: Sequence[str]
     """Program and arguments, passed on unchanged; no shell is involved."""
     log_folder: Path
-    """Gets `attempt-K/rank-R.log`, stdout and stderr of each rank, and the heartbeat files beside them."""
+    """Gets `attempt-K/rank-R.log`, stdout and stderr of each rank, the heartbeat files beside them, and the logs of
+    the sidecars."""
     ranks: int = 1
     """Processes on this machine."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -59,18 +92,16 @@ class JobSpec:
     """Open file descriptors that the ranks inherit under the same numbers."""
     first_attempt: int = 1
     """Number of the first attempt: a run that goes on counts on."""
+    sidecars: Sequence[Sidecar] = ()
+    """Processes beside the ranks, in the order of their start."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.command, str) or not self.command:
-            raise ValueError(f"a command is a list of program and arguments, not {self.command!r}")
+        _require_passable(self.command, self.environment)
         if self.ranks < 1:
             raise ValueError(f"a job has at least one rank, not {self.ranks}")
-        for text in (*self.command, *self.environment, *self.environment.values()):
-            if "\0" in text:
-                raise ValueError(f"a NUL byte cannot be passed to a process: {text!r}")
-        for name in self.environment:
-            if not name or "=" in name:
-                raise ValueError(f"not a name of an environment variable: {name!r}")
+        names = [sidecar.name for sidecar in self.sidecars]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each sidecar has a name of its own, not {names}")
 
     def attempt_folder(self, attempt: int) -> Path:
         """Absolute folder of one attempt's logs."""
@@ -107,6 +138,23 @@ class Attempt:
     def tail(self) -> list[str]:
         """Last lines of the log of the rank that was the cause; empty while every rank runs."""
         return tail(log_path(self.folder, self.cause.rank)) if self.cause else []
+
+
+def _require_passable(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Check that a process can be given these; ValueError if not."""
+    if isinstance(command, str) or not command:
+        raise ValueError(f"a command is a list of program and arguments, not {command!r}")
+    for text in (*command, *environment, *environment.values()):
+        if "\0" in text:
+            raise ValueError(f"a NUL byte cannot be passed to a process: {text!r}")
+    for name in environment:
+        if not name or "=" in name:
+            raise ValueError(f"not a name of an environment variable: {name!r}")
+
+
+def sidecar_log_path(spec: JobSpec, sidecar: Sidecar) -> Path:
+    """Where stdout and stderr of a sidecar go, absolute."""
+    return spec.log_folder.absolute() / f"{sidecar.name}.log"
 
 
 def log_path(folder: Path, rank: int) -> Path:
@@ -172,6 +220,9 @@ class EventCallback(Protocol):
       killed_by_launcher, and of the last heartbeat, or None: step, section, heartbeat_age_seconds
     * restart: attempt (the one that will start), cause, backoff_seconds
     * stopping: signal (its name, or `cancel`), now
+    * sidecar_started: name, pid, starts (1 for the first)
+    * sidecar_exited: name, pid, exit_code (None: a signal), signal (its name or None), seconds
+    * sidecar_restart: name, cause, backoff_seconds
     * finished: exit_code, attempts (how many ran), reason
     """
 

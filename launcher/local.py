@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -20,13 +20,17 @@ from launcher.child import unwritable
 from launcher.config import LaunchConfig
 from launcher.exits import Outcome, RankExit, describe, signal_name
 from launcher.gang import Gang
-from launcher.job import Attempt, EventCallback, JobSpec, JobState, ignore_event
+from launcher.job import Attempt, EventCallback, JobSpec, JobState, ignore_event, tail
 from launcher.ports import free_port, require_free
+from launcher.sidecar import SidecarFailure, Sidecars
 from launcher.supervisor import Action, Decision, RestartPolicy, Supervisor, SupervisorState
 
 PEER_EXIT_SECONDS = 2.0
 """What ranks get to leave by themselves after a peer has failed: their collective is broken, so they cannot
 save, but they may be about to say why. NCCL and gloo notice a closed connection within milliseconds."""
+
+SIDECAR_END_SECONDS = 5.0
+"""What sidecars get at the end of the job, between SIGTERM and SIGKILL."""
 
 _JOB_STATES = {
     SupervisorState.READY: JobState.PENDING,
@@ -107,25 +111,37 @@ class LocalJob:
         step = self._durable_step() if self._durable_step else None
         self._supervisor = Supervisor(RestartPolicy.from_config(self._config), step=step)
         self._mailbox = Mailbox()
+        self._sidecars = Sidecars(spec, self._emit)
+        self._failed_sidecar: SidecarFailure | None = None
+        self._over = False
         self._future: Future[int] | None = None
         self._interrupts = 0
 
     @property
     def state(self) -> JobState:
         """Where it stands now."""
-        if self._future is not None and self._future.done() and not self._supervisor.state.is_terminal:
+        if self._future is not None and self._future.done() and not self._over:
             return JobState.FAILED  # it ended in an error, which `wait` raises
+        if self._supervisor.state.is_terminal and not self._over:
+            return JobState.STOPPING  # its sidecars are being ended
         return _JOB_STATES[self._supervisor.state]
 
     @property
     def exit_code(self) -> int | None:
         """What it left with, 0 to 255; None until it has ended, or if an error ended it."""
-        return self._supervisor.exit_code
+        return self._supervisor.exit_code if self._over else None
 
     @property
     def reason(self) -> str:
         """Why it ended, one clause; empty until then."""
-        return self._supervisor.reason
+        return self._supervisor.reason if self._over else ""
+
+    @property
+    def tail(self) -> list[str]:
+        """Last lines of the log that explains the end: of the sidecar that failed, or of the newest attempt's cause."""
+        if self._failed_sidecar is not None and self._supervisor.companion_was_the_cause:
+            return tail(self._failed_sidecar.log)
+        return self.attempts[-1].tail if self.attempts else []
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end; see `Job.wait`."""
@@ -160,11 +176,17 @@ class LocalJob:
     def _supervise(self) -> int:
         """Attempts until the supervisor says stop; returns the exit code."""
         supervisor = self._supervisor
-        self._take_requests(None)
-        while not supervisor.state.is_terminal:
-            decision = self._run_attempt(self.spec.first_attempt + len(self.attempts))
-            if decision.action is Action.RESTART:
-                self._back_off(decision)
+        try:
+            self._take_requests(None)
+            if not supervisor.state.is_terminal:
+                self._sidecars.start()
+            while not supervisor.state.is_terminal:
+                decision = self._run_attempt(self.spec.first_attempt + len(self.attempts))
+                if decision.action is Action.RESTART:
+                    self._back_off(decision)
+        finally:
+            self._end_sidecars()
+        self._over = True
         code = supervisor.exit_code
         assert code is not None, "a terminal state has an exit code"
         self._emit("finished", exit_code=code, attempts=len(self.attempts), reason=supervisor.reason)
@@ -193,13 +215,15 @@ class LocalJob:
         """Until no rank is left: note ends, obey requests, and kill those who outstay their time."""
         deadline = math.inf
         while gang.alive:
-            remaining = deadline - time.monotonic()
-            for end in gang.wait(None if math.isinf(remaining) else max(0.0, remaining)):
+            wake_at = min(deadline, self._sidecars.next_start)
+            remaining = None if math.isinf(wake_at) else max(0.0, wake_at - time.monotonic())
+            for end in gang.wait(remaining, also=self._sidecars.exit_fds):
                 attempt.exits.append(end)
                 self._emit_exit(attempt.number, end)
                 deadline = min(deadline, time.monotonic() + self._patience(end))
             if self._take_requests(gang):
                 deadline = min(deadline, time.monotonic() + self._config.grace_seconds)
+            self._tend_sidecars(gang)
             if time.monotonic() >= deadline:
                 gang.kill()
                 deadline = math.inf  # what SIGKILL does not end at once, nothing ends sooner
@@ -217,6 +241,7 @@ class LocalJob:
             if now:
                 if self._supervisor.kill_requested():
                     self._emit("stopping", signal=source, now=True)
+                    self._sidecars.kill()
                     if gang is not None:
                         gang.kill()
             elif self._supervisor.stop_requested():
@@ -225,6 +250,29 @@ class LocalJob:
                     gang.terminate()
                     asked = True
         return asked
+
+    def _tend_sidecars(self, gang: Gang | None) -> None:
+        """Keep them alive; one that failed for good ends the ranks, and the job."""
+        failure = self._sidecars.tend()
+        if failure is None:
+            return
+        if self._failed_sidecar is None:
+            self._failed_sidecar = failure
+        if self._supervisor.companion_failed(failure.code, failure.reason) and gang is not None:
+            gang.kill()
+
+    def _end_sidecars(self) -> None:
+        """SIGTERM, then SIGKILL to those who outstay their time; at once if the job was told to leave at once."""
+        deadline = time.monotonic() + SIDECAR_END_SECONDS
+        try:
+            self._sidecars.terminate()
+            while fds := self._sidecars.exit_fds:
+                self._mailbox.wait(max(0.0, deadline - time.monotonic()), also=fds)
+                self._sidecars.tend()
+                if time.monotonic() >= deadline or any(now for _, now in self._mailbox.take()):
+                    return
+        finally:
+            self._sidecars.close()
 
     def _back_off(self, decision: Decision) -> None:
         """Wait before the next attempt; a request ends the wait."""
@@ -238,10 +286,11 @@ class LocalJob:
         )
         deadline = time.monotonic() + decision.backoff_seconds
         while not self._supervisor.state.is_terminal:
-            remaining = deadline - time.monotonic()
-            self._mailbox.wait(max(0.0, remaining))
+            wake_at = min(deadline, self._sidecars.next_start)
+            self._mailbox.wait(max(0.0, wake_at - time.monotonic()), also=self._sidecars.exit_fds)
             self._take_requests(None)
-            if remaining <= 0:
+            self._tend_sidecars(None)
+            if time.monotonic() >= deadline:
                 return
 
     def _emit_exit(self, attempt: int, end: RankExit) -> None:
@@ -305,10 +354,11 @@ class Mailbox:
             taken.append(self._requests.popleft())
         return taken
 
-    def wait(self, timeout: float) -> None:
-        """Sleep until there is a request or `timeout` seconds are over."""
+    def wait(self, timeout: float, also: Sequence[int] = ()) -> None:
+        """Sleep until there is a request, a descriptor of `also` is readable, or `timeout` seconds are over."""
         with selectors.DefaultSelector() as selector:
-            selector.register(self._reader, selectors.EVENT_READ)
+            for fd in (self._reader, *also):
+                selector.register(fd, selectors.EVENT_READ)
             selector.select(timeout)
 
     def close(self) -> None:

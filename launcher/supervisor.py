@@ -6,7 +6,10 @@ READY -> RUNNING -> DONE                        every rank left with 0
                  -> WAITING -> RUNNING          a crash: back off, then the next attempt
          RUNNING -> STOPPING                    asked to save and leave
          RUNNING, STOPPING -> KILLING           told to leave at once
+         RUNNING -> KILLING -> FAILED           a companion of the ranks failed for good
+         STOPPING -> FAILED                     the same, and the ranks did not save after it
          READY, WAITING -> SAVED or CANCELLED   asked, or told, while nothing runs
+         READY, WAITING -> FAILED               a companion failed while nothing runs
 """
 
 from __future__ import annotations
@@ -107,6 +110,9 @@ class Supervisor:
         self.best_step = step or 0
         self.exit_code: int | None = None
         self.reason = ""
+        self.companion_was_the_cause = False
+        """The job failed, and not by its ranks."""
+        self._companion: tuple[int, str] | None = None
 
     def attempt_started(self) -> None:
         """The ranks of an attempt run."""
@@ -134,6 +140,30 @@ class Supervisor:
             return True
         return False
 
+    def companion_failed(self, code: int, reason: str) -> bool:
+        """A process beside the ranks left with a verdict, which another try would only repeat.
+
+        Ranks that are saving already may finish: what they save is worth having, and the job ends anyway.
+
+        Args:
+            code: its exit code.
+            reason: one clause for people, for the case that this ends the job.
+
+        Returns:
+            The ranks, if there are any, are to be killed for it.
+        """
+        assert classify(code).is_verdict, f"{describe(code)} is no verdict"
+        if self.state.is_terminal or self.state is SupervisorState.KILLING:
+            return False
+        if not self.state.has_ranks:
+            self._companion_end(code, reason)
+            return False
+        self._companion = self._companion or (code, reason)
+        if self.state is SupervisorState.STOPPING:
+            return False
+        self.state = SupervisorState.KILLING
+        return True
+
     def attempt_ended(self, code: int, step: int | None = None) -> Decision:
         """Judge an attempt.
 
@@ -148,6 +178,8 @@ class Supervisor:
             return self._end(SupervisorState.DONE, ExitCode.DONE, "done")
         if outcome is Outcome.AGAIN:
             return self._end(SupervisorState.SAVED, ExitCode.AGAIN, "saved, wants to run again")
+        if self._companion is not None:
+            return self._companion_end(*self._companion)
         if self.state is SupervisorState.KILLING:
             return self._end(SupervisorState.CANCELLED, ExitCode.INTERRUPTED, "told to leave at once")
         if self.state is SupervisorState.STOPPING:
@@ -176,6 +208,10 @@ class Supervisor:
         self.state = SupervisorState.WAITING
         backoff = self.policy.backoff(self.without_progress)
         return Decision(Action.RESTART, shell_code(code), describe(code), backoff)
+
+    def _companion_end(self, code: int, reason: str) -> Decision:
+        self.companion_was_the_cause = True
+        return self._end(SupervisorState.FAILED, code, reason)
 
     def _end(self, state: SupervisorState, exit_code: int, reason: str) -> Decision:
         self.state, self.exit_code, self.reason = state, int(exit_code), reason

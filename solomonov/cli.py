@@ -6,9 +6,12 @@ Heavy modules are imported inside the commands that need them, so that `solomono
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +19,10 @@ from solomonov import exits
 
 if TYPE_CHECKING:
     from launcher.config import LaunchConfig
+    from launcher.job import JobSpec
     from solomonov.config import Loaded
     from solomonov.runfolder import RunFolder
+    from solomonov.start import PreparedRun
 
 EXIT_CODES = """\
 exit codes:
@@ -40,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     quickstart = verbs.add_parser("quickstart", help="a whole life on this machine, on text that it already has")
     quickstart.add_argument("--folder", default="quickstart", help="where everything is made (default: quickstart)")
+    quickstart.add_argument("--no-kill", action="store_true", help="do not kill a rank half-way")
+    quickstart.add_argument("--dashboard", action="store_true", help="serve Ray's dashboard meanwhile")
 
     for name, text in (
         ("prepare", "raw data -> tokenizer -> shards + manifest"),
@@ -136,9 +143,9 @@ def _dispatch(options: argparse.Namespace) -> int:
     if options.verb == "train":
         return train(Path(options.config), options.overrides, fresh=options.fresh)
     if options.verb == "quickstart":
-        from solomonov.quickstart import quickstart
-
-        return quickstart(Path(options.folder), train=train)
+        return quickstart(options)
+    if options.verb == "prepare":
+        return prepare(options)
     from solomonov import commands
 
     body = getattr(commands, options.verb)
@@ -146,11 +153,70 @@ def _dispatch(options: argparse.Namespace) -> int:
     return code
 
 
-def train(config_path: Path, overrides: Sequence[str] = (), *, fresh: bool = False) -> int:
+@dataclass(frozen=True)
+class RayAccess:
+    """A Ray cluster that may be joined."""
+
+    address: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What a process needs in its environment before it imports Ray."""
+    dashboard_url: str | None = None
+
+
+@contextmanager
+def ray_access(launch: LaunchConfig, *, cpus: int) -> Iterator[RayAccess]:
+    """The cluster at launch.ray_address, looked at first; without one, a private Ray on this machine.
+
+    Raises:
+        LaunchConfigurationError: it cannot be joined, or Ray is not installed or cannot be started.
+    """
+    from launcher.ray import PrivateRay, check_cluster, client_environment
+
+    if launch.ray_address is not None:
+        check_cluster(launch.ray_address, {})
+        yield RayAccess(launch.ray_address, client_environment())
+        return
+    with PrivateRay(cpus) as ray:
+        yield RayAccess(ray.address, ray.environment)
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """`solomonov prepare CONFIG [key=value ...]`, on Ray where the configuration says so."""
+    from solomonov import commands
+    from solomonov.config import load_config
+
+    loaded = load_config(Path(options.config), options.overrides)
+    with ExitStack() as stack:
+        ray = None
+        if loaded.config.data.prepare.backend == "ray":
+            launch, _ = _launch_section(loaded)
+            ray = stack.enter_context(ray_access(launch, cpus=loaded.config.data.prepare.workers))
+            os.environ.update(ray.environment)
+        return commands.prepare(options, loaded.config, ray.address if ray is not None else None)
+
+
+def quickstart(options: argparse.Namespace) -> int:
+    """`solomonov quickstart`: on a private Ray where Ray is installed."""
+    from launcher.ray import PrivateRay
+    from solomonov.quickstart import quickstart as run_quickstart
+
+    @contextmanager
+    def private_ray(cpus: int) -> Iterator[RayAccess]:
+        with PrivateRay(cpus, dashboard=options.dashboard) as ray:
+            os.environ.update(ray.environment)  # `prepare` joins from this process
+            yield RayAccess(ray.address, ray.environment, ray.dashboard_url)
+
+    return run_quickstart(Path(options.folder), train=train, start_ray=private_ray, kill=not options.no_kill)
+
+
+def train(
+    config_path: Path, overrides: Sequence[str] = (), *, fresh: bool = False, ray: RayAccess | None = None
+) -> int:
     """Train on all local ranks, under a supervisor that starts them again after a death.
 
     Args:
         fresh: set the run's checkpoints aside and begin at step 0.
+        ray: the cluster for the data workers; None: as the configuration says, where it wants data workers.
 
     Raises:
         ConfigurationError, LaunchConfigurationError, DataError: before any rank is started.
@@ -172,7 +238,11 @@ def train(config_path: Path, overrides: Sequence[str] = (), *, fresh: bool = Fal
             print(f"{run.path}: done, {done} updates; nothing is left to train")
             print(f"  raise training.total_steps under a new run.name to train longer; solomonov export {run.path}")
             return exits.DONE
-        return _supervise(run, launch, ranks, lock, prepared.plan.total_steps, prepared.plan.describe())
+        with ExitStack() as stack:
+            workers = loaded.config.data.workers
+            if workers.backend == "ray" and ray is None:
+                ray = stack.enter_context(ray_access(launch, cpus=math.ceil(workers.count * workers.cpus)))
+            return _supervise(prepared, launch, ranks, lock, ray if workers.backend == "ray" else None)
 
 
 def _set_checkpoints_aside(run: RunFolder) -> None:
@@ -207,13 +277,14 @@ def _launch_section(loaded: Loaded) -> tuple[LaunchConfig, int]:
     return launch, launch.ranks_per_node or max(1, visible_gpus())
 
 
-def _supervise(run: RunFolder, launch: LaunchConfig, ranks: int, lock: int, total_steps: int, plan: str) -> int:
-    """Start the ranks, watch them, show their progress, and say how it ended."""
+def _supervise(prepared: PreparedRun, launch: LaunchConfig, ranks: int, lock: int, ray: RayAccess | None) -> int:
+    """Start the ranks, and the data service where there is a Ray; watch them, show their progress, say how it ended."""
     from launcher.job import JobSpec
     from launcher.local import LocalLauncher
     from solomonov.display import TrainingDisplay
 
-    journal = run.journal
+    run, journal = prepared.run, prepared.run.journal
+    attempt = journal.next_attempt()
 
     def on_event(kind: str, /, **fields: Any) -> None:
         if kind == "attempt_started":
@@ -228,13 +299,30 @@ def _supervise(run: RunFolder, launch: LaunchConfig, ranks: int, lock: int, tota
         ranks=ranks,
         environment=_rank_environment(),
         pass_fds=(lock,),
-        first_attempt=journal.next_attempt(),
+        first_attempt=attempt,
     )
-    with TrainingDisplay(run, total_steps, plan) as display:
+    if ray is not None:
+        spec = _with_data_service(spec, prepared, ray)
+    with TrainingDisplay(run, prepared.plan.total_steps, prepared.plan.describe()) as display:
         job = LocalLauncher(launch, on_event=on_event, durable_step=lambda: _durable_step(run)).run(spec)
     code = job.wait()
-    display.verdict(code, job.attempts[-1].tail if job.attempts else [])
+    display.verdict(code, job.tail)
     return code
+
+
+def _with_data_service(spec: JobSpec, prepared: PreparedRun, ray: RayAccess) -> JobSpec:
+    """The same job with a data service beside the ranks, and ranks that know where its workers are."""
+    from launcher.job import Sidecar
+    from solomonov.feed import ClusterPlace, service_spec
+
+    run, config = prepared.run, prepared.loaded.config
+    # Of this command: what an earlier one may have left on the cluster has other names.
+    place = ClusterPlace(ray.address, f"solomonov-{run.run_id()[:12]}-{spec.first_attempt}")
+    service_spec(config, str(prepared.data["stream"]), place).write(run.path)
+    service = Sidecar("data-service", [sys.executable, "-m", "data_pipeline", "serve", str(run.path)])
+    return replace(
+        spec, environment={**spec.environment, **ray.environment, **place.to_environment()}, sidecars=(service,)
+    )
 
 
 def _rank_environment() -> Mapping[str, str]:

@@ -9,20 +9,21 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from solomonov import exits
 from solomonov.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from solomonov.config import Config
 
-def prepare(options: argparse.Namespace) -> int:
-    """`solomonov prepare CONFIG [key=value ...]`."""
+
+def prepare(options: argparse.Namespace, config: Config, ray_address: str | None) -> int:
+    """`solomonov prepare CONFIG [key=value ...]`, on the Ray at that address where the configuration wants one."""
     from data_pipeline.build import prepare as build_dataset
-    from solomonov.config import load_config
 
-    loaded = load_config(Path(options.config), options.overrides)
     report = build_dataset(
-        loaded.config.data, loaded.config.tokenizer, base_folder=Path.cwd(), show_progress=not options.json
+        config.data, config.tokenizer, base_folder=Path.cwd(), show_progress=not options.json, cluster=ray_address
     )
     _answer(options, dict(report.summary()))
     return exits.DONE

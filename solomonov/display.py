@@ -75,6 +75,8 @@ class TrainingDisplay:
                 self._say(f"rank {fields.get('rank')} ended: {how}, at step {fields.get('step')}")
         elif kind == "restart":
             self._say(f"starting again (attempt {fields.get('attempt')}): {fields.get('cause')}")
+        elif kind == "sidecar_restart":
+            self._say(f"{fields.get('name')} ended ({fields.get('cause')}): starting it again, training goes on")
         elif kind == "stopping":
             self._say(f"stopping ({fields.get('signal')}): saving")
 
@@ -137,7 +139,7 @@ class TrainingDisplay:
 
 def _sentence(record: Mapping[str, Any]) -> str | None:
     """One line for people on an event of a rank, or None where it is not news."""
-    kind = record.get("event")
+    kind = str(record.get("event"))
     if kind == "resumed" and record["step"]:
         return f"resumed from the checkpoint of step {record['step']}"
     if kind == "fallback":
@@ -145,12 +147,37 @@ def _sentence(record: Mapping[str, Any]) -> str | None:
     if kind == "evaluated":
         bits = f"{record['bits_per_byte']:.3f} bits a byte"
         return f"held-out loss {record['loss']:.4f} ({bits}) at step {record['step']}"
+    if kind.startswith("data_"):
+        return _data_sentence(kind, record)
     if kind == "checkpoint_failed":
         return f"no checkpoint at step {record['step']}, training goes on: {record['message']} ({record['path']})"
     if kind in ("checkpoint_damaged", "replay_mismatch", "tensorboard_failed", "metrics_failed"):
         details = {k: v for k, v in record.items() if k not in ("schema_version", "time", "event", "pid", "attempt")}
         return f"{kind.replace('_', ' ')}: {json.dumps(details)}"
     return None
+
+
+def _data_sentence(kind: str, record: Mapping[str, Any]) -> str | None:
+    """One line for people on an event of the data workers, or None where it is not news."""
+    worker = f"data worker {record.get('worker')}"
+    if kind == "data_service_started":
+        nodes = len({worker["worker_node"] for worker in record["workers"]})
+        return f"rows    from {_count(len(record['workers']), 'data worker')} on {_count(nodes, 'Ray node')}"
+    if kind == "data_worker_died":
+        return f"{worker} died: starting it again; its requests go to others"
+    if kind == "data_worker_frozen":
+        return f"{worker} holds still (process {record.get('worker_pid')} on {record.get('worker_host')}): ending it"
+    if kind == "data_worker_refused":
+        return f"{worker} cannot serve: {record['message']}"
+    if kind == "data_workers_waiting":
+        return f"{worker} waits for room: {record['cpus_free']:g} of the cluster's {record['cpus']:g} CPUs are free"
+    if kind == "data_workers_back":
+        return f"data workers answer again ({record['workers']}): rows come from them"
+    return None
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def last_line(run: RunFolder) -> dict[str, Any] | None:

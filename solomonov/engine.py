@@ -20,6 +20,7 @@ from solomonov.checkpoint.fragments import Fragment
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.config import OptimizerConfig
 from solomonov.errors import ConfigurationError
+from solomonov.host import cpu_model
 from solomonov.model.config import ModelConfig
 from solomonov.model.loss import pipeline_loss
 from solomonov.model.naming import canonical, layer_names
@@ -156,7 +157,7 @@ class Engine:
         """Forward and backward of all micro-batches of one update.
 
         Args:
-            batches: this rank's micro-batches, `plan.accumulation` of them.
+            batches: this rank's micro-batches, `plan.accumulation` of them; none where it needs no rows.
             valid_tokens: number of predicted tokens in the whole update, over all ranks.
             lr: learning rate of this update.
 
@@ -167,7 +168,8 @@ class Engine:
         weighs the same wherever it is. DeepSpeed divides by the accumulation steps and averages over the
         data-parallel ranks; the factor below undoes both.
         """
-        assert len(batches) == self.spec.plan.accumulation, f"{len(batches)} micro-batches, not the plan's number"
+        wanted = self.spec.plan.accumulation if self.needs_rows else 0
+        assert len(batches) == wanted, f"{len(batches)} micro-batches, the plan says {wanted}"
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr
         scale = self.spec.plan.accumulation * self.spec.plan.data_parallel / max(1, valid_tokens)
@@ -258,6 +260,11 @@ class Engine:
         total = float(mean) * self.spec.plan.accumulation * self.spec.plan.data_parallel / scale
         return torch.tensor(total / dist.get_world_size(), dtype=torch.float64)
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether this rank computes from rows: in a pipeline, the first stage from tokens, the last from labels."""
+        return self.spec.pipeline == 1 or bool(self._ds.is_first_stage() or self._ds.is_last_stage())
+
     def _writes(self, name: str) -> bool:
         """A tied weight lives on two pipeline stages: the first one writes it, all read it."""
         if self.spec.pipeline == 1:
@@ -286,6 +293,7 @@ class Engine:
             "compiled": self.spec.compile,
             "device": self.device.type,
             "threads": torch.get_num_threads(),
+            "processor": cpu_model(),
             "parameters_held": held,
         }
 

@@ -74,14 +74,20 @@ def usable_cores() -> int:
 
 
 def cpu_model() -> str:
-    """Name of the processor, as Linux gives it."""
+    """The processor, as Linux tells it: name, family, model and stepping.
+
+    The name alone is not enough: virtual machines give one name to processors that round differently.
+    """
+    facts: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    numbers = [("family", "cpu family"), ("model", "model"), ("stepping", "stepping")]
+    return ", ".join([name, *(f"{short} {facts[key]}" for short, key in numbers if key in facts)])
 
 
 def environment_facts() -> dict[str, Any]:

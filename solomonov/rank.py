@@ -1,5 +1,6 @@
 """One rank of a run: `python -m solomonov.rank RUN_DIR`. Needs the torchrun variables and reads no others, but for
-SOLOMONOV_HEARTBEAT, the file of its sign of life. Its answer is its exit code."""
+SOLOMONOV_HEARTBEAT, the file of its sign of life, and SOLOMONOV_RAY_ADDRESS and SOLOMONOV_RAY_NAMESPACE, where its data
+workers are. Its answer is its exit code."""
 
 from __future__ import annotations
 
@@ -59,6 +60,7 @@ def _run(run: RunFolder, stop: StopRequest, heartbeat: Heartbeat, stack: ExitSta
     import torch
 
     from solomonov.distributed import Control, RankInfo, pick_device, start_process_group, stop_process_group
+    from solomonov.feed import ClusterPlace
     from solomonov.train import train
 
     info = RankInfo.from_environment()
@@ -67,7 +69,7 @@ def _run(run: RunFolder, stop: StopRequest, heartbeat: Heartbeat, stack: ExitSta
     torch.use_deterministic_algorithms(config.run.deterministic)
     device = pick_device(info)
     start_process_group(info, device)
-    code = train(run, Control(), device, stop, heartbeat)
+    code = train(run, Control(), device, stop, heartbeat, ClusterPlace.from_environment())
     stop_process_group()
     return code
 

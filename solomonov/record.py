@@ -40,6 +40,10 @@ class StepLine:
     data_digest: str = ""
     """16 hexadecimal digits."""
     skipped: bool = False
+    data_reissued: int = 0
+    """Requests to data workers that were sent again, on all ranks, in this attempt."""
+    data_workers_lost: int = 0
+    """Losses of data workers as the ranks saw them, on all ranks, in this attempt."""
     padding: float = 0.0
     """Share of the row positions that predict nothing."""
     laps: dict[str, float] = field(default_factory=dict)
@@ -103,6 +107,11 @@ class RunRecord:
         if self._rank == 0:
             self._journal.try_write(kind, **{"attempt": self.attempt, **fields})
             print(f"{kind} {json.dumps(fields)}", flush=True)
+
+    def rank_event(self, kind: str, **fields: Any) -> None:
+        """What happened on this rank alone, whichever it is: a line in the journal and in its log."""
+        self._journal.try_write(kind, **{"attempt": self.attempt, "rank": self._rank, **fields})
+        print(f"{kind} {json.dumps(fields)}", flush=True)
 
     def resumes(self) -> list[ResumeFact]:
         """Where earlier attempts went on from, for fencing."""
@@ -199,6 +208,9 @@ class RunRecord:
             "data/padding_rate": line.padding,
             "health/update_skipped": float(line.skipped),
         }
+        if self._config.data.workers.backend == "ray":
+            values["data/reissued_requests"] = float(line.data_reissued)
+            values["data/workers_lost"] = float(line.data_workers_lost)
         if torch.cuda.is_available():
             values["memory/device_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return values

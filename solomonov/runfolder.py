@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.journal import Journal
 from solomonov.config import Config, Loaded, flatten
 from solomonov.errors import ConfigurationError
 from solomonov.host import environment_facts, git_facts, versions
-from solomonov.journal import Journal
 
 SCHEMA_VERSION = 1
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
 
 from data_pipeline.dataset import Dataset
-from data_pipeline.loader import Loader
 from data_pipeline.stream import HeldOutRows, Stream
 from solomonov.batch import TokenBatch, empty_batch, to_tensors
 from solomonov.checkpoint.checkpointer import Checkpointer
@@ -22,6 +21,7 @@ from solomonov.distributed import Control
 from solomonov.engine import Engine, EngineSpec, resolve_precision
 from solomonov.errors import ConfigurationError, NumericalError, SolomonovError
 from solomonov.exits import AGAIN, DONE
+from solomonov.feed import ClusterPlace, Feed, open_feed
 from solomonov.heartbeat import Heartbeat
 from solomonov.parallel import check_layout
 from solomonov.plan import BatchPlan, plan_batch
@@ -63,8 +63,18 @@ class Trainer:
     state: TrainState = field(default_factory=TrainState)
 
 
-def train(run: RunFolder, control: Control, device: torch.device, stop: StopRequest, heartbeat: Heartbeat) -> int:
+def train(
+    run: RunFolder,
+    control: Control,
+    device: torch.device,
+    stop: StopRequest,
+    heartbeat: Heartbeat,
+    place: ClusterPlace | None = None,
+) -> int:
     """Train a run from where it stands to its end, or to a request to stop.
+
+    Args:
+        place: where the run's data workers are, if it has any.
 
     Returns:
         the exit code: DONE, or AGAIN where it was asked to stop and saved.
@@ -78,7 +88,8 @@ def train(run: RunFolder, control: Control, device: torch.device, stop: StopRequ
         if control.sum_integers([int(stop.requested)])[0]:
             record.event("preempted", step=state.step, signal=stop.received)
             return AGAIN
-        steps = iter(stack.enter_context(_loader(trainer)))
+        feed = stack.enter_context(_feed(trainer, place))
+        steps = iter(feed)
         while state.step < plan.total_steps:
             line = StepLine(step=state.step + 1)
             heartbeat.beat("data", line.step)
@@ -102,8 +113,9 @@ def train(run: RunFolder, control: Control, device: torch.device, stop: StopRequ
             state.skipped = state.skipped + 1 if update.skipped else 0
             line.loss = control.sum_floats([float(loss_sum)])[0] / max(1, line.tokens)
             line.grad_norm, line.skipped = update.grad_norm, update.skipped
-            digest, stopping = control.sum_integers([_digest(batches), int(stop.requested)])
+            digest, stopping, *faults = control.sum_integers([_digest(batches), int(stop.requested), *feed.faults()])
             line.data_digest = f"{digest:016x}"
+            line.data_reissued, line.data_workers_lost = faults
             line.padding = 1.0 - line.tokens / (plan.batch_rows * plan.sequence_tokens)
             record.step(line)
             _refuse_endless_skipping(trainer, line)
@@ -277,15 +289,16 @@ def evaluate_held_out(trainer: Trainer) -> None:
     trainer.record.evaluated(trainer.state.step, loss, loss * nats_to_bits_per_byte, rows)
 
 
-def _loader(trainer: Trainer) -> Loader:
-    return Loader(
+def _feed(trainer: Trainer, place: ClusterPlace | None) -> AbstractContextManager[Feed]:
+    return open_feed(
+        trainer.config,
+        trainer.plan,
         trainer.stream,
-        batch_rows=trainer.plan.batch_rows,
-        dp_rank=trainer.control.rank,
-        dp_size=trainer.plan.data_parallel,
-        micro_batch_rows=trainer.plan.micro_rows,
+        rank=trainer.control.rank,
         first_step=trainer.state.step,
-        prefetch_steps=trainer.config.data.prefetch_steps,
+        needs_rows=trainer.engine.needs_rows,
+        place=place,
+        on_event=trainer.record.rank_event,
     )
 
 

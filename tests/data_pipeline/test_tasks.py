@@ -1,24 +1,30 @@
-"""The task runner with real processes: records, failures, dead workers, a killed parent, Ctrl-C, the lock."""
+"""The task runner with real processes: records, failures, dead workers, a killed parent, Ctrl-C, the lock.
+
+On a real cluster: tests/e2e/test_prepare_on_ray.py.
+"""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import pytest
 
 from data_pipeline.errors import DamagedDataError, DataConfigurationError, DataError
+from data_pipeline.files import explained_os_errors, write_atomically, write_bytes
 from data_pipeline.progress import Progress
-from data_pipeline.tasks import WORK, Runner, Task, work_lock
+from data_pipeline.tasks import WORK, Runner, Task, _execute_on_node, work_lock
 from tests.support.processes import Program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +89,14 @@ def test_results_come_in_order_and_recorded_tasks_are_not_run_again(tmp_path: Pa
         assert [each["text"] for each in running.run("notes", notes(tmp_path))] == ["text 0", "text 1", "text 2"]
         assert running.redone == 2
     assert sorted((tmp_path / "runs").read_text().split()) == ["0.txt", "0.txt", "1.txt", "1.txt", "2.txt"]
+
+
+def test_a_cluster_is_joined_for_a_task_alone(tmp_path: Path) -> None:
+    with runner(tmp_path) as running:
+        first = running.run("notes", notes(tmp_path))
+    # Nobody listens there.
+    with Progress(show=False) as progress, Runner(tmp_path, 2, progress, "127.0.0.1:1") as running:
+        assert running.run("notes", notes(tmp_path)) == first
 
 
 def test_tasks_without_a_name_always_run_and_need_not_be_counted(tmp_path: Path) -> None:
@@ -170,6 +184,56 @@ def test_a_worker_whose_parent_is_gone_already_ends_at_once() -> None:
     code = "from data_pipeline.tasks import _start_worker; _start_worker(1); print('still here')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
+
+
+@pytest.mark.parametrize("content", [None, "prepare-other"])
+def test_a_node_that_does_not_see_the_folder_is_named_and_writes_nothing(tmp_path: Path, content: str | None) -> None:
+    mark = tmp_path / "mark"
+    if content is not None:
+        mark.write_text(content)
+    arguments = {"folder": tmp_path, "name": "a.txt", "text": "x"}
+    with pytest.raises(DataConfigurationError, match="cannot use") as caught:
+        _execute_on_node(note, arguments, (mark, "prepare-ours")).unwrap()
+    assert socket.gethostname() in caught.value.what
+    assert str(mark) in caught.value.got
+    assert "backend: local" in caught.value.remedy
+    assert not (tmp_path / "a.txt").exists()
+    mark.write_text("prepare-ours")
+    assert _execute_on_node(note, arguments, (mark, "prepare-ours")).unwrap()["text"] == "x"
+
+
+def refused(number: int) -> dict[str, Any]:
+    """Task: fails as the system does."""
+    raise OSError(number, os.strerror(number), "/shared/file")
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EACCES, "no permission"),
+        (errno.ENOENT, "cannot use"),
+        (errno.EIO, "cannot use"),
+    ],
+)
+def test_what_the_system_refuses_on_a_node_names_it(tmp_path: Path, number: int, message: str) -> None:
+    with pytest.raises(DataConfigurationError, match=message) as caught, explained_os_errors(tmp_path):
+        _execute_on_node(refused, {"number": number}, None).unwrap()
+    assert "/shared/file" in caught.value.got
+    assert socket.gethostname() in caught.value.got
+
+
+def test_two_writers_with_one_pid_do_not_meet_in_one_unfinished_file(tmp_path: Path) -> None:
+    path, aside = tmp_path / "file", tmp_path / "aside"
+
+    def write(file: IO[bytes]) -> None:
+        file.write(b"same ")
+        write_bytes(path, aside, b"same bytes")
+        file.write(b"bytes")
+
+    write_atomically(path, aside, write)
+    assert path.read_bytes() == b"same bytes"
+    assert not list(aside.iterdir())
 
 
 def test_the_lock_is_free_again_after_its_holder(tmp_path: Path) -> None:

@@ -96,6 +96,15 @@ def assert_equal_within(outcome: Outcome, expected: Outcome, bound: float) -> No
         assert distance <= bound, f"{key} differs by {distance:.2e}"
 
 
+def test_the_inner_stage_of_a_pipeline_trains_without_rows() -> None:
+    layout = Layout(zero_stage=1, accumulation=2, pipeline=3)
+    outcomes = run_ranks(tiny.run_and_tell_needs, 3, layout, STEPS)
+    assert [needs for _, needs in outcomes] == [True, False, True]
+    for outcome, _ in outcomes:
+        assert outcome.layout["pipeline"] == 3
+        assert_equal_within(outcome, reference(layout.tied), 1e-5)
+
+
 @pytest.mark.parametrize(("world", "layout"), CASES, ids=[f"ranks{world}-{layout}" for world, layout in CASES])
 def test_layout_equals_plain_pytorch(world: int, layout: Layout) -> None:
     outcomes = run_ranks(tiny.run, world, layout, STEPS)

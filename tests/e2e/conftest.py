@@ -1,11 +1,13 @@
-"""One prepared folder for all end-to-end tests; each test works on its own copy."""
+"""One prepared folder and one Ray for all end-to-end tests; each test works on its own copy of the folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.ray_cluster import RayCluster
 from tests.support.user import User
 
 
@@ -29,3 +31,10 @@ def undisturbed(prepared: User, tmp_path_factory: pytest.TempPathFactory) -> Use
     user = prepared.copy(tmp_path_factory.mktemp("undisturbed") / "work")
     user.must("train", "own.yaml")
     return user
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """A Ray of two nodes with two CPUs each, for tests that do it no harm."""
+    with RayCluster() as cluster:
+        yield cluster

@@ -7,16 +7,21 @@ command is run here. `make test` is this suite. Training on one's own data is cu
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import sysconfig
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.support.processes import ROOT, assert_no_process, program_environment, run_program
+from solomonov import exits
+from solomonov.runfolder import RunFolder
+from tests.support.processes import ROOT, Program, assert_no_process, program_environment, run_program
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,19 +47,48 @@ def run(words: list[str], folder: Path, deadline: float = 900) -> str:
     return output
 
 
+def interrupt(folder: Path, moment: str, code: int) -> None:
+    """Ctrl-C, once `moment` is on the quickstart's screen: nothing that it started is left, of Ray neither."""
+    command = [sys.executable, "-m", "solomonov.cli", "quickstart"]
+    log = folder / f"{code}-{moment.split()[0]}.log"
+    with Program(command, log=log, cwd=folder, env=program_environment()) as program:
+        program.wait_for(lambda: moment in program.output(), deadline=200, what=moment)
+        of_it = psutil.Process(program.pid)
+        started = program.wait_for(lambda: of_it.children(recursive=True), deadline=60, what="a child")
+        os.killpg(program.pid, signal.SIGINT)  # as a terminal does
+        assert program.wait(deadline=120) == code, program.output()
+    left = [process for process in started if process.is_running()]
+    assert not left, f"after Ctrl-C at {moment!r}: {left}"
+    assert_no_process("sol-ray-")
+
+
+@pytest.mark.ray
 def test_the_two_commands(tmp_path: Path) -> None:
     assert console_lines("# Solomonov") == [["make", "quickstart"], ["make", "test"]]
     assert "solomonov quickstart" in (ROOT / "Makefile").read_text()
+    interrupt(tmp_path, "ray  $", exits.INTERRUPTED)
+    interrupt(tmp_path, "prepare  $", exits.INTERRUPTED)
+    interrupt(tmp_path, "step    1", exits.AGAIN)
     output = run(["quickstart"], tmp_path)
     shown = README[README.index("make test ") :]
-    labels = re.findall(r"^(data|model|training loss|held-out text|cost|peak memory|run|export)  ", shown, re.MULTILINE)
-    assert len(set(labels)) == 8, "the README shows the whole summary"
+    names = "data|model|training loss|rows|kill -9|replay|held-out text|cost|peak memory|run|export"
+    labels = re.findall(rf"^({names})  ", shown, re.MULTILINE)
+    assert len(set(labels)) == 11, "the README shows the whole summary"
     for label in set(labels):
         assert re.search(rf"^{label}  ", output, re.MULTILINE), f"the summary has no line {label!r}:\n{output}"
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
     evaluation = summary["evaluation"]
     assert evaluation["bits_per_byte"] < evaluation["xz_bits_per_byte"] < evaluation["gzip_bits_per_byte"]
-    assert summary["peak_memory_bytes"] < 6 * 2**30
+    assert summary["peak_memory_bytes"] < 8 * 2**30
+    proof = summary["proof"]
+    assert (proof["lost"], proof["repeated"], proof["differences"]) == (0, 0, [])
+    assert (proof["steps"], proof["digests_equal"]) == (160, 160)
+    assert len(proof["kills"]) == 1, "half-way, and once, however often it was interrupted before"
+    assert 0 < proof["kills"][0]["resumed"] < proof["kills"][0]["step"]
+    assert proof["replayed"]
+    run_folder = RunFolder(tmp_path / "quickstart/runs/stdlib")
+    assert {event["rank"] for event in run_folder.journal.events("data_served")} == {0, 1}
+    assert not list(run_folder.journal.events("fallback"))
     assert summary["training"]["ranks"] in (1, 2)
     assert_no_process(str(tmp_path))
     again = run(["quickstart"], tmp_path, deadline=60)

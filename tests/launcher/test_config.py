@@ -18,6 +18,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "grace_seconds": 300.0,
         "master_port": None,
         "partition": None,
+        "ray_address": None,
     }
 
 

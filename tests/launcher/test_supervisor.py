@@ -73,6 +73,44 @@ def test_requests_while_nothing_runs_end_the_job() -> None:
     assert (ready.state, ready.exit_code) == (SupervisorState.CANCELLED, 130)
 
 
+def test_a_companion_that_failed_ends_a_running_job() -> None:
+    supervisor = running()
+    assert supervisor.companion_failed(78, "data-service: exit code 78")
+    assert supervisor.state is SupervisorState.KILLING
+    assert not supervisor.companion_failed(70, "the second is not asked")
+    decision = supervisor.attempt_ended(-9, 100)
+    assert (decision.action, decision.exit_code) == (Action.STOP, 78)
+    assert (supervisor.state, supervisor.reason) == (SupervisorState.FAILED, "data-service: exit code 78")
+    assert supervisor.companion_was_the_cause
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "blamed"), [(75, 75, False), (0, 0, False), (1, 74, True), (-9, 74, True), (-15, 74, True)]
+)
+def test_a_companion_that_failed_lets_ranks_save(code: int, exit_code: int, blamed: bool) -> None:
+    supervisor = running()
+    assert supervisor.stop_requested()
+    assert not supervisor.companion_failed(74, "first")
+    assert not supervisor.companion_failed(78, "second")
+    assert supervisor.state is SupervisorState.STOPPING
+    assert supervisor.attempt_ended(code, None).exit_code == exit_code
+    assert supervisor.companion_was_the_cause == blamed
+
+
+def test_a_companion_that_fails_while_nothing_runs_or_too_late() -> None:
+    ready = Supervisor(POLICY)
+    assert not ready.companion_failed(2, "called wrongly")
+    assert (ready.state, ready.exit_code) == (SupervisorState.FAILED, 2)
+    killed = running()
+    assert killed.kill_requested()
+    assert not killed.companion_failed(78, "too late")
+    assert killed.attempt_ended(-9, None).exit_code == 130
+    assert not killed.companion_failed(78, "later still")
+    assert (killed.state, killed.companion_was_the_cause) == (SupervisorState.CANCELLED, False)
+    with pytest.raises(AssertionError, match="no verdict"):
+        running().companion_failed(1, "a crash")
+
+
 def test_no_progress_stops_and_progress_counts_anew() -> None:
     supervisor = running(step=100)
     assert supervisor.attempt_ended(1, 100).action is Action.RESTART  # no progress: first

@@ -10,6 +10,7 @@ from launcher.exits import classify
 from launcher.supervisor import Action, RestartPolicy, Supervisor, SupervisorState
 
 VERDICTS = (2, 70, 74, 78)
+TERMINAL = tuple(state for state in SupervisorState if state.is_terminal)
 codes = st.one_of(st.sampled_from((0, 75, 1, 137, -9, -15, -11, *VERDICTS)), st.integers(1, 255), st.integers(-64, -1))
 steps = st.one_of(st.none(), st.integers(0, 50))
 policies = st.builds(
@@ -27,6 +28,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         super().__init__()
         self.attempts = 0
         self.asked = False
+        self.companion_failed = False
         self.crashes_since_progress = 0
 
     @initialize(policy=policies, step=steps)
@@ -58,8 +60,8 @@ class SupervisorMachine(RuleBasedStateMachine):
             assert self.supervisor.state.is_terminal
             assert self.supervisor.exit_code == decision.exit_code
             assert (decision.exit_code == 0) == (code == 0), "success is neither invented nor hidden"
-        if code in VERDICTS:
-            assert decision.action is Action.STOP
+        if code in VERDICTS or self.companion_failed:
+            assert decision.action is not Action.RESTART
 
     @rule()
     def ask(self) -> None:
@@ -70,6 +72,27 @@ class SupervisorMachine(RuleBasedStateMachine):
     def tell(self) -> None:
         self.asked = True
         self.supervisor.kill_requested()
+
+    @rule(code=st.sampled_from(VERDICTS))
+    def companion(self, code: int) -> None:
+        before = self.supervisor.state
+        kill = self.supervisor.companion_failed(code, "companion")
+        assert kill == (before is SupervisorState.RUNNING), "ranks that save, or are being killed, are left alone"
+        if kill:
+            assert self.supervisor.state is SupervisorState.KILLING
+        elif before in (SupervisorState.READY, SupervisorState.WAITING):
+            assert (self.supervisor.state, self.supervisor.exit_code) == (SupervisorState.FAILED, code)
+        else:
+            assert self.supervisor.state is before
+        self.companion_failed = self.companion_failed or before not in (*TERMINAL, SupervisorState.KILLING)
+
+    @invariant()
+    def blame_is_just(self) -> None:
+        if self.supervisor.companion_was_the_cause:
+            assert self.companion_failed
+            assert (self.supervisor.state, self.supervisor.reason) == (SupervisorState.FAILED, "companion")
+        elif self.companion_failed and self.supervisor.state.is_terminal:
+            assert self.supervisor.exit_code in (0, 75), "only what the ranks finished outranks a verdict"
 
     @invariant()
     def budgets_hold(self) -> None:

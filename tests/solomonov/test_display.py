@@ -66,6 +66,14 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
         empty.journal.write("checkpoint_failed", step=12, cause="ENOSPC", message="no space", path="step-12")
         empty.journal.write("metrics_failed", attempt=1, message="[Errno 28]")
         empty.journal.write("checkpoint_durable", step=12)  # not news either
+        workers = [{"worker": number, "worker_node": "one"} for number in range(2)]
+        empty.journal.write("data_service_started", namespace="n", workers=workers)
+        empty.journal.write("data_worker_died", worker=1, cause="ActorDiedError", seconds=3.0)
+        empty.journal.write("data_worker_frozen", worker=0, worker_pid=7, worker_host="far")
+        empty.journal.write("data_worker_refused", worker=0, message="no shards")
+        empty.journal.write("data_workers_waiting", worker=0, cpus_free=0.0, cpus=2.0)
+        empty.journal.write("data_workers_back", workers=2)
+        empty.journal.write("data_served", rank=0, rows_by_pid={})  # nor this
     output = said(capsys)
     for words in (
         f"run {empty.path} batch {PLAN} watch solomonov tensorboard {empty.path}",
@@ -75,11 +83,18 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
         "no checkpoint at step 12, training goes on: no space (step-12)",
         'metrics failed: {"message": "[Errno 28]"}',
         "step 12/60 loss 2.500",
+        "rows from 2 data workers on 1 Ray node",
+        "data worker 1 died: starting it again; its requests go to others",
+        "data worker 0 holds still (process 7 on far): ending it",
+        "data worker 0 cannot serve: no shards",
+        "data worker 0 waits for room: 0 of the cluster's 2 CPUs are free",
+        "data workers answer again (2): rows come from them",
     ):
         assert words in output
     assert "step 40" not in output
     assert "step 0" not in output
     assert "durable" not in output
+    assert "served" not in output
 
 
 def test_a_line_that_is_being_written_is_waited_for(empty: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +124,11 @@ def test_a_line_that_is_being_written_is_waited_for(empty: RunFolder, capsys: py
         ("restart", {"attempt": 2, "cause": "rank 1 died"}, "starting again (attempt 2): rank 1 died"),
         ("stopping", {"signal": "SIGTERM"}, "stopping (SIGTERM): saving"),
         ("attempt_started", {"attempt": 1}, ""),
+        (
+            "sidecar_restart",
+            {"name": "data-service", "cause": "killed by SIGKILL"},
+            "data-service ended (killed by SIGKILL): starting it again, training goes on",
+        ),
     ],
 )
 def test_events_of_the_launcher(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data_pipeline.build import prepare
+from data_pipeline.dataset import Dataset
 from solomonov.checkpoint import store
 from solomonov.checkpoint.fragments import whole
 from solomonov.checkpoint.writer import Header, commit, write_rank_file
 from solomonov.config import Loaded, load_config
 from solomonov.model.transformer import Transformer
 from solomonov.runfolder import RunFolder
-from solomonov.start import prepare_run
+from solomonov.start import make_stream, prepare_run
 from tests.support.user import User
 
 State = dict[str, torch.Tensor]
@@ -50,6 +53,21 @@ def model_state(run: RunFolder, seed: int) -> State:
         name: value.detach() + torch.randn(value.shape, generator=generator) * 0.1
         for name, value in model.named_parameters()
     }
+
+
+def write_record(run: RunFolder, steps: int) -> list[dict[str, Any]]:
+    """metrics.jsonl as a run of so many steps leaves it: true digests, falling losses."""
+    config = run.config()
+    batch = config.training.global_batch_tokens // config.data.sequence_tokens
+    lines = []
+    with Dataset.open(run.data_folder()) as dataset:
+        stream = make_stream(config, dataset)
+        for step in range(1, steps + 1):
+            digest = stream.rows(list(range((step - 1) * batch, step * batch))).digest()
+            numbers = {"loss": 6.0 / step, "grad_norm": 1.0 / step, "lr": 0.001, "tokens": 100 * step}
+            lines.append({"step": step, **numbers, "skipped": False, "data_digest": f"{digest:016x}", "seconds": 0.1})
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
 
 
 def write_checkpoint(run: RunFolder, step: int, state: State) -> Path:

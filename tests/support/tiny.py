@@ -101,7 +101,8 @@ def train(engine: Engine, first: int, last: int) -> tuple[list[float], list[floa
     for step in range(first, last):
         valid = batch(step, list(range(ROWS))).valid_tokens
         micro = [mine[i : i + plan.micro_rows] for i in range(0, len(mine), plan.micro_rows)]
-        total = engine.forward_backward([batch(step, rows) for rows in micro], valid, LEARNING_RATE)
+        mine_now = [batch(step, rows) for rows in micro] if engine.needs_rows else []
+        total = engine.forward_backward(mine_now, valid, LEARNING_RATE)
         update = engine.update()
         summed = total.double().reshape(1)
         dist.all_reduce(summed)
@@ -131,6 +132,13 @@ def run(layout: Layout, steps: int) -> Outcome:
     engine = make_engine(layout)
     losses, norms = train(engine, 0, steps)
     return Outcome(losses, norms, engine.layout, whole_state(engine))
+
+
+def run_and_tell_needs(layout: Layout, steps: int) -> tuple[Outcome, bool]:
+    """Train from the start; and whether this rank needed rows for it."""
+    engine = make_engine(layout)
+    losses, norms = train(engine, 0, steps)
+    return Outcome(losses, norms, engine.layout, whole_state(engine)), engine.needs_rows
 
 
 def checkpointer(folder: Path, attempt: int = 1) -> Checkpointer:

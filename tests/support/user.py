@@ -111,5 +111,7 @@ class User:
 def unexpected(events: list[dict[str, Any]], *injected: str) -> list[dict[str, Any]]:
     """Fall-backs and faults that a test did not cause: they must be none."""
     kinds = {"fallback", "fault", "replay_mismatch", "checkpoint_failed", "checkpoint_damaged", "metrics_failed"}
+    kinds |= {"data_reissued", "data_refused", "data_worker_died", "data_worker_frozen", "data_worker_refused"}
+    kinds |= {"sidecar_restart", "data_workers_back"}
     kinds |= {"tensorboard_failed", "left_without_checkpoint", "update_skipped", "checkpoint_retention_failed"}
     return [event for event in events if event["event"] in kinds - set(injected)]

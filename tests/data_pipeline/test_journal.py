@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from solomonov.journal import SCHEMA_VERSION, Journal
+from data_pipeline.journal import SCHEMA_VERSION, Journal
 
 
 def test_events_come_back_in_order(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_cut_line_is_closed_off_and_skipped(tmp_path: Path) -> None:
 def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     code = (
-        "import sys; from pathlib import Path; from solomonov.journal import Journal\n"
+        "import sys; from pathlib import Path; from data_pipeline.journal import Journal\n"
         "journal = Journal(Path(sys.argv[1]))\n"
         "for i in range(200): journal.write('e', writer=sys.argv[2], i=i, filler='x' * 300)\n"
     )

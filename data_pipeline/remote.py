@@ -1,0 +1,366 @@
+"""Rows from data workers: a rank's requests, several in flight, asked again elsewhere when one gets no answer.
+
+Whatever happens to workers changes when rows arrive, never which: a request names row numbers, and any worker
+answers any request with the same bytes.
+
+    request -> sent to the worker that owns the rows' lanes
+            -> answered: the rows are copied to their places
+            -> its worker died, or holds still: sent to another, or unsent until there is one
+    no worker for `patience_seconds`, or none that can build them: this process builds the rows by itself
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.cluster import Worker, WorkerLost
+from data_pipeline.errors import DataError
+from data_pipeline.rows import RowBatch
+from data_pipeline.stream import Stream, empty_batch
+from data_pipeline.worker import Reply, error_of
+
+REPLY_BYTES: Final = 2 << 20
+"""Size of a reply that is aimed at: at 1-4 MiB a call costs a few per cent of its rows (measured: 0.08 ms a MiB)."""
+MAX_REPLY_BYTES: Final = 4 << 20
+
+PROBE_SECONDS: Final = 1.5
+"""A worker that owes an answer for so long is pinged: it may be busy, or hold still."""
+PING_SECONDS: Final = 1.0
+"""A worker that does not answer a ping for so long holds still: its requests go to others. Together under 3 s."""
+SLOW_SECONDS: Final = 30.0
+"""A worker that lives but owes an answer for so long (a disk that hangs): another one is asked as well."""
+TURN_SECONDS: Final = 0.1
+START_SECONDS: Final = 3.0
+"""At the start a worker's rows wait so long for it after the first worker is there: they begin at about one time."""
+
+OnEvent = Callable[..., None]
+
+
+class Workers(Protocol):
+    """The data workers as a rank sees them; `cluster.WorkerDirectory` in production."""
+
+    def living(self) -> Mapping[int, Worker]:
+        """The living worker of each number."""
+
+    def lose(self, worker: Worker) -> None:
+        """That worker is gone: look for its next life."""
+
+    def send(self, worker: Worker, numbers: NDArray[np.int64]) -> Any:
+        """Call for rows; WorkerLost where it is known to be gone."""
+
+    def ping(self, worker: Worker) -> Any:
+        """Call that a living worker answers at once."""
+
+    def wait(self, calls: Sequence[Any], timeout: float) -> Sequence[Any]:
+        """Calls that have ended, after at most `timeout` seconds."""
+
+    def result(self, call: Any) -> Reply | None:
+        """What an ended call gave; WorkerLost where nothing will come."""
+
+    def now(self) -> float:
+        """Monotonic seconds."""
+
+    def close(self) -> None:
+        """No more calls."""
+
+
+@dataclass(eq=False)
+class _Step:
+    """The rows of one step, as they arrive."""
+
+    batch: RowBatch
+    missing: int
+    """Requests that have rows of it and are not answered."""
+
+
+@dataclass(eq=False)
+class _Request:
+    """Rows of one or several steps that one worker builds."""
+
+    numbers: NDArray[np.int64]
+    places: list[tuple[_Step, NDArray[np.int64], slice]]
+    """Step, positions in it, and where these rows lie in the request."""
+    owner: int
+    worker: Worker | None = None
+    sent: float = 0.0
+    refused: dict[Worker, DataError] = field(default_factory=dict)
+    """Workers that could not build the rows, and why."""
+
+
+class RemoteRows:
+    """The rows of consecutive steps, from data workers; a source for `Loader`.
+
+    Args:
+        workers: the workers.
+        stream: the same stream here: tells who owns which row, and builds rows where no worker is left.
+        count: how many workers there should be.
+        rows_of: numbers of this rank's rows of a step.
+        steps: the steps that will be asked for, in order.
+        window_bytes: rows that are asked for and not yet used; more only where one step is larger.
+        patience_seconds: how long a step waits while no worker lives.
+        on_event: told of `data_reissued`, `data_refused`, `fallback` and `data_workers_back`.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        stream: Stream,
+        *,
+        count: int,
+        rows_of: Callable[[int], NDArray[np.int64]],
+        steps: range,
+        window_bytes: int,
+        patience_seconds: float,
+        on_event: OnEvent,
+    ) -> None:
+        self._workers, self._stream, self._count = workers, stream, count
+        self._rows_of, self._on_event, self._patience = rows_of, on_event, patience_seconds
+        self._row_bytes = 12 * stream.sequence_tokens
+        self._steps: dict[int, _Step] = {}
+        self._requests: list[_Request] = []
+        self._calls: dict[Any, tuple[Worker, _Request | None]] = {}
+        self._probes: dict[Worker, float] = {}
+        self._still: set[Worker] = set()
+        self._planned, self._end = steps.start, steps.stop
+        self._chunk_steps = 1
+        self._window, self._window_bytes = 0, window_bytes
+        self._met: set[int] = set()
+        self._first_met: float | None = None
+        self._stranded: float | None = None
+        self._alone = False
+        self.reissued = 0
+        """Requests that were sent again."""
+        self.lost = 0
+        """Workers that were lost."""
+        self.served: dict[int, int] = {}
+        """Rows by the process that built them; 0 stands for this one."""
+        self._asked = steps.start
+
+    def rows(self, numbers: NDArray[np.int64], /) -> RowBatch:
+        """The rows of the next step; waits for them.
+
+        Raises:
+            DataError: neither a worker nor this process can build them.
+        """
+        step = self._asked
+        self._plan(step)
+        wanted = self._steps[step]
+        assert np.array_equal(wanted.batch.row_ids, numbers), f"step {step} was announced with other rows"
+        while wanted.missing:
+            self._turn(wanted)
+        del self._steps[step]
+        self._window -= len(numbers) * self._row_bytes
+        self._asked += 1
+        self._plan(self._asked)
+        self._dispatch()
+        return wanted.batch
+
+    def close(self) -> None:
+        """Says who served what, and ends the search for workers."""
+        rows = {str(pid): count for pid, count in sorted(self.served.items()) if pid}
+        self._on_event("data_served", rows_by_pid=rows, rows_inline=self.served.get(0, 0), reissued=self.reissued)
+        self._workers.close()
+
+    # --- requests ------------------------------------------------------------------------------------------
+
+    def _plan(self, needed: int) -> None:
+        """Turns the coming steps into requests: whole chunks while they fit the window, and what is needed now."""
+        while self._planned < self._end and (self._planned <= needed or self._window < self._window_bytes):
+            steps = range(self._planned, min(self._planned + self._chunk_steps, self._end))
+            rows = 0
+            pending: list[tuple[int, _Step, NDArray[np.int64]]] = []
+            for number in steps:
+                row_ids = self._rows_of(number)
+                step = self._steps[number] = _Step(empty_batch(row_ids, self._stream.sequence_tokens), 0)
+                owners = self._owners(row_ids)
+                pending += [(int(k), step, np.flatnonzero(owners == k)) for k in np.unique(owners)]
+                rows += len(row_ids)
+            self._planned = steps.stop
+            self._window += rows * self._row_bytes
+            for owner in sorted({owner for owner, _, _ in pending}):
+                self._requests += self._pack(owner, [(step, at) for k, step, at in pending if k == owner])
+            # The first rows come quickly, later ones in large replies.
+            involved = max(1, len({owner for owner, _, _ in pending}))
+            fitting = max(
+                1, min(REPLY_BYTES * involved, self._window_bytes // 2) * len(steps) // max(1, rows * self._row_bytes)
+            )
+            self._chunk_steps = min(2 * self._chunk_steps, fitting)
+
+    def _owners(self, row_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Worker number of each row. A worker owns lanes, so that each block is read by one worker of the cluster."""
+        return self._stream.lanes_of(row_ids) % self._count
+
+    def _pack(self, owner: int, parts: list[tuple[_Step, NDArray[np.int64]]]) -> Iterator[_Request]:
+        """Requests of at most MAX_REPLY_BYTES for one worker's rows of some steps."""
+        limit = max(1, MAX_REPLY_BYTES // self._row_bytes)
+        places: list[tuple[_Step, NDArray[np.int64], slice]] = []
+        size = 0
+        for step, at in parts:
+            for first in range(0, len(at), limit):
+                piece = at[first : first + limit]
+                if size + len(piece) > limit:
+                    yield _request(owner, places)
+                    places, size = [], 0
+                places.append((step, piece, slice(size, size + len(piece))))
+                size += len(piece)
+        if places:
+            yield _request(owner, places)
+
+    def _dispatch(self) -> None:
+        """Sends what is unsent to living workers: to its owner, or the next one that can."""
+        living = self._workers.living()
+        now = self._workers.now()
+        self._met |= living.keys()
+        if self._met and self._first_met is None:
+            self._first_met = now
+        all_met = self._first_met is not None and now - self._first_met > START_SECONDS
+        for request in [request for request in self._requests if request.worker is None]:
+            others = self._count if all_met or request.owner in self._met else 1
+            for shift in range(others):
+                worker = living.get((request.owner + shift) % self._count)
+                if worker is None or worker in self._still or worker in request.refused:
+                    continue
+                try:
+                    call = self._workers.send(worker, request.numbers)
+                except WorkerLost:
+                    continue
+                request.worker, request.sent = worker, now
+                self._calls[call] = (worker, request)
+                break
+
+    # --- answers -------------------------------------------------------------------------------------------
+
+    def _turn(self, wanted: _Step) -> None:
+        """One look at all calls, at the clock, and at who is left."""
+        self._dispatch()
+        for call in self._workers.wait(list(self._calls), TURN_SECONDS):
+            entry = self._calls.pop(call, None)  # None: its worker was lost at this same look
+            if entry is not None:
+                self._take(call, *entry)
+        self._judge_time()
+        self._help_oneself(wanted)
+
+    def _take(self, call: Any, worker: Worker, request: _Request | None) -> None:
+        try:
+            reply = self._workers.result(call)
+        except WorkerLost as error:
+            self._lose(worker, str(error))
+            return
+        if worker in self._still:
+            self._still.discard(worker)
+        if request is None:
+            self._probes.pop(worker, None)
+        elif request in self._requests:
+            assert reply is not None, "a request for rows is answered with a Reply"
+            self._fill(request, worker, reply)
+
+    def _fill(self, request: _Request, worker: Worker, reply: Reply) -> None:
+        if reply.error is not None:
+            request.refused[worker] = error_of(reply.error)
+            self._on_event("data_refused", worker=worker.number, reason=f"{request.refused[worker].what}")
+            others = set(self._workers.living().values()) - self._still - request.refused.keys()
+            if others:
+                self._again([request], worker, "refused")
+            else:  # where this process cannot either, the data is at fault, and not a worker's machine
+                self._place(request, self._stream.rows(request.numbers), 0)
+            return
+        self._place(request, reply.rows(request.numbers), reply.pid)
+
+    def _place(self, request: _Request, rows: RowBatch, pid: int) -> None:
+        """Copies rows to their steps: the reply's memory is free for the next one at once."""
+        self._requests.remove(request)
+        for step, at, here in request.places:
+            step.batch.input_ids[at] = rows.input_ids[here]
+            step.batch.labels[at] = rows.labels[here]
+            step.batch.document_ids[at] = rows.document_ids[here]
+            step.missing -= 1
+        self.served[pid] = self.served.get(pid, 0) + len(request.numbers)
+
+    # --- faults --------------------------------------------------------------------------------------------
+
+    def _lose(self, worker: Worker, reason: str) -> None:
+        self.lost += 1
+        self._workers.lose(worker)
+        self._forget(worker)
+        self._again([request for request in self._requests if request.worker == worker], worker, "died", reason)
+
+    def _forget(self, worker: Worker) -> None:
+        """No more of that worker's calls are of interest."""
+        self._probes.pop(worker, None)
+        self._still.discard(worker)
+        self._calls = {call: entry for call, entry in self._calls.items() if entry[0] != worker}
+
+    def _again(self, requests: list[_Request], worker: Worker, cause: str, reason: str = "") -> None:
+        """Takes requests back from a worker; they are sent at the next look."""
+        if not requests:
+            return
+        waited = max(self._workers.now() - request.sent for request in requests)
+        for request in requests:
+            request.worker = None
+        self.reissued += len(requests)
+        self._on_event(
+            "data_reissued",
+            worker=worker.number,
+            cause=cause,
+            requests=len(requests),
+            rows=sum(len(request.numbers) for request in requests),
+            waited_seconds=round(waited, 3),
+            **({"reason": reason} if reason else {}),
+        )
+        self._dispatch()
+
+    def _judge_time(self) -> None:
+        now = self._workers.now()
+        for worker in {request.worker for request in self._requests if request.worker is not None}:
+            mine = [request for request in self._requests if request.worker == worker]
+            age = now - min(request.sent for request in mine)
+            asked = self._probes.get(worker)
+            if asked is not None and now - asked > PING_SECONDS and worker not in self._still:
+                self._still.add(worker)
+                self._again(mine, worker, "frozen")
+            elif asked is None and age > PROBE_SECONDS:
+                self._probe(worker, now)
+            elif age > SLOW_SECONDS and set(self._workers.living().values()) - self._still - {worker}:
+                late = [request for request in mine if now - request.sent > SLOW_SECONDS]
+                self._still.add(worker)  # until it answers
+                self._again(late, worker, "slow")
+
+    def _probe(self, worker: Worker, now: float) -> None:
+        try:
+            call = self._workers.ping(worker)
+        except WorkerLost as error:
+            self._lose(worker, str(error))
+            return
+        self._probes[worker] = now
+        self._calls[call] = (worker, None)
+
+    def _help_oneself(self, wanted: _Step) -> None:
+        """Builds the rows that are needed now where no worker has been there for too long."""
+        if set(self._workers.living().values()) - self._still:
+            if self._alone:
+                self._on_event("data_workers_back", workers=len(self._workers.living()))
+            self._stranded, self._alone = None, False
+            return
+        now = self._workers.now()
+        if self._stranded is None:
+            self._stranded = now
+        if not self._alone and now - self._stranded < self._patience:
+            return
+        if not self._alone:
+            reason = f"no data worker answers for {self._patience:g} s"
+            self._on_event("fallback", what="Ray data workers", to="inline", reason=reason)
+            self._alone = True
+        for request in [r for r in self._requests if any(step is wanted for step, _, _ in r.places)]:
+            self._place(request, self._stream.rows(request.numbers), 0)
+
+
+def _request(owner: int, places: list[tuple[_Step, NDArray[np.int64], slice]]) -> _Request:
+    numbers = np.concatenate([step.batch.row_ids[at] for step, at, _ in places])
+    for step, _, _ in places:
+        step.missing += 1
+    return _Request(numbers, places, owner)

@@ -1,0 +1,154 @@
+"""Where a rank's rows come from: built in a thread of its own, or by the data workers of the run's Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.cluster import ClusterLost, WorkerDirectory, join
+from data_pipeline.loader import Loader
+from data_pipeline.remote import RemoteRows
+from data_pipeline.rows import RowBatch
+from data_pipeline.spec import ServiceSpec
+from data_pipeline.stream import Stream
+from solomonov.config import Config
+from solomonov.errors import ConfigurationError
+from solomonov.plan import BatchPlan
+
+OnEvent = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class ClusterPlace:
+    """The Ray cluster of a run's data workers, and where in it their names live."""
+
+    address: str
+    """host:port of the head."""
+    namespace: str
+    """Of the run and the command."""
+
+    def to_environment(self) -> dict[str, str]:
+        """The variables that tell a rank."""
+        return {"SOLOMONOV_RAY_ADDRESS": self.address, "SOLOMONOV_RAY_NAMESPACE": self.namespace}
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str] = os.environ) -> ClusterPlace | None:
+        """What this rank was told; None without Ray."""
+        address = environment.get("SOLOMONOV_RAY_ADDRESS")
+        namespace = environment.get("SOLOMONOV_RAY_NAMESPACE")
+        return ClusterPlace(address, namespace) if address and namespace else None
+
+
+def service_spec(config: Config, stream_identity: str, place: ClusterPlace) -> ServiceSpec:
+    """What the run's data service is told."""
+    return ServiceSpec(
+        address=place.address,
+        namespace=place.namespace,
+        workers=config.data.workers.count,
+        cpus=config.data.workers.cpus,
+        dataset=str(Path(config.data.folder).expanduser().absolute()),
+        stream=stream_identity,
+        sequence_tokens=config.data.sequence_tokens,
+        packing=config.data.packing,
+        seed=config.run.seed,
+        weights={source.name: source.weight for source in config.data.sources},
+        cache_bytes=config.data.cache_bytes,
+    )
+
+
+class Feed:
+    """A rank's micro-batches, step by step, and what befell the data workers meanwhile."""
+
+    def __init__(self, steps: Iterator[list[RowBatch]], remote: RemoteRows | None = None) -> None:
+        self._steps, self._remote = steps, remote
+
+    def __iter__(self) -> Iterator[list[RowBatch]]:
+        return self._steps
+
+    def faults(self) -> tuple[int, int]:
+        """Requests that this rank sent again, and data workers that it lost, in this attempt."""
+        return (self._remote.reissued, self._remote.lost) if self._remote is not None else (0, 0)
+
+
+@contextmanager
+def open_feed(
+    config: Config,
+    plan: BatchPlan,
+    stream: Stream,
+    *,
+    rank: int,
+    first_step: int,
+    needs_rows: bool,
+    place: ClusterPlace | None,
+    on_event: OnEvent,
+) -> Iterator[Feed]:
+    """The micro-batches of this rank's coming steps.
+
+    Args:
+        needs_rows: False where this rank computes without them (inner stages of a pipeline): it asks for none.
+        place: the data workers' cluster, where the configuration wants them.
+        on_event: told of faults of the data workers.
+
+    Raises:
+        ConfigurationError: data workers are wanted, and this rank was not told where.
+    """
+    if not needs_rows:
+        yield Feed(repeat([]))
+        return
+    with ExitStack() as stack:
+        arguments = {"batch_rows": plan.batch_rows, "dp_rank": rank, "dp_size": plan.data_parallel}
+        remote: RemoteRows | None = None
+        if config.data.workers.backend == "ray":
+            share = Loader(stream, **arguments, micro_batch_rows=1, prefetch_steps=0)
+            steps = range(first_step, plan.total_steps)
+            remote = _remote_rows(config, stream, share.row_numbers, steps, place, on_event)
+        if remote is not None:
+            stack.callback(remote.close)
+        loader = Loader(
+            stream if remote is None else remote,
+            **arguments,
+            micro_batch_rows=plan.micro_rows,
+            first_step=first_step,
+            prefetch_steps=config.data.prefetch_steps,
+        )
+        yield Feed(iter(stack.enter_context(loader)), remote)
+
+
+def _remote_rows(
+    config: Config,
+    stream: Stream,
+    rows_of: Callable[[int], NDArray[np.int64]],
+    steps: range,
+    place: ClusterPlace | None,
+    on_event: OnEvent,
+) -> RemoteRows | None:
+    """Rows from the data workers; None, and an event, where the cluster cannot be joined."""
+    if place is None:
+        raise ConfigurationError(
+            "this rank was not told where its data workers are",
+            got="data.workers.backend: ray, SOLOMONOV_RAY_ADDRESS or SOLOMONOV_RAY_NAMESPACE not in the environment",
+            rule="ranks with Ray data workers are started by `solomonov train`, which sets both",
+            remedy=f"start the run with `solomonov train`, or set data.workers.backend: inline (run {config.run.name})",
+        )
+    try:
+        join(place.address, place.namespace)
+    except ClusterLost as error:
+        on_event("fallback", what="Ray data workers", to="inline", reason=str(error))
+        return None
+    return RemoteRows(
+        WorkerDirectory(config.data.workers.count),
+        stream,
+        count=config.data.workers.count,
+        rows_of=rows_of,
+        steps=steps,
+        window_bytes=config.data.workers.window_bytes,
+        patience_seconds=config.data.workers.patience_seconds,
+        on_event=on_event,
+    )

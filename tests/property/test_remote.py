@@ -1,0 +1,262 @@
+"""Rows from simulated data workers that die, freeze, dawdle, refuse and come back: always the rows of the stream.
+
+The clock and the workers are simulated, so that a minute of faults takes a millisecond; what the workers answer is
+what real ones would (the stream's own rows). tests/e2e/test_data_workers.py does it with real processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from data_pipeline.cluster import Worker, WorkerLost
+from data_pipeline.dataset import Dataset
+from data_pipeline.errors import DamagedDataError
+from data_pipeline.remote import MAX_REPLY_BYTES, PING_SECONDS, PROBE_SECONDS, TURN_SECONDS, RemoteRows
+from data_pipeline.rows import RowBatch
+from data_pipeline.stream import Stream
+from data_pipeline.worker import Reply
+from tests.support.datasets import make_documents, write_dataset
+
+PATIENCE = 60.0
+DAMAGE = {"what": "A block is damaged.", "got": "a", "rule": "b", "remedy": "c", "damaged": True}
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> Stream:
+    folder = tmp_path_factory.mktemp("remote") / "dataset"
+    documents = {"one": make_documents(1, 200, 30.0), "two": make_documents(2, 100, 60.0)}
+    write_dataset(folder, documents, sequence_tokens=32, packing="best_fit", lanes=8)
+    return Stream(Dataset.open(folder), sequence_tokens=32, packing="best_fit", seed=3)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What befalls one worker from a moment on."""
+
+    at: float
+    worker: int
+    kind: str  # dies, freezes, dawdles, refuses
+    seconds: float  # until it is back, or as it should be
+
+
+class Simulation:
+    """Workers and clock; a call is a number."""
+
+    def __init__(self, stream: Stream, workers: int, faults: Sequence[Fault]) -> None:
+        self.stream, self.time = stream, 0.0
+        self.faults = faults
+        self.lives = dict.fromkeys(range(workers), 0)
+        self.numbers = count()
+        self.open: dict[int, tuple[Worker, NDArray[np.int64] | None, float]] = {}
+        self.largest = 0
+        self.closed = False
+
+    def struck(self, number: int, kind: str) -> bool:
+        return any(f.worker == number and f.kind == kind and f.at <= self.time < f.at + f.seconds for f in self.faults)
+
+    def incarnation(self, number: int) -> int:
+        """One more for each death that is over or under way."""
+        return sum(f.worker == number and f.kind == "dies" and f.at <= self.time for f in self.faults)
+
+    def living(self) -> Mapping[int, Worker]:
+        alive = [number for number in self.lives if not self.struck(number, "dies")]
+        # A dead worker stays listed until somebody says that it is lost, as in the real directory.
+        return {n: Worker(n, self.incarnation(n)) for n in alive if self.incarnation(n) >= self.lives[n]}
+
+    def lose(self, worker: Worker) -> None:
+        self.lives[worker.number] = max(self.lives[worker.number], worker.incarnation + 1)
+
+    def send(self, worker: Worker, numbers: NDArray[np.int64]) -> int:
+        if self.dead(worker):
+            raise WorkerLost("known to be gone")
+        self.largest = max(self.largest, len(numbers))
+        return self.call(worker, numbers, 3.0 if self.struck(worker.number, "dawdles") else 0.01)
+
+    def ping(self, worker: Worker) -> int:
+        return self.call(worker, None, 0.001)
+
+    def call(self, worker: Worker, numbers: NDArray[np.int64] | None, seconds: float) -> int:
+        call = next(self.numbers)
+        self.open[call] = (worker, numbers, self.time + seconds)
+        return call
+
+    def dead(self, worker: Worker) -> bool:
+        return self.incarnation(worker.number) != worker.incarnation or self.struck(worker.number, "dies")
+
+    def wait(self, calls: Sequence[Any], timeout: float) -> Sequence[int]:
+        assert timeout == TURN_SECONDS
+        self.time += timeout
+
+        def over(call: int) -> bool:
+            worker, _, due = self.open[call]
+            return self.dead(worker) or (due <= self.time and not self.struck(worker.number, "freezes"))
+
+        return [call for call in calls if over(call)]
+
+    def result(self, call: int) -> Reply | None:
+        worker, numbers, _ = self.open.pop(call)
+        if self.dead(worker):
+            raise WorkerLost("it died")
+        if numbers is None:
+            return None
+        if self.struck(worker.number, "refuses"):
+            return Reply(worker.number + 1, error=DAMAGE)
+        rows = self.stream.rows(numbers)
+        return Reply(worker.number + 1, arrays=(rows.input_ids, rows.labels, rows.document_ids))
+
+    def now(self) -> float:
+        return self.time
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def remote(
+    stream: Stream, simulation: Simulation, *, workers: int, batch: int, end: int, window: int, first: int = 0
+) -> tuple[RemoteRows, list[tuple[str, dict[str, Any]]]]:
+    events: list[tuple[str, dict[str, Any]]] = []
+    rows = RemoteRows(
+        simulation,
+        stream,
+        count=workers,
+        rows_of=lambda step: np.arange(step * batch, (step + 1) * batch, dtype=np.int64),
+        steps=range(first, end),
+        window_bytes=window,
+        patience_seconds=PATIENCE,
+        on_event=lambda kind, **fields: events.append((kind, fields)),
+    )
+    return rows, events
+
+
+def same(a: RowBatch, b: RowBatch) -> bool:
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name))
+        for name in ("row_ids", "input_ids", "labels", "document_ids")
+    )
+
+
+faults = st.lists(
+    st.builds(
+        Fault,
+        at=st.floats(0, 20),
+        worker=st.integers(0, 3),
+        kind=st.sampled_from(["dies", "freezes", "dawdles", "refuses"]),
+        seconds=st.floats(0.05, 100),
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=60)
+@given(
+    workers=st.integers(1, 4),
+    batch=st.integers(1, 40),
+    first=st.integers(0, 50),
+    steps=st.integers(1, 40),
+    window=st.sampled_from([1, 1 << 10, 1 << 14, 1 << 20]),
+    faults=faults,
+)
+def test_whatever_befalls_the_workers_the_rows_are_the_streams(
+    stream: Stream, workers: int, batch: int, first: int, steps: int, window: int, faults: list[Fault]
+) -> None:
+    harmless = [fault for fault in faults if fault.kind != "refuses"]  # all refusing at once is a test of its own
+    simulation = Simulation(stream, workers, harmless)
+    rows, events = remote(
+        stream, simulation, workers=workers, batch=batch, first=first, end=first + steps, window=window
+    )
+    for step in range(first, first + steps):
+        numbers = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
+        got = rows.rows(numbers)
+        assert same(got, stream.rows(numbers)), f"step {step}"
+        got.input_ids[:] = 0  # the caller's own: nobody else's rows change
+        simulation.time += 0.05
+        # Bounded: what is asked for ahead stays within the window, but for one chunk.
+        assert rows._window <= max(window, 0) + max(window // 2, batch * 384) or rows._planned == first + steps
+    rows.close()
+    assert simulation.closed
+    assert sum(rows.served.values()) == steps * batch, "each row was taken once"
+    assert simulation.largest * 384 <= MAX_REPLY_BYTES
+    assert sum(fields["requests"] for kind, fields in events if kind == "data_reissued") == rows.reissued
+    if not harmless:
+        assert [kind for kind, _ in events] == ["data_served"]
+
+
+@settings(max_examples=30)
+@given(refusing=st.sets(st.integers(0, 2), max_size=2), batch=st.integers(8, 40))
+def test_rows_that_one_worker_cannot_build_come_from_another(stream: Stream, refusing: set[int], batch: int) -> None:
+    simulation = Simulation(stream, 3, [Fault(0.0, number, "refuses", 1e9) for number in refusing])
+    rows, events = remote(stream, simulation, workers=3, batch=batch, end=12, window=1 << 14)
+    for step in range(12):
+        numbers = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
+        assert same(rows.rows(numbers), stream.rows(numbers))
+    told = {fields["worker"] for kind, fields in events if kind == "data_refused"}
+    assert told == refusing or (told < refusing and batch < 24)
+
+
+def test_rows_that_no_worker_can_build_are_built_here(stream: Stream) -> None:
+    simulation = Simulation(stream, 2, [Fault(0.0, number, "refuses", 1e9) for number in range(2)])
+    rows, events = remote(stream, simulation, workers=2, batch=16, end=3, window=1 << 14)
+    for step in range(3):
+        numbers = np.arange(step * 16, (step + 1) * 16, dtype=np.int64)
+        assert same(rows.rows(numbers), stream.rows(numbers))
+    assert {kind for kind, _ in events} == {"data_refused", "data_reissued"}
+    assert rows.served == {0: 48}
+
+
+def test_damage_that_is_seen_here_too_is_raised_as_such(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", {"one": make_documents(1, 200, 30.0)}, sequence_tokens=32, packing="concat")
+    for shard in (tmp_path / "data" / "shards").glob("*.tar"):
+        data = bytearray(shard.read_bytes())
+        data[512:] = bytes(byte ^ 1 for byte in data[512:])
+        shard.write_bytes(data)
+    damaged = Stream(Dataset.open(tmp_path / "data"), sequence_tokens=32, packing="concat", seed=3)
+    simulation = Simulation(damaged, 2, [Fault(0.0, number, "refuses", 1e9) for number in range(2)])
+    rows, _ = remote(damaged, simulation, workers=2, batch=16, end=3, window=1 << 14)
+    with pytest.raises(DamagedDataError, match="damaged"):
+        rows.rows(np.arange(16, dtype=np.int64))
+
+
+def test_a_frozen_worker_costs_its_probe_and_its_ping(stream: Stream) -> None:
+    simulation = Simulation(stream, 2, [Fault(0.0, 1, "freezes", 1e9)])
+    rows, events = remote(stream, simulation, workers=2, batch=16, end=3, window=1 << 14)
+    for step in range(3):
+        numbers = np.arange(step * 16, (step + 1) * 16, dtype=np.int64)
+        assert same(rows.rows(numbers), stream.rows(numbers))
+    [reissued] = [fields for kind, fields in events if kind == "data_reissued"]
+    assert reissued["cause"] == "frozen"
+    assert PROBE_SECONDS + PING_SECONDS <= reissued["waited_seconds"] <= 3.0, "in the simulation's seconds"
+
+
+def test_a_worker_that_is_busy_is_not_called_frozen(stream: Stream) -> None:
+    simulation = Simulation(stream, 2, [Fault(0.0, 0, "dawdles", 1e9), Fault(0.0, 1, "dawdles", 1e9)])
+    rows, events = remote(stream, simulation, workers=2, batch=16, end=3, window=1 << 14)
+    for step in range(3):
+        rows.rows(np.arange(step * 16, (step + 1) * 16, dtype=np.int64))
+    assert not events
+
+
+def test_without_any_worker_the_rank_waits_then_helps_itself_and_goes_back(stream: Stream) -> None:
+    faults = [Fault(5.0, number, "dies", 100.0) for number in range(2)]
+    simulation = Simulation(stream, 2, faults)
+    rows, events = remote(stream, simulation, workers=2, batch=16, end=60, window=1)
+    for step in range(60):
+        numbers = np.arange(step * 16, (step + 1) * 16, dtype=np.int64)
+        before = simulation.time
+        assert same(rows.rows(numbers), stream.rows(numbers))
+        if simulation.time - before > 1.0:
+            assert 5.0 + PATIENCE <= simulation.time <= 5.0 + PATIENCE + 5.0, "the one wait"
+        simulation.time += 3.0
+    kinds = [kind for kind, _ in events if kind in ("fallback", "data_workers_back")]
+    assert kinds == ["fallback", "data_workers_back"], "once a spell, not once a step"
+    assert rows.served[0] > 0
+    assert rows.served.keys() > {0}

@@ -1,0 +1,113 @@
+"""A rank's feed: inline, for a rank that needs no rows, and what it is told about its data workers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.dataset import Dataset
+from solomonov.errors import ConfigurationError
+from solomonov.feed import ClusterPlace, open_feed, service_spec
+from solomonov.plan import plan_batch
+from solomonov.start import make_stream
+from tests.support.processes import program_environment, run_program
+from tests.support.runs import begin_run, prepared_user
+
+
+def never(kind: str, **fields: Any) -> None:
+    raise AssertionError(f"{kind} {fields}")
+
+
+@pytest.fixture
+def parts(tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Configuration, plan and stream of a prepared run."""
+    run = begin_run(prepared_user(tmp_path / "work"), *getattr(request, "param", ()), ranks=2)
+    config = run.config()
+    plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=2)
+    return {"config": config, "plan": plan, "stream": make_stream(config, Dataset.open(run.data_folder()))}
+
+
+def test_inline_is_a_loader_of_the_stream(parts: dict[str, Any]) -> None:
+    with open_feed(**parts, rank=1, first_step=3, needs_rows=True, place=None, on_event=never) as feed:
+        steps = list(islice(feed, 2))
+        assert feed.faults() == (0, 0)
+    assert [[part.row_ids.tolist() for part in step] for step in steps] == [[[25, 27, 29, 31]], [[33, 35, 37, 39]]]
+    assert steps[0][0].digest() == parts["stream"].rows([25, 27, 29, 31]).digest()
+
+
+def test_a_rank_that_needs_no_rows_asks_for_none(parts: dict[str, Any]) -> None:
+    with open_feed(**parts, rank=1, first_step=0, needs_rows=False, place=None, on_event=never) as feed:
+        assert list(islice(feed, 3)) == [[], [], []]
+    assert parts["stream"].blocks_read == 0
+
+
+@pytest.mark.parametrize("parts", [("data.workers.backend=ray",)], indirect=True)
+def test_without_a_place_data_workers_are_refused(parts: dict[str, Any]) -> None:
+    with (
+        pytest.raises(ConfigurationError, match="not told where its data workers are"),
+        open_feed(**parts, rank=0, first_step=0, needs_rows=True, place=None, on_event=never),
+    ):
+        pass
+
+
+# In a process of its own: a Ray that looks for its head in vain may end the process that it is in.
+IN_VAIN = """
+import json, os, sys
+from pathlib import Path
+from data_pipeline import cluster
+from data_pipeline.dataset import Dataset
+from solomonov.feed import ClusterPlace, open_feed
+from solomonov.plan import plan_batch
+from solomonov.runfolder import RunFolder
+from solomonov.start import make_stream
+
+cluster.JOIN_SECONDS = 1.0
+run = RunFolder(Path(sys.argv[1]))
+config = run.config()
+plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=2)
+stream = make_stream(config, Dataset.open(run.data_folder()))
+place = ClusterPlace(sys.argv[2], "nobody")
+events = []
+with open_feed(config, plan, stream, rank=0, first_step=0, needs_rows=True, place=place,
+               on_event=lambda kind, **fields: events.append([kind, fields])) as feed:
+    [part] = next(iter(feed))
+print(json.dumps([part.row_ids.tolist(), events]), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.ray
+def test_a_cluster_that_cannot_be_joined_is_done_without(tmp_path: Path) -> None:
+    run = begin_run(prepared_user(tmp_path / "work"), "data.workers.backend=ray", ranks=2)
+    code, output = run_program(
+        [sys.executable, "-c", IN_VAIN, run.path, "127.0.0.2:1"],
+        log=tmp_path / "log",
+        deadline=120,
+        env=program_environment(RAY_gcs_rpc_server_reconnect_timeout_s="600"),
+    )
+    assert code == 0, output
+    rows, [[kind, fields]] = json.loads(next(line for line in output.splitlines() if line.startswith("[[")))
+    assert rows == [0, 2, 4, 6]
+    assert (kind, fields["to"]) == ("fallback", "inline")
+    assert "127.0.0.2:1" in fields["reason"]
+
+
+def test_a_place_travels_by_the_environment() -> None:
+    place = ClusterPlace("127.0.0.2:6379", "solomonov-abc-1")
+    assert ClusterPlace.from_environment(place.to_environment()) == place
+    assert set(place.to_environment()) == {"SOLOMONOV_RAY_ADDRESS", "SOLOMONOV_RAY_NAMESPACE"}
+    assert ClusterPlace.from_environment({}) is None
+    assert ClusterPlace.from_environment({"SOLOMONOV_RAY_ADDRESS": "a:1"}) is None
+
+
+def test_the_service_is_told_of_the_same_stream(parts: dict[str, Any]) -> None:
+    spec = service_spec(parts["config"], parts["stream"].identity, ClusterPlace("127.0.0.2:1", "n"))
+    from data_pipeline.worker import DataWorker
+
+    values = {**spec.model_dump(), "dataset": str(parts["stream"].dataset.manifest.folder)}
+    assert DataWorker(values).check()["error"] is None

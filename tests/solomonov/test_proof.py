@@ -1,0 +1,93 @@
+"""The proof of a run's records: true ones hold, and each kind of falsehood is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from solomonov.proof import prove_record
+from solomonov.runfolder import RunFolder
+from tests.support.runs import begin_run, prepared_user, write_record
+
+Lines = list[dict[str, Any]]
+LAYOUT = {"device": "cpu", "precision": "fp32", "world": 2}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return begin_run(prepared_user(tmp_path / "work"), ranks=2)
+
+
+def write(path: Path, lines: Lines) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_true_record_holds(run: RunFolder) -> None:
+    write_record(run, 12)
+    proof = prove_record(run)
+    assert proof.holds
+    assert (proof.steps, proof.rows, proof.digests_equal) == (12, 96, 12)
+    assert not proof.replayed
+
+
+@pytest.mark.parametrize(
+    ("falsify", "what"),
+    [
+        (lambda lines: lines.pop(4), ("lost", 8)),
+        (lambda lines: lines.insert(4, dict(lines[4])), ("repeated", 8)),
+        (lambda lines: lines[4].update(data_digest=lines[5]["data_digest"]), ("digests_equal", 11)),
+        (lambda lines: lines[4].update(data_digest="0" * 16), ("digests_equal", 11)),
+    ],
+    ids=["a step is missing", "a step stands twice", "rows of another step", "rows of no step"],
+)
+def test_a_false_record_does_not(run: RunFolder, falsify: Callable[[Lines], None], what: tuple[str, int]) -> None:
+    lines = write_record(run, 12)
+    falsify(lines)
+    write(run.metrics, lines)
+    proof = prove_record(run)
+    assert not proof.holds
+    assert getattr(proof, what[0]) == what[1]
+
+
+def with_replay(run: RunFolder, layouts: tuple[dict[str, Any], dict[str, Any]], **before: Any) -> Lines:
+    """A record whose steps 9 to 12 were trained twice; `before` is what stood in the first line of step 10."""
+    lines = write_record(run, 14)
+    first = [{**line, "attempt": 1} for line in lines[8:12]]
+    first[1].update(before)
+    write(run.metrics.with_suffix(".superseded.jsonl"), first)
+    run.journal.write("resumed", attempt=1, step=0, layout=layouts[0])
+    run.journal.write("kill_injected", rank=1, victim=1, step=12)
+    run.journal.write("resumed", attempt=2, step=8, layout=layouts[1])
+    return lines
+
+
+def test_a_replay_at_the_same_layout_is_equal_to_the_bit(run: RunFolder) -> None:
+    lines = with_replay(run, (LAYOUT, LAYOUT))
+    proof = prove_record(run)
+    assert proof.holds
+    assert proof.exact
+    assert proof.replayed == [9, 10, 11, 12]
+    assert [(kill["rank"], kill["step"], kill["resumed"]) for kill in proof.kills] == [(1, 12, 8)]
+    assert [column["step"] for column in proof.columns] == [9, 10, 11, 12]
+    assert all(column["data_digest"] == column["order"] for column in proof.columns)
+    assert all(column["before"] == column["after"] == lines[column["step"] - 1]["loss"] for column in proof.columns)
+
+
+@pytest.mark.parametrize("change", [{"loss": 0.6000001}, {"data_digest": "0" * 16}, {"tokens": 1}])
+def test_a_replay_that_differs_is_named(run: RunFolder, change: dict[str, Any]) -> None:
+    with_replay(run, (LAYOUT, LAYOUT), **change)
+    proof = prove_record(run)
+    assert not proof.holds
+    [difference] = proof.differences
+    assert difference.startswith(f"step 10: {next(iter(change))}")
+
+
+def test_at_another_layout_the_bound_is_the_rule(run: RunFolder) -> None:
+    with_replay(run, (LAYOUT, {**LAYOUT, "world": 1}), loss=0.6000001)
+    proof = prove_record(run)
+    assert proof.holds
+    assert not proof.exact
