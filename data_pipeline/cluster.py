@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from data_pipeline.worker import DataWorker, Reply
 
 JOIN_SECONDS: Final = 60.0
 """A cluster that is there takes a rank within half a second."""
+
+KNOCK_SECONDS: Final = 5.0
 
 _LOOK_SECONDS: Final = (0.1, 2.0)
 """First and last interval between two looks for a worker that is missing."""
@@ -75,6 +78,7 @@ def join(address: str, namespace: str) -> None:
             rule="data workers and preparation on Ray need it on every machine",
             remedy="pip install 'solomonov[ray]', or set data.workers.backend: inline and data.prepare.backend: local",
         ) from error
+    _knock(address)  # Ray itself would try for most of a minute
     failure: list[BaseException] = []
 
     def connect() -> None:
@@ -97,6 +101,15 @@ def join(address: str, namespace: str) -> None:
         raise ClusterLost(f"no answer from {address} within {JOIN_SECONDS:g} s")
     if failure:
         raise ClusterLost(f"{address}: {failure[0]}") from failure[0]
+
+
+def _knock(address: str) -> None:
+    """Raises ClusterLost where nobody listens at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ClusterLost(f"{address}: {error}") from error
 
 
 def leave() -> None:

@@ -26,7 +26,7 @@ class RowSource(Protocol):
 
 
 class Loader:
-    """Iterates over steps without end; an item is the list of this rank's micro-batches of one step.
+    """Iterates over steps; an item is the list of this rank's micro-batches of one step.
 
     Step s (from 0) has the rows [s * batch_rows, (s+1) * batch_rows); rank r takes those with
     i mod dp_size = r, in increasing order, so the ranks share out any batch, evenly or not. A rank's rows
@@ -39,6 +39,7 @@ class Loader:
         dp_rank, dp_size: which data-parallel rank this is, of how many.
         micro_batch_rows: rows of a micro-batch.
         first_step: step of the first item.
+        end_step: there is no item from this step on, and nothing is built for it; None: without end.
         prefetch_steps: steps that are built ahead, by one daemon thread; 0 builds each when it is asked for,
             without a thread.
 
@@ -55,6 +56,7 @@ class Loader:
         dp_size: int = 1,
         micro_batch_rows: int,
         first_step: int = 0,
+        end_step: int | None = None,
         prefetch_steps: int = 2,
     ) -> None:
         if min(batch_rows, micro_batch_rows, dp_size) < 1 or min(first_step, prefetch_steps) < 0:
@@ -67,7 +69,7 @@ class Loader:
         self._stream = stream
         self._batch_rows, self._micro_batch_rows = batch_rows, micro_batch_rows
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._prefetch_steps = prefetch_steps
+        self._prefetch_steps, self._end_step = prefetch_steps, end_step
         self.next_step = first_step
         """Step of the next item."""
         self._ready: deque[list[RowBatch]] = deque()
@@ -95,6 +97,8 @@ class Loader:
 
     def __next__(self) -> list[RowBatch]:
         """The micro-batches of step `next_step`."""
+        if self.next_step == self._end_step:
+            raise StopIteration
         if self._prefetch_steps == 0:
             if self._closed:
                 raise StopIteration
@@ -137,7 +141,7 @@ class Loader:
 
     def _work(self, step: int) -> None:
         with _Handover(self):
-            while True:
+            while step != self._end_step:
                 item = self._build(step)
                 with self._changed:
                     self._ready.append(item)

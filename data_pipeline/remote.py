@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -67,6 +68,10 @@ class Workers(Protocol):
 
     def close(self) -> None:
         """No more calls."""
+
+
+class Cancelled(Exception):
+    """Nobody wants the rows any more."""
 
 
 @dataclass(eq=False)
@@ -133,6 +138,7 @@ class RemoteRows:
         self._first_met: float | None = None
         self._stranded: float | None = None
         self._alone = False
+        self._cancelled = Event()
         self.reissued = 0
         """Requests that were sent again."""
         self.lost = 0
@@ -152,6 +158,8 @@ class RemoteRows:
         wanted = self._steps[step]
         assert np.array_equal(wanted.batch.row_ids, numbers), f"step {step} was announced with other rows"
         while wanted.missing:
+            if self._cancelled.is_set():
+                raise Cancelled(f"the rows of step {step} are not wanted any more")
             self._turn(wanted)
         del self._steps[step]
         self._window -= len(numbers) * self._row_bytes
@@ -159,6 +167,10 @@ class RemoteRows:
         self._plan(self._asked)
         self._dispatch()
         return wanted.batch
+
+    def cancel(self) -> None:
+        """Ends the wait for rows, if there is one, in whatever thread: it raises Cancelled."""
+        self._cancelled.set()
 
     def close(self) -> None:
         """Says who served what, and ends the search for workers."""

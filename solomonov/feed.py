@@ -116,9 +116,13 @@ def open_feed(
             **arguments,
             micro_batch_rows=plan.micro_rows,
             first_step=first_step,
+            end_step=plan.total_steps,
             prefetch_steps=config.data.prefetch_steps,
         )
-        yield Feed(iter(stack.enter_context(loader)), remote)
+        feed = Feed(iter(stack.enter_context(loader)), remote)
+        if remote is not None:
+            stack.callback(remote.cancel)  # before the loader: its thread may be waiting for rows
+        yield feed
 
 
 def _remote_rows(

@@ -183,3 +183,22 @@ def test_closing_from_another_thread_wakes_a_waiting_consumer() -> None:
 def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError):
         Loader(Numbers(), **{"batch_rows": 4, "micro_batch_rows": 2, **wrong})
+
+
+@pytest.mark.parametrize("prefetch_steps", [0, 1, 5])
+def test_it_ends_before_the_end_step_and_builds_nothing_for_it(prefetch_steps: int) -> None:
+    asked: list[int] = []
+
+    class Asked:
+        def rows(self, indices: NDArray[np.int64], /) -> RowBatch:
+            asked.extend(indices.tolist())
+            ids = indices[:, None].astype(np.int32)
+            return RowBatch(indices, ids, ids, ids)
+
+    arguments = {"batch_rows": 4, "micro_batch_rows": 4, "first_step": 2, "end_step": 5}
+    with Loader(Asked(), **arguments, prefetch_steps=prefetch_steps) as loader:
+        assert [part.row_ids[0] for [part] in loader] == [8, 12, 16]
+        assert next(loader, None) is None
+    assert asked == list(range(8, 20))
+    with Loader(Asked(), **{**arguments, "first_step": 5}, prefetch_steps=prefetch_steps) as loader:
+        assert next(loader, None) is None

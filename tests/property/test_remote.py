@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from data_pipeline.cluster import Worker, WorkerLost
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DamagedDataError
-from data_pipeline.remote import MAX_REPLY_BYTES, PING_SECONDS, PROBE_SECONDS, TURN_SECONDS, RemoteRows
+from data_pipeline.remote import MAX_REPLY_BYTES, PING_SECONDS, PROBE_SECONDS, TURN_SECONDS, Cancelled, RemoteRows
 from data_pipeline.rows import RowBatch
 from data_pipeline.stream import Stream
 from data_pipeline.worker import Reply
@@ -260,3 +260,19 @@ def test_without_any_worker_the_rank_waits_then_helps_itself_and_goes_back(strea
     assert kinds == ["fallback", "data_workers_back"], "once a spell, not once a step"
     assert rows.served[0] > 0
     assert rows.served.keys() > {0}
+
+
+def test_a_wait_for_rows_that_nobody_wants_any_more_ends(stream: Stream) -> None:
+    simulation = Simulation(stream, 1, [Fault(0.0, 0, "dies", 1e9)])
+    rows, events = remote(stream, simulation, workers=1, batch=16, end=3, window=1 << 14)
+    wait = simulation.wait
+
+    def wait_a_while(calls: Sequence[Any], timeout: float) -> Sequence[int]:
+        if simulation.time > 5.0:
+            rows.cancel()
+        return wait(calls, timeout)
+
+    simulation.wait = wait_a_while  # type: ignore[method-assign]
+    with pytest.raises(Cancelled):
+        rows.rows(np.arange(16, dtype=np.int64))
+    assert not events

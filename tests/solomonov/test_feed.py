@@ -55,18 +55,16 @@ def test_without_a_place_data_workers_are_refused(parts: dict[str, Any]) -> None
         pass
 
 
-# In a process of its own: a Ray that looks for its head in vain may end the process that it is in.
+# In a process of its own: it would be a driver of Ray.
 IN_VAIN = """
 import json, os, sys
 from pathlib import Path
-from data_pipeline import cluster
 from data_pipeline.dataset import Dataset
 from solomonov.feed import ClusterPlace, open_feed
 from solomonov.plan import plan_batch
 from solomonov.runfolder import RunFolder
 from solomonov.start import make_stream
 
-cluster.JOIN_SECONDS = 1.0
 run = RunFolder(Path(sys.argv[1]))
 config = run.config()
 plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=2)
