@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ JOIN_SECONDS: Final = 60.0
 """A cluster that is there takes a rank within half a second."""
 
 KNOCK_SECONDS: Final = 5.0
+QUIET_SECONDS: Final = 30.0
 
 _LOOK_SECONDS: Final = (0.1, 2.0)
 """First and last interval between two looks for a worker that is missing."""
@@ -53,7 +56,20 @@ class Worker(NamedTuple):
 
 
 class WorkerLost(Exception):
-    """A call got no answer, because its worker, its node or its reply is gone; another worker can be asked."""
+    """A call got no answer, because its worker, its node or its reply is gone; another worker can be asked.
+
+    Args:
+        message: what Ray says.
+        gone: the worker has ended; else it may be heard again.
+    """
+
+    def __init__(self, message: str, *, gone: bool = True) -> None:
+        super().__init__(message)
+        self.gone = gone
+
+
+class WorkerFailed(Exception):
+    """A worker met an error that it has no answer for."""
 
 
 class ClusterLost(Exception):
@@ -69,6 +85,7 @@ def join(address: str, namespace: str) -> None:
         DataConfigurationError: Ray is not installed.
         ClusterLost: it cannot be reached or refuses us.
     """
+    hook = sys.excepthook
     try:
         import ray
     except ImportError as error:
@@ -78,6 +95,8 @@ def join(address: str, namespace: str) -> None:
             rule="data workers and preparation on Ray need it on every machine",
             remedy="pip install 'solomonov[ray]', or set data.workers.backend: inline and data.prepare.backend: local",
         ) from error
+    # Ray's own would ask the head before it lets a crash be known, for as long as the head is gone.
+    sys.excepthook = hook
     _knock(address)  # Ray itself would try for most of a minute
     failure: list[BaseException] = []
 
@@ -242,11 +261,16 @@ def result_of(call: Any) -> Any:
     except ray.exceptions.RayTaskError:
         raise
     except ray.exceptions.RayError as error:
-        raise WorkerLost(f"{type(error).__name__}: {_first_line(error)}") from error
+        gone = isinstance(error, ray.exceptions.ActorDiedError)
+        raise WorkerLost(f"{type(error).__name__}: {_gist(error)}", gone=gone) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _gist(error: BaseException) -> str:
+    """The first line of an error's text; of one that was raised on another process, the last one, which names it."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if any(line.startswith("Traceback ") or "creation task" in line for line in lines) else lines[0]
 
 
 class WorkerDirectory:
@@ -274,10 +298,11 @@ class WorkerDirectory:
         with self._lock:
             return dict(self._living)
 
-    def lose(self, worker: Worker) -> None:
-        """That worker is gone: look for its next life."""
+    def lose(self, worker: Worker, *, gone: bool) -> None:
+        """That worker is not heard any more: look for its next life, or for the same one where it is not gone."""
         with self._lock:
-            self._buried[worker.number] = max(self._buried.get(worker.number, 0), worker.incarnation)
+            if gone:
+                self._buried[worker.number] = max(self._buried.get(worker.number, 0), worker.incarnation)
             if self._living.get(worker.number) == worker:
                 del self._living[worker.number]
             self._handles.pop(worker, None)
@@ -304,8 +329,13 @@ class WorkerDirectory:
         return wait_calls(calls, timeout)
 
     def result(self, call: Any) -> Reply | None:
-        """See `result_of`."""
-        reply: Reply | None = result_of(call)
+        """See `result_of`; WorkerFailed where the worker raised an error that it has no answer for."""
+        import ray
+
+        try:
+            reply: Reply | None = result_of(call)
+        except ray.exceptions.RayTaskError as error:
+            raise WorkerFailed(_gist(error)) from error
         return reply
 
     def now(self) -> float:
@@ -359,12 +389,17 @@ class WorkerDirectory:
 
 
 def run_tasks(
-    function: Callable[..., Any], calls: Iterator[tuple[Any, tuple[Any, ...]]], *, in_flight: int
+    function: Callable[..., Any],
+    calls: Iterator[tuple[Any, tuple[Any, ...]]],
+    *,
+    in_flight: int,
+    on_quiet: Callable[[], None],
 ) -> Generator[tuple[Any, Any]]:
     """Runs `function` on the cluster for each (key, arguments); yields (key, result) as they end.
 
     A task whose node or process dies is run again, up to 3 times: it must be idempotent. Closing the generator ends
-    the tasks that run: when it returns, none does, as far as the cluster answers within 10 s.
+    the tasks that run: when it returns, none does, as far as the cluster answers within 10 s. `on_quiet` is called
+    whenever none has ended for QUIET_SECONDS.
 
     Raises:
         DataError: a task's process died each time.
@@ -373,13 +408,18 @@ def run_tasks(
 
     task = ray.remote(function).options(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")
     running: dict[Any, Any] = {}
+    heard = time.monotonic()
     try:
         while True:
             while len(running) < in_flight and (entry := next(calls, None)) is not None:
                 running[task.remote(*entry[1])] = entry[0]
             if not running:
                 return
+            if time.monotonic() - heard > QUIET_SECONDS:
+                heard = time.monotonic()
+                on_quiet()
             for call in wait_calls(list(running), 1.0):
+                heard = time.monotonic()
                 key = running.pop(call)
                 try:
                     yield key, result_of(call)

@@ -6,21 +6,22 @@ answers any request with the same bytes.
     request -> sent to the worker that owns the rows' lanes
             -> answered: the rows are copied to their places
             -> its worker died, or holds still: sent to another, or unsent until there is one
-    no worker for `patience_seconds`, or none that can build them: this process builds the rows by itself
+            -> none can be asked for `patience_seconds`: this process builds the rows of the step by itself
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Event
 from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.cluster import Worker, WorkerLost
-from data_pipeline.errors import DataError
+from data_pipeline.cluster import Worker, WorkerFailed, WorkerLost
+from data_pipeline.config import WorkersConfig
 from data_pipeline.rows import RowBatch
 from data_pipeline.stream import Stream, empty_batch
 from data_pipeline.worker import Reply, error_of
@@ -30,11 +31,14 @@ REPLY_BYTES: Final = 2 << 20
 MAX_REPLY_BYTES: Final = 4 << 20
 
 PROBE_SECONDS: Final = 1.5
-"""A worker that owes an answer for so long is pinged: it may be busy, or hold still."""
+"""A worker that owes an answer and was not heard for so long is pinged: it may be busy, or hold still."""
 PING_SECONDS: Final = 1.0
 """A worker that does not answer a ping for so long holds still: its requests go to others. Together under 3 s."""
 SLOW_SECONDS: Final = 30.0
-"""A worker that lives but owes an answer for so long (a disk that hangs): another one is asked as well."""
+"""A worker that answers pings but owes rows for so long (a disk that hangs): another one is asked as well."""
+SHUNNED_SECONDS: Final = 30.0
+"""A worker that could not build rows, or was slow, is asked again after so long."""
+HURRY_SECONDS: Final = 1.0
 TURN_SECONDS: Final = 0.1
 START_SECONDS: Final = 3.0
 """At the start a worker's rows wait so long for it after the first worker is there: they begin at about one time."""
@@ -48,8 +52,8 @@ class Workers(Protocol):
     def living(self) -> Mapping[int, Worker]:
         """The living worker of each number."""
 
-    def lose(self, worker: Worker) -> None:
-        """That worker is gone: look for its next life."""
+    def lose(self, worker: Worker, *, gone: bool) -> None:
+        """That worker is not heard any more: look for its next life, or for the same one where it is not gone."""
 
     def send(self, worker: Worker, numbers: NDArray[np.int64]) -> Any:
         """Call for rows; WorkerLost where it is known to be gone."""
@@ -61,7 +65,7 @@ class Workers(Protocol):
         """Calls that have ended, after at most `timeout` seconds."""
 
     def result(self, call: Any) -> Reply | None:
-        """What an ended call gave; WorkerLost where nothing will come."""
+        """What an ended call gave; WorkerLost where nothing will come, WorkerFailed where the worker failed."""
 
     def now(self) -> float:
         """Monotonic seconds."""
@@ -93,8 +97,6 @@ class _Request:
     owner: int
     worker: Worker | None = None
     sent: float = 0.0
-    refused: dict[Worker, DataError] = field(default_factory=dict)
-    """Workers that could not build the rows, and why."""
 
 
 class RemoteRows:
@@ -103,11 +105,11 @@ class RemoteRows:
     Args:
         workers: the workers.
         stream: the same stream here: tells who owns which row, and builds rows where no worker is left.
-        count: how many workers there should be.
+        config: how many workers there should be, how much is asked for ahead, and how long a step waits while no
+            worker can be asked.
         rows_of: numbers of this rank's rows of a step.
         steps: the steps that will be asked for, in order.
-        window_bytes: rows that are asked for and not yet used; more only where one step is larger.
-        patience_seconds: how long a step waits while no worker lives.
+        hurry: where it says so, a step waits no longer than HURRY_SECONDS: the rank was asked to leave.
         on_event: told of `data_reissued`, `data_refused`, `fallback` and `data_workers_back`.
     """
 
@@ -115,28 +117,30 @@ class RemoteRows:
         self,
         workers: Workers,
         stream: Stream,
+        config: WorkersConfig,
         *,
-        count: int,
         rows_of: Callable[[int], NDArray[np.int64]],
         steps: range,
-        window_bytes: int,
-        patience_seconds: float,
         on_event: OnEvent,
+        hurry: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._workers, self._stream, self._count = workers, stream, count
-        self._rows_of, self._on_event, self._patience = rows_of, on_event, patience_seconds
+        self._workers, self._stream, self._count = workers, stream, config.count
+        self._rows_of, self._on_event, self._patience = rows_of, on_event, config.patience_seconds
         self._row_bytes = 12 * stream.sequence_tokens
         self._steps: dict[int, _Step] = {}
         self._requests: list[_Request] = []
         self._calls: dict[Any, tuple[Worker, _Request | None]] = {}
         self._probes: dict[Worker, float] = {}
-        self._still: set[Worker] = set()
+        self._shunned: dict[Worker, float] = {}
+        """Workers that get no requests, and until when; a frozen one until it is heard."""
+        self._heard: dict[Worker, float] = {}
         self._planned, self._end = steps.start, steps.stop
         self._chunk_steps = 1
-        self._window, self._window_bytes = 0, window_bytes
+        self._window, self._window_bytes = 0, config.window_bytes
         self._met: set[int] = set()
         self._first_met: float | None = None
-        self._stranded: float | None = None
+        self._waiting_since = 0.0
+        self._hurry = hurry
         self._alone = False
         self._cancelled = Event()
         self.reissued = 0
@@ -157,6 +161,7 @@ class RemoteRows:
         self._plan(step)
         wanted = self._steps[step]
         assert np.array_equal(wanted.batch.row_ids, numbers), f"step {step} was announced with other rows"
+        self._waiting_since = self._workers.now()
         while wanted.missing:
             if self._cancelled.is_set():
                 raise Cancelled(f"the rows of step {step} are not wanted any more")
@@ -235,7 +240,7 @@ class RemoteRows:
             others = self._count if all_met or request.owner in self._met else 1
             for shift in range(others):
                 worker = living.get((request.owner + shift) % self._count)
-                if worker is None or worker in self._still or worker in request.refused:
+                if worker is None or self._is_shunned(worker):
                     continue
                 try:
                     call = self._workers.send(worker, request.numbers)
@@ -258,30 +263,39 @@ class RemoteRows:
         self._help_oneself(wanted)
 
     def _take(self, call: Any, worker: Worker, request: _Request | None) -> None:
+        self._heard[worker] = self._workers.now()
         try:
             reply = self._workers.result(call)
         except WorkerLost as error:
-            self._lose(worker, str(error))
+            self._lose(worker, str(error), gone=error.gone)
             return
-        if worker in self._still:
-            self._still.discard(worker)
+        except WorkerFailed as error:
+            self._refused(worker, str(error))
+            return
+        if self._shunned.get(worker) == math.inf:
+            del self._shunned[worker]
         if request is None:
             self._probes.pop(worker, None)
-        elif request in self._requests:
-            assert reply is not None, "a request for rows is answered with a Reply"
-            self._fill(request, worker, reply)
-
-    def _fill(self, request: _Request, worker: Worker, reply: Reply) -> None:
-        if reply.error is not None:
-            request.refused[worker] = error_of(reply.error)
-            self._on_event("data_refused", worker=worker.number, reason=f"{request.refused[worker].what}")
-            others = set(self._workers.living().values()) - self._still - request.refused.keys()
-            if others:
-                self._again([request], worker, "refused")
-            else:  # where this process cannot either, the data is at fault, and not a worker's machine
-                self._place(request, self._stream.rows(request.numbers), 0)
             return
-        self._place(request, reply.rows(request.numbers), reply.pid)
+        assert reply is not None, "a request for rows is answered with a Reply"
+        if reply.error is not None:
+            self._refused(worker, str(error_of(reply.error)))
+        elif request in self._requests:
+            self._shunned.pop(worker, None)
+            if self._alone:
+                self._alone = False
+                self._on_event("data_workers_back", workers=len(self._workers.living()))
+            self._place(request, reply.rows(request.numbers), reply.pid)
+
+    def _refused(self, worker: Worker, reason: str) -> None:
+        """A worker that cannot build rows: others are asked for a while, all that it has included."""
+        if not self._is_shunned(worker):
+            self._on_event("data_refused", worker=worker.number, reason=reason)
+        self._shunned[worker] = self._workers.now() + SHUNNED_SECONDS
+        self._again([request for request in self._requests if request.worker == worker], worker, "refused")
+
+    def _is_shunned(self, worker: Worker) -> bool:
+        return self._workers.now() < self._shunned.get(worker, -math.inf)
 
     def _place(self, request: _Request, rows: RowBatch, pid: int) -> None:
         """Copies rows to their steps: the reply's memory is free for the next one at once."""
@@ -295,17 +309,14 @@ class RemoteRows:
 
     # --- faults --------------------------------------------------------------------------------------------
 
-    def _lose(self, worker: Worker, reason: str) -> None:
+    def _lose(self, worker: Worker, reason: str, *, gone: bool) -> None:
         self.lost += 1
-        self._workers.lose(worker)
-        self._forget(worker)
-        self._again([request for request in self._requests if request.worker == worker], worker, "died", reason)
-
-    def _forget(self, worker: Worker) -> None:
-        """No more of that worker's calls are of interest."""
+        self._workers.lose(worker, gone=gone)
         self._probes.pop(worker, None)
-        self._still.discard(worker)
+        self._shunned.pop(worker, None)
+        self._heard.pop(worker, None)
         self._calls = {call: entry for call, entry in self._calls.items() if entry[0] != worker}
+        self._again([request for request in self._requests if request.worker == worker], worker, "died", reason)
 
     def _again(self, requests: list[_Request], worker: Worker, cause: str, reason: str = "") -> None:
         """Takes requests back from a worker; they are sent at the next look."""
@@ -330,43 +341,48 @@ class RemoteRows:
         now = self._workers.now()
         for worker in {request.worker for request in self._requests if request.worker is not None}:
             mine = [request for request in self._requests if request.worker == worker]
-            age = now - min(request.sent for request in mine)
+            late = [request for request in mine if now - request.sent > SLOW_SECONDS]
+            quiet = now - max(self._heard.get(worker, -math.inf), min(request.sent for request in mine))
             asked = self._probes.get(worker)
-            if asked is not None and now - asked > PING_SECONDS and worker not in self._still:
-                self._still.add(worker)
+            if asked is not None and now - asked > PING_SECONDS:
+                self._shunned[worker] = math.inf
                 self._again(mine, worker, "frozen")
-            elif asked is None and age > PROBE_SECONDS:
+            elif late and self._others(worker):
+                self._shunned[worker] = now + SHUNNED_SECONDS
+                self._again(late, worker, "slow")  # its answer counts as well, if it comes first
+            elif asked is None and quiet > PROBE_SECONDS:
                 self._probe(worker, now)
-            elif age > SLOW_SECONDS and set(self._workers.living().values()) - self._still - {worker}:
-                late = [request for request in mine if now - request.sent > SLOW_SECONDS]
-                self._still.add(worker)  # until it answers
-                self._again(late, worker, "slow")
+
+    def _others(self, worker: Worker) -> bool:
+        """Whether another worker than that one can be asked."""
+        return any(other != worker and not self._is_shunned(other) for other in self._workers.living().values())
 
     def _probe(self, worker: Worker, now: float) -> None:
         try:
             call = self._workers.ping(worker)
         except WorkerLost as error:
-            self._lose(worker, str(error))
+            self._lose(worker, str(error), gone=error.gone)
             return
         self._probes[worker] = now
         self._calls[call] = (worker, None)
 
     def _help_oneself(self, wanted: _Step) -> None:
-        """Builds the rows that are needed now where no worker has been there for too long."""
-        if set(self._workers.living().values()) - self._still:
-            if self._alone:
-                self._on_event("data_workers_back", workers=len(self._workers.living()))
-            self._stranded, self._alone = None, False
-            return
-        now = self._workers.now()
-        if self._stranded is None:
-            self._stranded = now
-        if not self._alone and now - self._stranded < self._patience:
+        """Builds the rows that are needed now where no worker has given them for too long."""
+        living = list(self._workers.living().values())
+        able = [worker for worker in living if not self._is_shunned(worker)]
+        unable = [worker for worker in living if self._is_shunned(worker) and self._shunned[worker] < math.inf]
+        # Workers that live but give no rows get their time as well, before they are given up.
+        limit = self._patience + (SLOW_SECONDS if able else 0.0)
+        if self._alone or len(unable) == self._count:
+            limit = PROBE_SECONDS if able else 0.0
+        if self._hurry():
+            limit = min(limit, HURRY_SECONDS)
+        if self._workers.now() - self._waiting_since < limit:
             return
         if not self._alone:
-            reason = f"no data worker answers for {self._patience:g} s"
-            self._on_event("fallback", what="Ray data workers", to="inline", reason=reason)
             self._alone = True
+            reason = f"{len(living)} of {self._count} data workers live, {len(able)} of them can be asked"
+            self._on_event("fallback", what="Ray data workers", to="inline", reason=reason)
         for request in [r for r in self._requests if any(step is wanted for step, _, _ in r.places)]:
             self._place(request, self._stream.rows(request.numbers), 0)
 

@@ -5,8 +5,9 @@ Each rank finds them by name; the service carries no rows. What happens is writt
 
     a worker that dies             is started again at once (0.7 s), on whatever node has room
     one that holds still for 3 s   is killed where it runs, then as above
-    one that cannot read the data  at the first start: the service leaves with the reason (78 or 74);
-                                   later: it is ended, and tried again with a growing pause
+    one that cannot read the data  while the workers start for the first time: the service leaves with the reason (78 or
+                                   74); later, or where it may pass: it is ended, and tried again with a growing pause
+    one that cannot even begin     three times while they start for the first time: likewise
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, Final
 
 from data_pipeline import cluster
 from data_pipeline.cluster import OwnedWorker, Worker, WorkerLost
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataConfigurationError, DataError
 from data_pipeline.journal import Journal
 from data_pipeline.spec import ServiceSpec
 from data_pipeline.worker import error_of
@@ -35,6 +36,12 @@ WAITING_SECONDS: Final = 10.0
 """A worker that has not begun by then waits for room in the cluster: worth saying."""
 LONG_LIFE_SECONDS: Final = 5.0
 """A worker that lived so long is started again at once, whatever happened before."""
+BEGINNING_SECONDS: Final = 10.0
+"""The workers start for the first time until all have begun, or for so long after the first one has: a cluster that is
+short of room must not make of a fault in the middle of a run one of its beginning."""
+CONDEMNED_SECONDS: Final = 10.0
+"""A worker that its kill did not reach by then is given up, and another one takes its place."""
+BEGINNINGS: Final = 3
 PAUSE_SECONDS: Final = (0.5, 30.0)
 """First and longest pause before a worker that keeps dying is tried again."""
 
@@ -53,8 +60,11 @@ class _Place:
     """Start of this life; while there is none, when the next one is due."""
     ping: Any = None
     pinged: float = 0.0
-    condemned: bool = False
-    """Its kill is under way."""
+    condemned: float | None = None
+    """Since when its kill is under way."""
+    incarnation: int = 0
+    stillborn: int = 0
+    """Lives in a row that ended before the worker had told anything."""
     told_waiting: bool = False
     pause: float = 0.0
 
@@ -73,6 +83,7 @@ class Service:
         self._spec, self._on_event, self._first_start = spec, on_event, first_start
         self._values = spec.model_dump(mode="json")
         self._places = [_Place(number) for number in range(spec.workers)]
+        self._first_begun: float | None = None
         self._errands: list[Any] = []
         self._announced = False
 
@@ -90,7 +101,7 @@ class Service:
             self._listen()
             self._judge(time.monotonic())
             if not self._announced and all(place.facts for place in self._places):
-                self._announced, self._first_start = True, False
+                self._announced = True
                 self._on_event("data_service_started", namespace=self._spec.namespace, workers=self._describe())
 
     def _describe(self) -> list[dict[str, Any]]:
@@ -98,9 +109,9 @@ class Service:
 
     def _start(self, place: _Place, now: float) -> None:
         # Milliseconds since 1970: larger than in any life before, also under an earlier service.
-        worker = Worker(place.number, int(time.time() * 1000))
-        place.owned, place.since = OwnedWorker(worker, self._values, self._spec.cpus), now
-        place.facts, place.ping, place.condemned, place.told_waiting = {}, None, False, False
+        place.incarnation = max(place.incarnation + 1, int(time.time() * 1000))
+        place.owned = OwnedWorker(Worker(place.number, place.incarnation), self._values, self._spec.cpus)
+        place.since, place.facts, place.ping, place.condemned, place.told_waiting = now, {}, None, None, False
 
     def _listen(self) -> None:
         """Hears what the workers have to say, for at most LOOK_SECONDS."""
@@ -133,20 +144,37 @@ class Service:
 
     def _introduced(self, place: _Place, facts: dict[str, Any]) -> None:
         if facts["error"] is None:
-            place.facts = facts
-            self._on_event("data_worker_started", worker=place.number, **_public(facts))
+            place.facts, place.stillborn = facts, 0
+            self._first_begun = self._first_begun or time.monotonic()
+            namespace = self._spec.namespace
+            self._on_event("data_worker_started", worker=place.number, namespace=namespace, **_public(facts))
             return
         error = error_of(facts["error"])
-        if self._first_start:
+        if self._beginning and not facts["error"].get("passing"):
             raise error
         self._on_event("data_worker_refused", worker=place.number, **_public(facts), message=str(error))
         self._end(place)
         self._pause(place)
 
+    @property
+    def _beginning(self) -> bool:
+        """The workers start for the first time: what is wrong is the user's to mend."""
+        if not self._first_start or self._announced:
+            return False
+        return self._first_begun is None or time.monotonic() - self._first_begun < BEGINNING_SECONDS
+
     def _buried(self, place: _Place, cause: str) -> None:
         lived = time.monotonic() - place.since
         facts = _public(place.facts)
         self._on_event("data_worker_died", worker=place.number, **facts, cause=cause, seconds=round(lived, 1))
+        place.stillborn += not place.facts
+        if self._beginning and place.stillborn >= BEGINNINGS:
+            raise DataConfigurationError(
+                "A data worker ends before it has begun.",
+                got=f"worker {place.number}, {place.stillborn} times; the last time: {cause}",
+                rule="every node of the Ray cluster has this package, of the same version, and memory for a worker",
+                remedy="install it there (see Ray's logs for more), or set data.workers.backend: inline",
+            )
         self._end(place)  # a node that only lost touch may still run it
         if lived >= LONG_LIFE_SECONDS:
             place.pause, place.since = 0.0, time.monotonic()
@@ -165,7 +193,11 @@ class Service:
     def _judge(self, now: float) -> None:
         """Pings the workers; kills those that hold still, says which ones wait for room."""
         for place in self._places:
-            if place.owned is None or place.condemned:
+            if place.owned is None:
+                continue
+            if place.condemned is not None:
+                if now - place.condemned > CONDEMNED_SECONDS:
+                    self._buried(place, "frozen, and its kill did not reach it")
                 continue
             if not place.facts:
                 if now - place.since > WAITING_SECONDS and not place.told_waiting:
@@ -176,7 +208,7 @@ class Service:
                 if now - place.pinged > PING_EVERY_SECONDS:
                     place.ping, place.pinged = place.owned.ping(), now
             elif now - place.pinged > FROZEN_SECONDS:
-                place.condemned = True
+                place.condemned = now
                 self._on_event("data_worker_frozen", worker=place.number, **_public(place.facts))
                 facts = place.facts
                 self._errands.append(cluster.kill_on_node(facts["node"], facts["pid"], facts["started"]))
@@ -203,10 +235,10 @@ def serve(run_folder: Path) -> int:
     try:
         spec = ServiceSpec.load(run_folder)
         journal = Journal(run_folder / "journal.jsonl")
-        served = any(event["namespace"] == spec.namespace for event in journal.events("data_service_started"))
+        begun = {event["namespace"] for event in journal.events("data_service_started", "data_worker_started")}
         cluster.join(spec.address, spec.namespace)
         try:
-            Service(spec, journal.try_write, first_start=not served).run(stop)
+            Service(spec, journal.try_write, first_start=spec.namespace not in begun).run(stop)
         finally:
             cluster.leave()
     except DataError as error:

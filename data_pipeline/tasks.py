@@ -148,7 +148,9 @@ class Runner:
             mark = (self.folder / _MARK, self._namespace)
             write_bytes(mark[0], self.aside, self._namespace.encode())
         calls = ((entry, (entry[1].function, entry[1].arguments, mark)) for entry in tasks)
-        with closing(cluster.run_tasks(_execute_on_node, calls, in_flight=2 * self.workers)) as ended:
+        with closing(
+            cluster.run_tasks(_execute_on_node, calls, in_flight=2 * self.workers, on_quiet=self._say_room)
+        ) as ended:
             for (number, task), outcome in ended:
                 yield number, self._finished(task, outcome.unwrap(), shown)
 
@@ -167,6 +169,10 @@ class Runner:
         self._namespace = namespace
         if cluster.free_cpus()[1] < 1:
             self.progress.line(f"no node of the Ray cluster at {address} has a CPU: waiting for one")
+
+    def _say_room(self) -> None:
+        free, total = cluster.free_cpus()
+        self.progress.line(f"no task has ended for a while; {free:g} of the cluster's {total:g} CPUs are free")
 
     def _finished(self, task: Task, result: Result, shown: Phase) -> Result:
         if task.name:

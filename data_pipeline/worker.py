@@ -5,6 +5,7 @@ The class knows nothing of Ray; `cluster.py` makes an actor of it.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DamagedDataError, DataConfigurationError, DataError
+from data_pipeline.files import NO_PERMISSION
 from data_pipeline.rows import RowBatch
 from data_pipeline.spec import ServiceSpec
 from data_pipeline.stream import Stream
@@ -31,7 +33,8 @@ class Reply:
     arrays: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]] | None = None
     """Input ids, labels and document ids, (B, T) each, in the order of the request."""
     error: Mapping[str, Any] | None = None
-    """`what`, `got`, `rule`, `remedy`, and whether the data is `damaged`."""
+    """`what`, `got`, `rule`, `remedy`, whether the data is `damaged`, and whether it may be gone the next time
+    (`passing`)."""
     blocks_read: int = 0
     """Blocks that this worker read from shards so far."""
 
@@ -60,7 +63,7 @@ class DataWorker:
     """
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
-        self._spec = ServiceSpec.from_json(spec)
+        self._values = spec  # read when first needed: an error in a constructor could not be told
         self._lock = threading.Lock()
         self._stream: Stream | None = None
         self._over = threading.Event()
@@ -93,7 +96,7 @@ class DataWorker:
     def _opened(self) -> Stream:
         with self._lock:
             if self._stream is None:
-                self._stream = open_stream(self._spec)
+                self._stream = open_stream(ServiceSpec.from_json(self._values))
             return self._stream
 
     def _attempt(self, work: Callable[[], Any]) -> Reply:
@@ -107,11 +110,13 @@ class DataWorker:
         except OSError as error:
             fields = {
                 "what": "A data worker cannot read the shards.",
-                "got": f"{error.strerror}: {error.filename or self._spec.dataset}, {where}",
+                "got": f"{error.strerror or error}: {error.filename or self._values.get('dataset')}, {where}",
                 "rule": "every node with a data worker reads data.folder under the same path",
                 "remedy": "share the folder with that node, or set data.workers.backend: inline",
             }
-            return Reply(os.getpid(), error={**fields, "damaged": False})
+            # Anything else may be gone the next time: a server that restarts, a limit that was reached.
+            passing = error.errno not in (errno.ENOENT, errno.ENOTDIR, *NO_PERMISSION)
+            return Reply(os.getpid(), error={**fields, "damaged": False, "passing": passing})
         return answer if isinstance(answer, Reply) else Reply(os.getpid())
 
 

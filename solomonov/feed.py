@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from data_pipeline.cluster import ClusterLost, WorkerDirectory, join
 from data_pipeline.loader import Loader
 from data_pipeline.remote import RemoteRows
@@ -77,6 +74,11 @@ class Feed:
         return (self._remote.reissued, self._remote.lost) if self._remote is not None else (0, 0)
 
 
+def idle_feed() -> Feed:
+    """Of a rank that computes without rows (an inner stage of a pipeline): it asks for none."""
+    return Feed(repeat([]))
+
+
 @contextmanager
 def open_feed(
     config: Config,
@@ -85,30 +87,33 @@ def open_feed(
     *,
     rank: int,
     first_step: int,
-    needs_rows: bool,
     place: ClusterPlace | None,
     on_event: OnEvent,
+    hurry: Callable[[], bool] = lambda: False,
 ) -> Iterator[Feed]:
     """The micro-batches of this rank's coming steps.
 
     Args:
-        needs_rows: False where this rank computes without them (inner stages of a pipeline): it asks for none.
         place: the data workers' cluster, where the configuration wants them.
         on_event: told of faults of the data workers.
+        hurry: says that the rank was asked to leave: it then waits no longer for data workers.
 
     Raises:
         ConfigurationError: data workers are wanted, and this rank was not told where.
     """
-    if not needs_rows:
-        yield Feed(repeat([]))
-        return
     with ExitStack() as stack:
         arguments = {"batch_rows": plan.batch_rows, "dp_rank": rank, "dp_size": plan.data_parallel}
         remote: RemoteRows | None = None
-        if config.data.workers.backend == "ray":
-            share = Loader(stream, **arguments, micro_batch_rows=1, prefetch_steps=0)
-            steps = range(first_step, plan.total_steps)
-            remote = _remote_rows(config, stream, share.row_numbers, steps, place, on_event)
+        if config.data.workers.backend == "ray" and _joined(config, place, on_event):
+            remote = RemoteRows(
+                WorkerDirectory(config.data.workers.count),
+                stream,
+                config.data.workers,
+                rows_of=Loader(stream, **arguments, micro_batch_rows=1, prefetch_steps=0).row_numbers,
+                steps=range(first_step, plan.total_steps),
+                on_event=on_event,
+                hurry=hurry,
+            )
         if remote is not None:
             stack.callback(remote.close)
         loader = Loader(
@@ -125,15 +130,8 @@ def open_feed(
         yield feed
 
 
-def _remote_rows(
-    config: Config,
-    stream: Stream,
-    rows_of: Callable[[int], NDArray[np.int64]],
-    steps: range,
-    place: ClusterPlace | None,
-    on_event: OnEvent,
-) -> RemoteRows | None:
-    """Rows from the data workers; None, and an event, where the cluster cannot be joined."""
+def _joined(config: Config, place: ClusterPlace | None, on_event: OnEvent) -> bool:
+    """Joins the data workers' cluster; False, and an event, where that cannot be done."""
     if place is None:
         raise ConfigurationError(
             "this rank was not told where its data workers are",
@@ -145,14 +143,5 @@ def _remote_rows(
         join(place.address, place.namespace)
     except ClusterLost as error:
         on_event("fallback", what="Ray data workers", to="inline", reason=str(error))
-        return None
-    return RemoteRows(
-        WorkerDirectory(config.data.workers.count),
-        stream,
-        count=config.data.workers.count,
-        rows_of=rows_of,
-        steps=steps,
-        window_bytes=config.data.workers.window_bytes,
-        patience_seconds=config.data.workers.patience_seconds,
-        on_event=on_event,
-    )
+        return False
+    return True

@@ -101,10 +101,11 @@ def _compare_replays(run: RunFolder, proof: Proof, final: dict[int, dict[str, An
 
 def _kills(run: RunFolder) -> list[dict[str, Any]]:
     kills = []
-    events = list(run.journal.events("kill_injected", "resumed"))
+    events = list(run.journal.events("kill_injected", "rank_exited", "resumed"))
+    killed = {event["pid"] for event in events if event["event"] == "rank_exited" and event["signal"] == "SIGKILL"}
     for number, event in enumerate(events):
         resumed = next((later for later in events[number:] if later["event"] == "resumed"), None)
-        if event["event"] == "kill_injected" and resumed is not None:
+        if event["event"] == "kill_injected" and event["victim"] in killed and resumed is not None:
             seconds = round(resumed["time"] - event["time"], 1)
             kills.append({"rank": event["rank"], "step": event["step"], "resumed": resumed["step"], "seconds": seconds})
     return kills

@@ -123,8 +123,9 @@ def quickstart(
     run = RunFolder(Path(config.run.folder) / config.run.name)
     if summary_path.exists():
         console.print(f"{folder}: all of it is done; remove the folder to begin anew\n")
-        show(console, json.loads(summary_path.read_text()), folder, run)
-        return exits.DONE
+        summary = json.loads(summary_path.read_text())
+        show(console, summary, folder, run)
+        return exits.DONE if summary["proof"]["holds"] else exits.DAMAGED
     console.print(f"[bold]solomonov quickstart[/]: {usable_cores()} cores, {visible_gpus() or 'no'} GPU, in {folder}/")
     seconds: dict[str, float] = {}
     with PeakMemory() as peak, ExitStack() as stack:
@@ -152,7 +153,7 @@ def quickstart(
         "seconds": seconds,
         "peak_memory_bytes": peak.bytes,
         "training": _training_facts(run),
-        "proof": dataclasses.asdict(proof),
+        "proof": {**dataclasses.asdict(proof), "holds": proof.holds},
     }
     write_atomically(summary_path, json.dumps(summary, indent=1) + "\n")
     show(console, summary, folder, run)
@@ -179,6 +180,7 @@ class HalfwayKill:
 
     def __init__(self, run: RunFolder, step: int, console: Console) -> None:
         self._run, self._step, self._console = run, step, console
+        self._first_attempt = run.journal.next_attempt()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="kill", daemon=True)
 
@@ -193,8 +195,10 @@ class HalfwayKill:
 
     def _watch(self) -> None:
         while not self._over.wait(0.2):
-            last = last_line(self._run)
-            if last is not None and last["step"] >= self._step:
+            last, resumed = last_line(self._run), self._run.journal.last("resumed")
+            # Only ranks of ours that train: the numbers of earlier ones may be those of strangers now.
+            ours = resumed is not None and resumed["attempt"] >= self._first_attempt
+            if ours and last is not None and last["step"] >= self._step:
                 if self._run.journal.last("kill_injected") is None:
                     self._strike(last["step"])
                 return

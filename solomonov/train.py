@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -21,7 +21,7 @@ from solomonov.distributed import Control
 from solomonov.engine import Engine, EngineSpec, resolve_precision
 from solomonov.errors import ConfigurationError, NumericalError, SolomonovError
 from solomonov.exits import AGAIN, DONE
-from solomonov.feed import ClusterPlace, Feed, open_feed
+from solomonov.feed import ClusterPlace, Feed, idle_feed, open_feed
 from solomonov.heartbeat import Heartbeat
 from solomonov.parallel import check_layout
 from solomonov.plan import BatchPlan, plan_batch
@@ -290,15 +290,17 @@ def evaluate_held_out(trainer: Trainer) -> None:
 
 
 def _feed(trainer: Trainer, place: ClusterPlace | None) -> AbstractContextManager[Feed]:
+    if not trainer.engine.needs_rows:
+        return nullcontext(idle_feed())
     return open_feed(
         trainer.config,
         trainer.plan,
         trainer.stream,
         rank=trainer.control.rank,
         first_step=trainer.state.step,
-        needs_rows=trainer.engine.needs_rows,
         place=place,
         on_event=trainer.record.rank_event,
+        hurry=lambda: trainer.stop.requested,
     )
 
 

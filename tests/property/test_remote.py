@@ -18,10 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from data_pipeline.cluster import Worker, WorkerLost
+from data_pipeline.cluster import Worker, WorkerFailed, WorkerLost
+from data_pipeline.config import WorkersConfig
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DamagedDataError
-from data_pipeline.remote import MAX_REPLY_BYTES, PING_SECONDS, PROBE_SECONDS, TURN_SECONDS, Cancelled, RemoteRows
+from data_pipeline.remote import (
+    MAX_REPLY_BYTES,
+    PING_SECONDS,
+    PROBE_SECONDS,
+    SLOW_SECONDS,
+    TURN_SECONDS,
+    Cancelled,
+    RemoteRows,
+)
 from data_pipeline.rows import RowBatch
 from data_pipeline.stream import Stream
 from data_pipeline.worker import Reply
@@ -45,7 +54,7 @@ class Fault:
 
     at: float
     worker: int
-    kind: str  # dies, freezes, dawdles, refuses
+    kind: str  # dies, freezes, hangs (pings are answered, requests are not), dawdles, refuses, fails
     seconds: float  # until it is back, or as it should be
 
 
@@ -73,8 +82,9 @@ class Simulation:
         # A dead worker stays listed until somebody says that it is lost, as in the real directory.
         return {n: Worker(n, self.incarnation(n)) for n in alive if self.incarnation(n) >= self.lives[n]}
 
-    def lose(self, worker: Worker) -> None:
-        self.lives[worker.number] = max(self.lives[worker.number], worker.incarnation + 1)
+    def lose(self, worker: Worker, *, gone: bool) -> None:
+        if gone:
+            self.lives[worker.number] = max(self.lives[worker.number], worker.incarnation + 1)
 
     def send(self, worker: Worker, numbers: NDArray[np.int64]) -> int:
         if self.dead(worker):
@@ -98,8 +108,9 @@ class Simulation:
         self.time += timeout
 
         def over(call: int) -> bool:
-            worker, _, due = self.open[call]
-            return self.dead(worker) or (due <= self.time and not self.struck(worker.number, "freezes"))
+            worker, rows, due = self.open[call]
+            stuck = self.struck(worker.number, "freezes") or (rows is not None and self.struck(worker.number, "hangs"))
+            return self.dead(worker) or (due <= self.time and not stuck)
 
         return [call for call in calls if over(call)]
 
@@ -109,6 +120,8 @@ class Simulation:
             raise WorkerLost("it died")
         if numbers is None:
             return None
+        if self.struck(worker.number, "fails"):
+            raise WorkerFailed("MemoryError")
         if self.struck(worker.number, "refuses"):
             return Reply(worker.number + 1, error=DAMAGE)
         rows = self.stream.rows(numbers)
@@ -128,11 +141,9 @@ def remote(
     rows = RemoteRows(
         simulation,
         stream,
-        count=workers,
+        WorkersConfig(backend="ray", count=workers, window_bytes=window, patience_seconds=PATIENCE),
         rows_of=lambda step: np.arange(step * batch, (step + 1) * batch, dtype=np.int64),
         steps=range(first, end),
-        window_bytes=window,
-        patience_seconds=PATIENCE,
         on_event=lambda kind, **fields: events.append((kind, fields)),
     )
     return rows, events
@@ -150,7 +161,7 @@ faults = st.lists(
         Fault,
         at=st.floats(0, 20),
         worker=st.integers(0, 3),
-        kind=st.sampled_from(["dies", "freezes", "dawdles", "refuses"]),
+        kind=st.sampled_from(["dies", "freezes", "hangs", "dawdles", "refuses", "fails"]),
         seconds=st.floats(0.05, 100),
     ),
     max_size=8,
@@ -169,8 +180,7 @@ faults = st.lists(
 def test_whatever_befalls_the_workers_the_rows_are_the_streams(
     stream: Stream, workers: int, batch: int, first: int, steps: int, window: int, faults: list[Fault]
 ) -> None:
-    harmless = [fault for fault in faults if fault.kind != "refuses"]  # all refusing at once is a test of its own
-    simulation = Simulation(stream, workers, harmless)
+    simulation = Simulation(stream, workers, faults)
     rows, events = remote(
         stream, simulation, workers=workers, batch=batch, first=first, end=first + steps, window=window
     )
@@ -187,7 +197,7 @@ def test_whatever_befalls_the_workers_the_rows_are_the_streams(
     assert sum(rows.served.values()) == steps * batch, "each row was taken once"
     assert simulation.largest * 384 <= MAX_REPLY_BYTES
     assert sum(fields["requests"] for kind, fields in events if kind == "data_reissued") == rows.reissued
-    if not harmless:
+    if not faults:
         assert [kind for kind, _ in events] == ["data_served"]
 
 
@@ -209,8 +219,10 @@ def test_rows_that_no_worker_can_build_are_built_here(stream: Stream) -> None:
     for step in range(3):
         numbers = np.arange(step * 16, (step + 1) * 16, dtype=np.int64)
         assert same(rows.rows(numbers), stream.rows(numbers))
-    assert {kind for kind, _ in events} == {"data_refused", "data_reissued"}
+    assert [kind for kind, _ in events].count("fallback") == 1, "once, not once a step"
+    assert {kind for kind, _ in events} == {"data_refused", "data_reissued", "fallback"}
     assert rows.served == {0: 48}
+    assert simulation.time < PATIENCE, "there is nobody to wait for"
 
 
 def test_damage_that_is_seen_here_too_is_raised_as_such(tmp_path: Path) -> None:
@@ -235,6 +247,52 @@ def test_a_frozen_worker_costs_its_probe_and_its_ping(stream: Stream) -> None:
     [reissued] = [fields for kind, fields in events if kind == "data_reissued"]
     assert reissued["cause"] == "frozen"
     assert PROBE_SECONDS + PING_SECONDS <= reissued["waited_seconds"] <= 3.0, "in the simulation's seconds"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_answers_pings_and_gives_no_rows(stream: Stream, workers: int) -> None:
+    """Its disk hangs. Another one is asked after 30 s; where there is none, the rank helps itself in the end."""
+    simulation = Simulation(stream, workers, [Fault(0.0, 0, "hangs", 1e9)])
+    rows, events = remote(stream, simulation, workers=workers, batch=16, end=3, window=1 << 14)
+    pings = 0
+    ping = simulation.ping
+
+    def counted(worker: Worker) -> int:
+        nonlocal pings
+        pings += 1
+        return ping(worker)
+
+    simulation.ping = counted  # type: ignore[method-assign]
+    assert same(rows.rows(np.arange(16, dtype=np.int64)), stream.rows(range(16)))
+    assert pings <= simulation.time / PROBE_SECONDS + 2, "a busy worker is not asked without pause how it does"
+    kinds = [kind for kind, _ in events]
+    if workers == 1:
+        assert kinds == ["fallback"]
+        assert PATIENCE + SLOW_SECONDS <= simulation.time <= PATIENCE + SLOW_SECONDS + 1.0
+    else:
+        assert [fields["cause"] for _, fields in events] == ["slow"]
+        assert SLOW_SECONDS <= simulation.time <= SLOW_SECONDS + 1.0
+
+
+def test_a_refusing_worker_and_a_dead_one_leave_the_rank_to_itself(stream: Stream) -> None:
+    faults = [Fault(0.0, 0, "refuses", 1e9), Fault(0.3, 1, "dies", 1e9)]
+    simulation = Simulation(stream, 2, faults)
+    rows, events = remote(stream, simulation, workers=2, batch=16, end=40, window=1)
+    for step in range(40):
+        numbers = np.arange(step * 16, (step + 1) * 16, dtype=np.int64)
+        assert same(rows.rows(numbers), stream.rows(numbers))
+        simulation.time += 0.1
+    assert [kind for kind, _ in events].count("fallback") == 1
+    assert [kind for kind, _ in events].count("data_refused") <= simulation.time / 30 + 2, "once a shunning, not a step"
+
+
+def test_a_rank_that_is_to_leave_does_not_wait(stream: Stream) -> None:
+    simulation = Simulation(stream, 1, [Fault(0.0, 0, "dies", 1e9)])
+    rows, events = remote(stream, simulation, workers=1, batch=16, end=3, window=1 << 14)
+    rows._hurry = lambda: simulation.time > 5.0
+    assert same(rows.rows(np.arange(16, dtype=np.int64)), stream.rows(range(16)))
+    assert 5.0 < simulation.time < 7.0
+    assert [kind for kind, _ in events] == ["fallback"]
 
 
 def test_a_worker_that_is_busy_is_not_called_frozen(stream: Stream) -> None:

@@ -61,6 +61,7 @@ def with_replay(run: RunFolder, layouts: tuple[dict[str, Any], dict[str, Any]], 
     write(run.metrics.with_suffix(".superseded.jsonl"), first)
     run.journal.write("resumed", attempt=1, step=0, layout=layouts[0])
     run.journal.write("kill_injected", rank=1, victim=1, step=12)
+    run.journal.write("rank_exited", pid=1, signal="SIGKILL")
     run.journal.write("resumed", attempt=2, step=8, layout=layouts[1])
     return lines
 
@@ -84,6 +85,14 @@ def test_a_replay_that_differs_is_named(run: RunFolder, change: dict[str, Any]) 
     assert not proof.holds
     [difference] = proof.differences
     assert difference.startswith(f"step 10: {next(iter(change))}")
+
+
+def test_a_kill_that_met_nobody_is_not_one(run: RunFolder) -> None:
+    write_record(run, 3)
+    run.journal.write("kill_injected", rank=1, victim=2, step=1)
+    run.journal.write("rank_exited", pid=2, signal=None, exit_code=0)
+    run.journal.write("resumed", attempt=2, step=0, layout=LAYOUT)
+    assert prove_record(run).kills == []
 
 
 def test_at_another_layout_the_bound_is_the_rule(run: RunFolder) -> None:
