@@ -322,7 +322,9 @@ class RemoteRows:
         """Takes requests back from a worker; they are sent at the next look."""
         if not requests:
             return
-        waited = max(self._workers.now() - request.sent for request in requests)
+        # What the step has waited: while there are rows enough, nobody looks at the calls.
+        since = max(self._waiting_since, min(request.sent for request in requests))
+        waited = self._workers.now() - since
         for request in requests:
             request.worker = None
         self.reissued += len(requests)
