@@ -32,8 +32,8 @@ from data_pipeline.worker import error_of
 LOOK_SECONDS: Final = 0.25
 PING_EVERY_SECONDS: Final = 1.0
 FROZEN_SECONDS: Final = 3.0
-WAITING_SECONDS: Final = 10.0
-"""A worker that has not begun by then waits for room in the cluster: worth saying."""
+WAITING_SECONDS: Final = 20.0
+"""A worker that has not begun by then may be waiting for room in the cluster: worth saying."""
 LONG_LIFE_SECONDS: Final = 5.0
 """A worker that lived so long is started again at once, whatever happened before."""
 BEGINNING_SECONDS: Final = 10.0
@@ -191,7 +191,7 @@ class Service:
         place.pause = min(max(PAUSE_SECONDS[0], 2 * place.pause), PAUSE_SECONDS[1])
 
     def _judge(self, now: float) -> None:
-        """Pings the workers; kills those that hold still, says which ones wait for room."""
+        """Pings the workers; kills those that hold still, says which ones have not begun."""
         for place in self._places:
             if place.owned is None:
                 continue

@@ -170,7 +170,7 @@ def _data_sentence(kind: str, record: Mapping[str, Any]) -> str | None:
     if kind == "data_worker_refused":
         return f"{worker} cannot serve: {record['message']}"
     if kind == "data_workers_waiting":
-        return f"{worker} waits for room: {record['cpus_free']:g} of the cluster's {record['cpus']:g} CPUs are free"
+        return f"{worker} has not begun yet; {record['cpus_free']:g} of the cluster's {record['cpus']:g} CPUs are free"
     if kind == "data_workers_back":
         return f"data workers answer again ({record['workers']}): rows come from them"
     return None

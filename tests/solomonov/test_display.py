@@ -87,7 +87,7 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
         "data worker 1 died: starting it again; its requests go to others",
         "data worker 0 holds still (process 7 on far): ending it",
         "data worker 0 cannot serve: no shards",
-        "data worker 0 waits for room: 0 of the cluster's 2 CPUs are free",
+        "data worker 0 has not begun yet; 0 of the cluster's 2 CPUs are free",
         "data workers answer again (2): rows come from them",
     ):
         assert words in output
