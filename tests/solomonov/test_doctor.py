@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import resource
 import shutil
@@ -38,7 +39,7 @@ def test_all_is_looked_at_and_every_complaint_has_a_remedy(findings: dict[str, F
 
 def test_figures_are_the_system_s(findings: dict[str, Finding]) -> None:
     assert findings["python"].value == ".".join(map(str, sys.version_info[:3]))
-    assert findings["torch"].value == torch.__version__
+    assert findings["torch"].value == importlib.metadata.version("torch")
     assert findings["c++ compiler"].value == (shutil.which(os.environ.get("CXX", "g++")) or "none")
     kib = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
     assert f"of {kib['MemTotal'] / 2**20:.1f} GiB" in findings["memory"].value

@@ -21,7 +21,7 @@ def test_versions_are_those_of_the_imported_packages() -> None:
     import pydantic
 
     found = host.versions()
-    assert found["torch"] == torch.__version__
+    assert found["torch"] in (torch.__version__, torch.__version__.partition("+")[0]), "some wheels leave the build out"
     assert found["numpy"] == numpy.__version__
     assert found["pydantic"] == pydantic.__version__
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
