@@ -131,7 +131,8 @@ def quickstart(
     with PeakMemory() as peak, ExitStack() as stack:
         ray = None
         if problem is not None:
-            console.print(f"\nwithout Ray ({problem}): prepared by a pool of processes, rows built inline")
+            text = f"\nwithout Ray ({problem}): prepared by a pool of processes, rows built inline"
+            console.print(text, markup=False, soft_wrap=True)
         else:
             with _stage(console, "ray", seconds, "a private one: own folder, ports and token; no telemetry"):
                 ray = stack.enter_context(start_ray(config.data.workers.count))

@@ -173,7 +173,7 @@ def test_a_whole_life_and_its_second_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "configuration", small)
-    monkeypatch.setattr(quickstart, "ray_problem", lambda: "not installed")
+    monkeypatch.setattr(quickstart, "ray_problem", lambda: "pip install 'x[ray]'")
     folder = Path("place")
     write_texts(folder / "text")
     assert quickstart.quickstart(folder, train=lambda path, ray: exits.AGAIN, **HOW) == exits.AGAIN
@@ -188,7 +188,7 @@ def test_a_whole_life_and_its_second_run(
     assert set(summary["seconds"]) == {"prepare", "train", "prove", "evaluate", "export", "generate"}
     assert summary["proof"]["rows"] == 16
     first = capsys.readouterr().out
-    assert "without Ray (not installed): prepared by a pool of processes, rows built inline" in first
+    assert "without Ray (pip install 'x[ray]'): prepared by a pool of processes, rows built inline" in first
     assert "all of it is done" not in first
 
     def never(path: Path, ray: Any = None) -> int:
