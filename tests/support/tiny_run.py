@@ -60,10 +60,10 @@ def train_run_with(path: Path, fault: str) -> int:
 
     `token` changes one input id of step 3 after the loader; `swap` exchanges a row of step 3 with one of step 5.
     """
-    import solomonov.train as module
+    from data_pipeline.loader import Loader
     from data_pipeline.rows import RowBatch
 
-    original = module.Loader.__next__
+    original = Loader.__next__
     kept: dict[int, RowBatch] = {}
 
     def faulty(loader: Any) -> list[RowBatch]:
@@ -79,11 +79,11 @@ def train_run_with(path: Path, fault: str) -> int:
             batches[0] = _first_row_of(other, batches[0])
         return batches
 
-    module.Loader.__next__ = faulty  # type: ignore[method-assign]
+    Loader.__next__ = faulty  # type: ignore[method-assign]
     try:
         return train_run(path)
     finally:
-        module.Loader.__next__ = original  # type: ignore[method-assign]
+        Loader.__next__ = original  # type: ignore[method-assign]
 
 
 def _first_row_of(donor: Any, batch: Any) -> Any:
