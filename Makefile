@@ -39,7 +39,7 @@ $(RUNTIME): $(INPUTS)
 	@echo "installing into $(VENV) (a few minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
-	@$(PIP) --editable '.[$(RAY)]'
+	@$(PIP) --editable '.$(if $(RAY),[$(RAY)])'
 	@touch $@
 
 $(TESTING): $(RUNTIME)

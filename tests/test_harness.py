@@ -109,3 +109,12 @@ def test_ci_script_and_make_are_well_formed() -> None:
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "coverage run -m pytest --coverage-floors" in done.stdout, "make test holds the floors"
+
+
+@pytest.mark.parametrize(("given", "installed"), [((), ".[ray]"), (("RAY=",), ".")])
+def test_the_quickstart_can_be_installed_without_ray(given: tuple[str, ...], installed: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    argv = ["make", "--dry-run", f"VENV={tmp_path / 'new'}", *given, "quickstart"]
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if "--editable" in line]
+    assert line.split()[-1].strip("'") == installed
