@@ -35,6 +35,8 @@ class ChildCommand:
     """Gets stdout and stderr, appended."""
     working_directory: Path | None = None
     pass_fds: Sequence[int] = ()
+    output_fd: int | None = None
+    """Gets stdout instead of the log."""
 
 
 class Child:
@@ -106,7 +108,7 @@ def start_child(spec: ChildCommand) -> Child:
             process = subprocess.Popen(
                 list(spec.command),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=log if spec.output_fd is None else spec.output_fd,
                 stderr=subprocess.STDOUT,
                 env=dict(spec.environment),
                 cwd=spec.working_directory,

@@ -2,16 +2,67 @@
 
 from __future__ import annotations
 
+import re
+from typing import Annotated
+
 from pydantic import Field, field_validator
 
 from launcher.section import Section
+
+PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
+"""Text that stays on one line of whatever shows it."""
+Line = Annotated[str, Field(pattern=PRINTABLE)]
+
+
+class SlurmConfig(Section):
+    """What is asked of Slurm; each key is the sbatch option of that name unless it says otherwise."""
+
+    account: Line | None = None
+    """Who is charged; null: the user's default."""
+    qos: Line | None = None
+    """Quality of service; null: the user's default."""
+    constraint: Line | None = None
+    """Features that a node must have."""
+    time_minutes: int | None = Field(default=None, ge=1)
+    """Time limit of one start of the job (`--time`); null: the partition's own. A run that needs longer saves
+    before the limit and goes on in the next one."""
+    gpus_per_node: int | None = Field(default=None, ge=0)
+    """null: `launch.ranks_per_node` where the partition has GPUs, else none."""
+    cpus_per_rank: int | None = Field(default=None, ge=1)
+    """`--cpus-per-task`."""
+    memory_mib_per_node: int | None = Field(default=None, ge=0)
+    """`--mem`; 0: all that a node has."""
+    exclusive: bool = False
+    """No other job on its nodes."""
+    exclude: tuple[Line, ...] = ()
+    """Nodes to avoid."""
+    dependency: Line | None = None
+    """What must have happened before it starts, for instance `afterok:123` or `singleton`."""
+    save_seconds: int = Field(default=120, ge=1)
+    """How long before the time limit the ranks are asked to save (`--signal`); it may come up to a minute earlier."""
+    setup_script: Line | None = None
+    """A bash file to source on the first node before anything is started: `module load`, a virtual environment."""
+    container_image: Line | None = None
+    """Image in which the ranks run (srun's `--container-image`, of the Pyxis plug-in)."""
+    container_mounts: Line | None = None
+    """Folders of the node that the container sees (`--container-mounts`)."""
+    options: tuple[Line, ...] = ()
+    """More options for sbatch, as they are, for instance `--reservation=night`."""
+
+    @field_validator("options")
+    @classmethod
+    def _are_options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            if not re.match(r"--[a-z]", option):
+                raise ValueError(f"{option!r} is no option: each begins with `--`, its value follows after `=`")
+        return options
 
 
 class LaunchConfig(Section):
     """Where the ranks run, and what happens when one of them dies."""
 
     nodes: int = Field(default=1, ge=1)
-    """Machines that the run spans. This version launches on one machine."""
+    """Machines that the run spans; `train` and `submit --on local` know one."""
     ranks_per_node: int | None = Field(default=1, ge=1)
     """Processes on each machine, one a device; null: as many as the machine has devices."""
     max_restarts: int = Field(default=10, ge=0)
@@ -26,17 +77,8 @@ class LaunchConfig(Section):
     """TCP port at which the ranks meet; null: a free one is found for each attempt."""
     partition: str | None = Field(default=None, min_length=1)
     """Partition (queue) of a cluster; means nothing to ranks on this machine."""
-
+    slurm: SlurmConfig = SlurmConfig()
+    """What else is asked of Slurm, where it starts the run."""
     ray_address: str | None = Field(default=None, min_length=1)
     """host:port of the head of a Ray cluster that runs, with a node on this machine, where something wants Ray;
     null: a private Ray is started on this machine for as long as the command runs."""
-
-    @field_validator("nodes")
-    @classmethod
-    def _one_node(cls, nodes: int) -> int:
-        if nodes != 1:
-            raise ValueError(
-                f"{nodes} nodes are not supported: this version launches on one machine; "
-                "set launch.nodes: 1, and launch.ranks_per_node to the number of its devices"
-            )
-        return nodes

@@ -102,6 +102,8 @@ class RankExit:
     """What the rank was doing at its last heartbeat."""
     heartbeat_age_seconds: float | None = None
     """Age of the last heartbeat when the end was seen."""
+    host: str | None = None
+    """Name of the machine it ran on; None: this one."""
 
     @property
     def outcome(self) -> Outcome:

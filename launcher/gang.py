@@ -1,4 +1,4 @@
-"""The rank processes of one attempt on this machine: started together, watched together, ended together."""
+"""The ranks of one attempt: started together, watched together, ended together. Here those of this machine."""
 
 from __future__ import annotations
 
@@ -8,18 +8,77 @@ import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol, Self
 
 from launcher.child import Child, ChildCommand, start_child
 from launcher.exits import RankExit, order_of_death
+from launcher.hang import Beat
 from launcher.heartbeat import VARIABLE, read_heartbeat
 from launcher.job import JobSpec, heartbeat_path, log_path
 from launcher.rank_env import RankEnvironment
 
 MASTER_ADDR = "127.0.0.1"
+ATTEMPT_VARIABLE = "SOLOMONOV_ATTEMPT"
+"""Environment variable that tells a rank the number of its attempt, and that somebody supervises it."""
+
+
+class Gang(Protocol):
+    """The ranks of one attempt, wherever they run; a context manager: when it is left, no process of it remains."""
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids in order of rank, as far as they are known here."""
+
+    @property
+    def alive(self) -> bool:
+        """At least one rank has not ended, as far as `wait` has seen."""
+
+    def wait(self, timeout: float | None, also: Sequence[int] = ()) -> list[RankExit]:
+        """Sleep until a rank ends, the wake descriptor or one of `also` is readable, or `timeout` seconds are over.
+
+        Returns:
+            Ends not reported before, the likelier cause first where several came at once.
+        """
+
+    def beats(self) -> dict[int, Beat]:
+        """The last sign of life of each living rank that gave one."""
+
+    def terminate(self) -> None:
+        """Ask every living rank to save and leave."""
+
+    def dump_stacks(self) -> None:
+        """Ask every living rank for the stacks of its threads, in its log."""
+
+    def kill(self) -> None:
+        """End every living rank, and what it has started, at once."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class StartGang(Protocol):
+    """Starts the ranks of an attempt."""
+
+    def __call__(self, spec: JobSpec, folder: Path, *, attempt: int, master_port: int, wake_fd: int) -> Gang:
+        """Start them.
+
+        Args:
+            spec: what to start.
+            folder: existing folder for logs and heartbeats.
+            attempt: number of the attempt.
+            master_port: where the ranks meet.
+            wake_fd: a file descriptor that makes `wait` return when it becomes readable.
+
+        Raises:
+            LaunchConfigurationError: a rank could not be started; those before it were ended.
+        """
 
 
 def rank_environment(
-    spec: JobSpec, place: RankEnvironment, folder: Path, inherited: Mapping[str, str]
+    spec: JobSpec, place: RankEnvironment, folder: Path, attempt: int, inherited: Mapping[str, str]
 ) -> dict[str, str]:
     """The whole environment of one rank: what we inherited, what the job adds, and what makes it a rank.
 
@@ -35,6 +94,7 @@ def rank_environment(
         **given,
         **place.to_environment(),
         VARIABLE: str(heartbeat_path(folder, place.rank)),
+        ATTEMPT_VARIABLE: str(attempt),
     }
 
 
@@ -45,49 +105,61 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-class Gang:
-    """The ranks of one attempt, as a context manager: when it closes, none of their processes is left.
+def local_places(ranks: int, master_port: int) -> list[RankEnvironment]:
+    """The places of a world that is on this machine alone."""
+    return [
+        RankEnvironment(
+            rank=rank,
+            world_size=ranks,
+            local_rank=rank,
+            local_world_size=ranks,
+            group_rank=0,
+            master_addr=MASTER_ADDR,
+            master_port=master_port,
+        )
+        for rank in range(ranks)
+    ]
+
+
+class LocalGang:
+    """Ranks that are children of this process; see `Gang` and `StartGang`.
 
     Args:
-        spec: what to start.
-        folder: existing folder for logs and heartbeats.
-        master_port: where the ranks meet.
-        wake_fd: a file descriptor that makes `wait` return when it becomes readable.
-
-    Raises:
-        LaunchConfigurationError: a rank could not be started; those before it were ended.
+        places: the ranks to start; None: the whole world, on this machine.
     """
 
-    def __init__(self, spec: JobSpec, folder: Path, *, master_port: int, wake_fd: int) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        folder: Path,
+        *,
+        attempt: int,
+        master_port: int,
+        wake_fd: int,
+        places: Sequence[RankEnvironment] | None = None,
+    ) -> None:
         self._folder = folder
+        self._attempt = attempt
         self._children: dict[int, Child] = {}
         self._living: set[int] = set()
         self._selector = selectors.DefaultSelector()
         self._selector.register(wake_fd, selectors.EVENT_READ, None)
         complete = False
         try:
-            for rank in range(spec.ranks):
-                self._start(spec, rank, master_port)
+            for place in local_places(spec.ranks, master_port) if places is None else places:
+                self._start(spec, place)
             complete = True
         finally:
             if not complete:
                 self.close()
 
-    def _start(self, spec: JobSpec, rank: int, master_port: int) -> None:
-        place = RankEnvironment(
-            rank=rank,
-            world_size=spec.ranks,
-            local_rank=rank,
-            local_world_size=spec.ranks,
-            group_rank=0,
-            master_addr=MASTER_ADDR,
-            master_port=master_port,
-        )
+    def _start(self, spec: JobSpec, place: RankEnvironment) -> None:
+        rank = place.rank
         heartbeat_path(self._folder, rank).unlink(missing_ok=True)
         child = start_child(
             ChildCommand(
                 command=spec.command,
-                environment=rank_environment(spec, place, self._folder, os.environ),
+                environment=rank_environment(spec, place, self._folder, self._attempt, os.environ),
                 log_path=log_path(self._folder, rank),
                 working_directory=spec.working_directory,
                 pass_fds=spec.pass_fds,
@@ -108,11 +180,7 @@ class Gang:
         return bool(self._living)
 
     def wait(self, timeout: float | None, also: Sequence[int] = ()) -> list[RankExit]:
-        """Sleep until a rank ends, the wake descriptor or one of `also` is readable, or `timeout` seconds are over.
-
-        Returns:
-            Ends not reported before, the likelier cause first where several came at once.
-        """
+        """See `Gang.wait`."""
         for fd in also:
             self._selector.register(fd, selectors.EVENT_READ, None)
         ready = self._selector.select(timeout)
@@ -143,6 +211,20 @@ class Gang:
             heartbeat_age_seconds=heartbeat.age_seconds() if heartbeat else None,
         )
 
+    def beats(self) -> dict[int, Beat]:
+        """See `Gang.beats`: from the files that the ranks write."""
+        found = {}
+        for rank in self._living:
+            if (beat := read_heartbeat(heartbeat_path(self._folder, rank))) is not None:
+                # The clock is that of `time.monotonic`, the same one for all processes of a machine.
+                found[rank] = Beat(beat.step, beat.section_id, beat.section, beat.monotonic_ns / 1e9)
+        return found
+
+    def dump_stacks(self) -> None:
+        """SIGQUIT to every living rank."""
+        for rank in self._living:
+            self._children[rank].send_signal(signal.SIGQUIT)
+
     def terminate(self) -> None:
         """SIGTERM to every living rank: save and leave."""
         for rank in self._living:
@@ -161,7 +243,7 @@ class Gang:
             child.reap()
         self._selector.close()
 
-    def __enter__(self) -> Gang:
+    def __enter__(self) -> LocalGang:
         return self
 
     def __exit__(

@@ -7,11 +7,12 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from launcher.exits import RankExit, first_cause
+from launcher.hang import Hang, HangLimits
 
 TAIL_LINES = 20
 TAIL_BYTES = 16384
@@ -83,7 +84,9 @@ class JobSpec:
     """Gets `attempt-K/rank-R.log`, stdout and stderr of each rank, the heartbeat files beside them, and the logs of
     the sidecars."""
     ranks: int = 1
-    """Processes on this machine."""
+    """Processes on each machine."""
+    nodes: int = 1
+    """Machines."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Added to the launcher's own environment; the torchrun variables win over it."""
     working_directory: Path | None = None
@@ -94,14 +97,47 @@ class JobSpec:
     """Number of the first attempt: a run that goes on counts on."""
     sidecars: Sequence[Sidecar] = ()
     """Processes beside the ranks, in the order of their start."""
+    hang: HangLimits | None = None
+    """When ranks that write heartbeats count as hanging, and are killed for it; None: never."""
 
     def __post_init__(self) -> None:
         _require_passable(self.command, self.environment)
-        if self.ranks < 1:
-            raise ValueError(f"a job has at least one rank, not {self.ranks}")
+        if self.ranks < 1 or self.nodes < 1:
+            raise ValueError(f"a job has at least one rank on one machine, not {self.ranks} on {self.nodes}")
         names = [sidecar.name for sidecar in self.sidecars]
         if len(set(names)) < len(names):
             raise ValueError(f"each sidecar has a name of its own, not {names}")
+
+    def to_json(self) -> dict[str, Any]:
+        """For `from_json` in another process; open files (`pass_fds`) stay behind."""
+        return {
+            **{each.name: getattr(self, each.name) for each in fields(self)},
+            "command": list(self.command),
+            "log_folder": str(self.log_folder.absolute()),
+            "environment": dict(self.environment),
+            "working_directory": str(self.working_directory) if self.working_directory is not None else None,
+            "pass_fds": [],
+            "sidecars": [asdict(sidecar) for sidecar in self.sidecars],
+            "hang": {**asdict(replace(self.hang, allowances={})), "allowances": dict(self.hang.allowances)}
+            if self.hang is not None
+            else None,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> JobSpec:
+        """What `to_json` gave."""
+        given = dict(record)
+        folder, hang = given["working_directory"], given["hang"]
+        given["log_folder"] = Path(given["log_folder"])
+        given["working_directory"] = Path(folder) if folder is not None else None
+        given["sidecars"] = [Sidecar(**sidecar) for sidecar in given["sidecars"]]
+        given["hang"] = HangLimits(**hang) if hang is not None else None
+        return cls(**given)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on all machines together."""
+        return self.nodes * self.ranks
 
     def attempt_folder(self, attempt: int) -> Path:
         """Absolute folder of one attempt's logs."""
@@ -114,14 +150,22 @@ class Attempt:
 
     number: int
     folder: Path
+    ranks: int
+    """In the whole world."""
     pids: list[int]
+    """In order of rank, as far as they are known on this machine."""
     master_port: int
     exits: list[RankExit] = field(default_factory=list)
     """Ends of ranks so far, in order of death."""
+    hang: Hang | None = None
+    """Why all of them were killed, if they were killed for that."""
 
     @property
     def cause(self) -> RankExit | None:
         """The end that explains the attempt; None while every rank runs."""
+        for end in self.exits:
+            if self.hang is not None and end.rank == self.hang.rank:
+                return end
         return first_cause(self.exits) if self.exits else None
 
     @property
@@ -132,7 +176,7 @@ class Attempt:
     @property
     def logs(self) -> list[Path]:
         """The ranks' log files, in order of rank."""
-        return [log_path(self.folder, rank) for rank in range(len(self.pids))]
+        return [log_path(self.folder, rank) for rank in range(self.ranks)]
 
     @property
     def tail(self) -> list[str]:
@@ -215,9 +259,10 @@ class Job(Protocol):
 class EventCallback(Protocol):
     """Receives each event of a job, in order, in the thread that supervises it.
 
-    * attempt_started: attempt, ranks, pids, master_port
-    * rank_exited: attempt, rank, pid, exit_code (None: a signal), signal (its name or None), seconds,
-      killed_by_launcher, and of the last heartbeat, or None: step, section, heartbeat_age_seconds
+    * attempt_started: attempt, ranks, pids (those on this machine), master_port
+    * rank_exited: attempt, rank, host (None: this machine), pid, exit_code (None: a signal), signal (its name or None),
+      seconds, killed_by_launcher, and of the last heartbeat, or None: step, section, heartbeat_age_seconds
+    * hang: attempt, rank, step, section, seconds, limit_seconds, call (where its main thread was, or None)
     * restart: attempt (the one that will start), cause, backoff_seconds
     * stopping: signal (its name, or `cancel`), now
     * sidecar_started: name, pid, starts (1 for the first)

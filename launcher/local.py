@@ -1,16 +1,16 @@
-"""Starts the ranks of a job on this machine, watches them, and starts them again."""
+"""Supervises a job from this machine: starts its ranks, watches them, starts them again.
+
+The ranks are children of this process, or wherever another kind of gang starts them (see `launcher.gang.StartGang`).
+"""
 
 from __future__ import annotations
 
 import math
 import os
-import selectors
 import signal
 import tempfile
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,9 +18,12 @@ from types import FrameType
 
 from launcher.child import unwritable
 from launcher.config import LaunchConfig
+from launcher.errors import LaunchConfigurationError
 from launcher.exits import Outcome, RankExit, describe, signal_name
-from launcher.gang import Gang
+from launcher.gang import Gang, LocalGang, StartGang
+from launcher.hang import GangWatch, innermost_call
 from launcher.job import Attempt, EventCallback, JobSpec, JobState, ignore_event, tail
+from launcher.mailbox import Mailbox
 from launcher.ports import free_port, require_free
 from launcher.sidecar import SidecarFailure, Sidecars
 from launcher.supervisor import Action, Decision, RestartPolicy, Supervisor, SupervisorState
@@ -28,6 +31,12 @@ from launcher.supervisor import Action, Decision, RestartPolicy, Supervisor, Sup
 PEER_EXIT_SECONDS = 2.0
 """What ranks get to leave by themselves after a peer has failed: their collective is broken, so they cannot
 save, but they may be about to say why. NCCL and gloo notice a closed connection within milliseconds."""
+
+HANG_LOOK_SECONDS = 0.25
+"""Between two looks at the heartbeats."""
+
+STACKS_SECONDS = 2.0
+"""What the ranks of a gang that hangs get to write their stacks."""
 
 SIDECAR_END_SECONDS = 5.0
 """What sidecars get at the end of the job, between SIGTERM and SIGKILL."""
@@ -53,6 +62,8 @@ class LocalLauncher:
         on_event: gets every event of a job (see `EventCallback`).
         durable_step: tells the newest step that is safely kept, None if there is none; asked before the first
             and after every attempt. Without it the steps of the heartbeats count as progress.
+        start_gang: starts the ranks of an attempt; by default on this machine.
+        still_ours: asked before each attempt; False: another supervisor has taken over, so start nothing.
     """
 
     def __init__(
@@ -61,10 +72,14 @@ class LocalLauncher:
         *,
         on_event: EventCallback = ignore_event,
         durable_step: Callable[[], int | None] | None = None,
+        start_gang: StartGang = LocalGang,
+        still_ours: Callable[[], bool] = lambda: True,
     ) -> None:
         self.config = config
         self.on_event = on_event
         self.durable_step = durable_step
+        self.start_gang = start_gang
+        self.still_ours = still_ours
 
     def submit(self, spec: JobSpec) -> LocalJob:
         """Start a job in the background; like a future, it keeps the interpreter alive until it has ended.
@@ -105,6 +120,10 @@ class LocalJob:
         self._config = launcher.config
         self._emit = launcher.on_event
         self._durable_step = launcher.durable_step
+        self._start_gang = launcher.start_gang
+        self._still_ours = launcher.still_ours
+        if spec.nodes > 1 and self._start_gang is LocalGang:
+            raise _one_machine(spec.nodes)
         require_writable(spec.log_folder)
         if self._config.master_port is not None:
             require_free(self._config.master_port)
@@ -181,6 +200,9 @@ class LocalJob:
             if not supervisor.state.is_terminal:
                 self._sidecars.start()
             while not supervisor.state.is_terminal:
+                if not self._still_ours():
+                    supervisor.taken_over()
+                    break
                 decision = self._run_attempt(self.spec.first_attempt + len(self.attempts))
                 if decision.action is Action.RESTART:
                     self._back_off(decision)
@@ -200,11 +222,11 @@ class LocalJob:
             port = free_port()
         else:
             require_free(port)
-        with Gang(self.spec, folder, master_port=port, wake_fd=self._mailbox.fd) as gang:
-            attempt = Attempt(number=number, folder=folder, pids=gang.pids, master_port=port)
+        with self._start_gang(self.spec, folder, attempt=number, master_port=port, wake_fd=self._mailbox.fd) as gang:
+            attempt = Attempt(number, folder, self.spec.world_size, gang.pids, port)
             self.attempts.append(attempt)
             self._supervisor.attempt_started()
-            self._emit("attempt_started", attempt=number, ranks=self.spec.ranks, pids=attempt.pids, master_port=port)
+            self._emit("attempt_started", attempt=number, ranks=attempt.ranks, pids=attempt.pids, master_port=port)
             self._watch(gang, attempt)
         cause = attempt.cause
         assert cause is not None, "every rank has ended"
@@ -212,11 +234,14 @@ class LocalJob:
         return self._supervisor.attempt_ended(cause.code, step)
 
     def _watch(self, gang: Gang, attempt: Attempt) -> None:
-        """Until no rank is left: note ends, obey requests, and kill those who outstay their time."""
+        """Until no rank is left: note ends, obey requests, and kill those who outstay their time, or hang."""
+        watch = GangWatch(self.spec.hang) if self.spec.hang is not None else None
         deadline = math.inf
         while gang.alive:
-            wake_at = min(deadline, self._sidecars.next_start)
-            remaining = None if math.isinf(wake_at) else max(0.0, wake_at - time.monotonic())
+            now = time.monotonic()
+            look_at = now + HANG_LOOK_SECONDS if watch is not None else math.inf
+            wake_at = min(deadline, self._sidecars.next_start, look_at)
+            remaining = None if math.isinf(wake_at) else max(0.0, wake_at - now)
             for end in gang.wait(remaining, also=self._sidecars.exit_fds):
                 attempt.exits.append(end)
                 self._emit_exit(attempt.number, end)
@@ -224,9 +249,35 @@ class LocalJob:
             if self._take_requests(gang):
                 deadline = min(deadline, time.monotonic() + self._config.grace_seconds)
             self._tend_sidecars(gang)
+            if watch is not None and not attempt.exits and self._hangs(gang, attempt, watch):
+                watch = None
+                deadline = min(deadline, time.monotonic())
             if time.monotonic() >= deadline:
                 gang.kill()
                 deadline = math.inf  # what SIGKILL does not end at once, nothing ends sooner
+
+    def _hangs(self, gang: Gang, attempt: Attempt, watch: GangWatch) -> bool:
+        """Look at the heartbeats; of a gang that hangs, take the stacks and say so."""
+        hang = watch.look(gang.beats(), time.monotonic())
+        if hang is None:
+            return False
+        attempt.hang = hang
+        log = attempt.logs[hang.rank]
+        before = log.stat().st_size if log.exists() else 0
+        gang.dump_stacks()
+        time.sleep(STACKS_SECONDS)  # nothing tells that a dump is complete; who is frozen gives none
+        call = innermost_call(_text_from(log, before))
+        self._emit(
+            "hang",
+            attempt=attempt.number,
+            rank=hang.rank,
+            step=hang.step,
+            section=hang.section,
+            seconds=hang.seconds,
+            limit_seconds=hang.limit_seconds,
+            call=call,
+        )
+        return True
 
     def _patience(self, end: RankExit) -> float:
         """Seconds that the other ranks have after this end."""
@@ -281,7 +332,9 @@ class LocalJob:
         self._emit(
             "restart",
             attempt=self.spec.first_attempt + len(self.attempts),
-            cause=f"rank {cause.rank}: {describe(cause.code)}",
+            cause=self.attempts[-1].hang.describe()
+            if self.attempts[-1].hang
+            else f"rank {cause.rank}: {describe(cause.code)}",
             backoff_seconds=decision.backoff_seconds,
         )
         deadline = time.monotonic() + decision.backoff_seconds
@@ -298,6 +351,7 @@ class LocalJob:
             "rank_exited",
             attempt=attempt,
             rank=end.rank,
+            host=end.host,
             pid=end.pid,
             exit_code=end.code if end.code >= 0 else None,
             signal=signal_name(end.code),
@@ -309,64 +363,23 @@ class LocalJob:
         )
 
 
-class Mailbox:
-    """Requests from signal handlers and other threads to the supervising one, which sleeps on `fd`."""
+def _one_machine(nodes: int) -> LaunchConfigurationError:
+    return LaunchConfigurationError(
+        "ranks on other machines cannot be started from here",
+        got=f"launch.nodes = {nodes}",
+        rule="on this machine alone a run has one node",
+        remedy="set launch.nodes: 1, or submit the run: solomonov submit CONFIG --on slurm",
+    )
 
-    def __init__(self) -> None:
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._reader, False)
-        os.set_blocking(self._writer, False)
-        self._requests: deque[tuple[str, bool]] = deque()
-        self._lock = threading.RLock()  # a signal handler may come while its own thread holds it
-        self._open = True
 
-    @property
-    def fd(self) -> int:
-        """Readable while there may be requests."""
-        return self._reader
-
-    @property
-    def wake_fd(self) -> int:
-        """A byte written here wakes the sleeper (`signal.set_wakeup_fd`)."""
-        return self._writer
-
-    def put(self, source: str, *, now: bool) -> bool:
-        """Leave a request; False if nobody reads any more."""
-        with self._lock:
-            if not self._open:
-                return False
-            self._requests.append((source, now))
-            try:
-                os.write(self._writer, b"!")
-            except BlockingIOError:
-                pass  # a full pipe wakes the sleeper as well
-            return True
-
-    def take(self) -> list[tuple[str, bool]]:
-        """All requests so far, oldest first."""
-        try:
-            while os.read(self._reader, 4096):
-                pass
-        except BlockingIOError:
-            pass
-        taken = []
-        while self._requests:
-            taken.append(self._requests.popleft())
-        return taken
-
-    def wait(self, timeout: float, also: Sequence[int] = ()) -> None:
-        """Sleep until there is a request, a descriptor of `also` is readable, or `timeout` seconds are over."""
-        with selectors.DefaultSelector() as selector:
-            for fd in (self._reader, *also):
-                selector.register(fd, selectors.EVENT_READ)
-            selector.select(timeout)
-
-    def close(self) -> None:
-        """Take no more requests."""
-        with self._lock:
-            self._open = False
-            os.close(self._reader)
-            os.close(self._writer)
+def _text_from(path: Path, offset: int) -> str:
+    """What was written to a text file after an offset; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def make_folder(folder: Path) -> None:

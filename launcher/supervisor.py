@@ -10,6 +10,7 @@ READY -> RUNNING -> DONE                        every rank left with 0
          STOPPING -> FAILED                     the same, and the ranks did not save after it
          READY, WAITING -> SAVED or CANCELLED   asked, or told, while nothing runs
          READY, WAITING -> FAILED               a companion failed while nothing runs
+         READY, WAITING -> SAVED                another supervisor has taken the job over
 """
 
 from __future__ import annotations
@@ -163,6 +164,12 @@ class Supervisor:
             return False
         self.state = SupervisorState.KILLING
         return True
+
+    def taken_over(self) -> None:
+        """Another supervisor runs the job now; nothing that we could start belongs to it."""
+        if self.state not in (SupervisorState.READY, SupervisorState.WAITING):
+            raise ValueError(f"a job that is {self.state.value} has ranks, or has ended")
+        self._end(SupervisorState.SAVED, ExitCode.AGAIN, "another supervisor has taken over")
 
     def attempt_ended(self, code: int, step: int | None = None) -> Decision:
         """Judge an attempt.

@@ -6,23 +6,28 @@ Heavy modules are imported inside the commands that need them, so that `solomono
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from solomonov import exits
 
 if TYPE_CHECKING:
-    from launcher.config import LaunchConfig
-    from launcher.job import JobSpec
-    from solomonov.config import Loaded
-    from solomonov.runfolder import RunFolder
-    from solomonov.start import PreparedRun
+    pass
+
+JOB_VERBS = ("submit", "status", "runs", "logs", "cancel", "resume", "wait")
+INTERNAL_VERBS = ("supervise", "requeue")
+"""What submitted runs are started with; not for typing."""
+ANSWERING = (
+    *("prepare", "checkpoints", "evaluate", "generate", "export", "doctor"),
+    *("submit", "resume", "status", "runs"),
+)
+"""Verbs whose answer a script may want to read."""
+OVERRIDABLE = ("prepare", "train", "submit", "resume")
+"""Verbs that take key=value words."""
 
 EXIT_CODES = """\
 exit codes:
@@ -85,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--to", help="folder to write (default: exports/step-N in the run)")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
 
+    _add_job_verbs(verbs)
     tensorboard = verbs.add_parser("tensorboard", help="start TensorBoard on runs")
     tensorboard.add_argument("runs", metavar="RUN", nargs="+")
     tensorboard.add_argument("--port", type=int, default=6006, help="0: any free port")
@@ -92,11 +98,57 @@ def build_parser() -> argparse.ArgumentParser:
     verbs.add_parser("doctor", help="what this machine has, and what is missing")
     fresh = "begin anew at step 0: checkpoints of the run are set aside, not deleted"
     verbs.choices["train"].add_argument("--fresh", action="store_true", help=fresh)
+    _add_internal_verbs(verbs)
     for verb in verbs.choices.values():
         verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    for name in ("prepare", "checkpoints", "evaluate", "generate", "export", "doctor"):
+    for name in (
+        "prepare",
+        "checkpoints",
+        "evaluate",
+        "generate",
+        "export",
+        "doctor",
+        "submit",
+        "resume",
+        "status",
+        "runs",
+    ):
         verbs.choices[name].add_argument("--json", action="store_true", help="print the answer as JSON")
     return parser
+
+
+def _add_job_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    submit = verbs.add_parser("submit", help="start a training elsewhere, or here in the background")
+    submit.add_argument("config", metavar="CONFIG", help="YAML file")
+    submit.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, YAML values")
+    submit.add_argument("--on", choices=("local", "slurm"), required=True, help="where its ranks run")
+    submit.add_argument("--nodes", type=_at_least_one, help="machines (launch.nodes)")
+    resume = verbs.add_parser("resume", help="submit a run again, as it was submitted")
+    resume.add_argument("run", metavar="RUN")
+    resume.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, YAML values")
+    resume.add_argument("--on", choices=("local", "slurm"), help="where its ranks run (default: as before)")
+    for verb in (submit, resume):
+        verb.add_argument("--dry-run", action="store_true", help="only show what would be done")
+
+    status = verbs.add_parser("status", help="where a run stands")
+    runs = verbs.add_parser("runs", help="all runs of a folder")
+    runs.add_argument("--folder", default="runs", help="folder of the runs (default: runs)")
+    logs = verbs.add_parser("logs", help="the logs of a run's ranks")
+    cancel = verbs.add_parser("cancel", help="have a run save and leave")
+    cancel.add_argument("--now", action="store_true", help="do not save")
+    wait = verbs.add_parser("wait", help="wait for the end of a run; leaves with its exit code")
+    wait.add_argument("--timeout", type=float, metavar="SECONDS", help="leave with 75 if it has not ended by then")
+    for verb in (status, logs, cancel, wait):
+        verb.add_argument("run", metavar="RUN")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with what is written, until the run has ended")
+    logs.add_argument("--lines", type=_at_least_one, default=20, help="of each rank (default: 20)")
+
+
+def _add_internal_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    for name in INTERNAL_VERBS:
+        verb = verbs.add_parser(name)
+        verb.add_argument("folder", metavar="FOLDER", type=Path, help="of a run, or a configuration file")
+    verbs.choices["requeue"].add_argument("code", metavar="CODE", type=int)
 
 
 def _at_least_one(text: str) -> int:
@@ -111,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and (options.verb not in ("prepare", "train") or not all("=" in word for word in rest)):
+    if rest and (options.verb not in OVERRIDABLE or not all("=" in word for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides that stand behind an option
         options.overrides = [*options.overrides, *rest]
@@ -141,56 +193,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(options: argparse.Namespace) -> int:
     if options.verb == "train":
+        from solomonov.supervise import train
+
         return train(Path(options.config), options.overrides, fresh=options.fresh)
+    if options.verb in INTERNAL_VERBS:
+        from solomonov import supervise
+
+        return (
+            supervise.supervise(options.folder)
+            if options.verb == "supervise"
+            else supervise.requeue(options.folder, options.code)
+        )
     if options.verb == "quickstart":
         return quickstart(options)
     if options.verb == "prepare":
         return prepare(options)
-    from solomonov import commands
+    from solomonov import commands, jobs
 
-    body = getattr(commands, options.verb)
+    body = getattr(jobs if options.verb in JOB_VERBS else commands, options.verb)
     code: int = body(options)
     return code
-
-
-@dataclass(frozen=True)
-class RayAccess:
-    """A Ray cluster that may be joined."""
-
-    address: str
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """What a process needs in its environment before it imports Ray."""
-    dashboard_url: str | None = None
-
-
-@contextmanager
-def ray_access(launch: LaunchConfig, *, cpus: int) -> Iterator[RayAccess]:
-    """The cluster at launch.ray_address, looked at first; without one, a private Ray on this machine.
-
-    Raises:
-        LaunchConfigurationError: it cannot be joined, or Ray is not installed or cannot be started.
-    """
-    from launcher.ray import PrivateRay, check_cluster, client_environment
-
-    if launch.ray_address is not None:
-        check_cluster(launch.ray_address, {})
-        yield RayAccess(launch.ray_address, client_environment())
-        return
-    with PrivateRay(cpus) as ray:
-        yield RayAccess(ray.address, ray.environment)
 
 
 def prepare(options: argparse.Namespace) -> int:
     """`solomonov prepare CONFIG [key=value ...]`, on Ray where the configuration says so."""
     from solomonov import commands
     from solomonov.config import load_config
+    from solomonov.supervise import launch_section, ray_access
 
     loaded = load_config(Path(options.config), options.overrides)
     with ExitStack() as stack:
         ray = None
         if loaded.config.data.prepare.backend == "ray":
-            launch, _ = _launch_section(loaded)
-            ray = stack.enter_context(ray_access(launch, cpus=loaded.config.data.prepare.workers))
+            ray = stack.enter_context(ray_access(launch_section(loaded), cpus=loaded.config.data.prepare.workers))
             os.environ.update(ray.environment)
         return commands.prepare(options, loaded.config, ray.address if ray is not None else None)
 
@@ -199,6 +234,7 @@ def quickstart(options: argparse.Namespace) -> int:
     """`solomonov quickstart`: on a private Ray where Ray is installed."""
     from launcher.ray import PrivateRay
     from solomonov.quickstart import quickstart as run_quickstart
+    from solomonov.supervise import RayAccess, train
 
     @contextmanager
     def private_ray(cpus: int) -> Iterator[RayAccess]:
@@ -207,137 +243,6 @@ def quickstart(options: argparse.Namespace) -> int:
             yield RayAccess(ray.address, ray.environment, ray.dashboard_url)
 
     return run_quickstart(Path(options.folder), train=train, start_ray=private_ray, kill=not options.no_kill)
-
-
-def train(
-    config_path: Path, overrides: Sequence[str] = (), *, fresh: bool = False, ray: RayAccess | None = None
-) -> int:
-    """Train on all local ranks, under a supervisor that starts them again after a death.
-
-    Args:
-        fresh: set the run's checkpoints aside and begin at step 0.
-        ray: the cluster for the data workers; None: as the configuration says, where it wants data workers.
-
-    Raises:
-        ConfigurationError, LaunchConfigurationError, DataError: before any rank is started.
-    """
-    from solomonov.config import load_config
-    from solomonov.runfolder import run_lock
-    from solomonov.start import finished_step, prepare_run
-
-    loaded = load_config(config_path, overrides)
-    launch, ranks = _launch_section(loaded)
-    prepared = prepare_run(loaded, ranks=ranks, launch=launch.model_dump(mode="json"))
-    run = prepared.run
-    with run_lock(run) as lock:
-        prepared.write()
-        if fresh:
-            _set_checkpoints_aside(run)
-        done = finished_step(run, prepared.plan.total_steps)
-        if done is not None:
-            print(f"{run.path}: done, {done} updates; nothing is left to train")
-            print(f"  raise training.total_steps under a new run.name to train longer; solomonov export {run.path}")
-            return exits.DONE
-        with ExitStack() as stack:
-            workers = loaded.config.data.workers
-            if workers.backend == "ray" and ray is None:
-                ray = stack.enter_context(ray_access(launch, cpus=math.ceil(workers.count * workers.cpus)))
-            return _supervise(prepared, launch, ranks, lock, ray if workers.backend == "ray" else None)
-
-
-def _set_checkpoints_aside(run: RunFolder) -> None:
-    from solomonov.checkpoint.agreement import SingleProcess
-    from solomonov.checkpoint.checkpointer import Checkpointer
-
-    journal = run.journal
-    checkpointer = Checkpointer(
-        run.checkpoints,
-        SingleProcess(),
-        run_id=run.run_id(),
-        attempt=journal.next_attempt(),
-        keep_last=1,
-        on_event=lambda kind, fields: journal.write(kind, **fields),
-    )
-    checkpointer.find(fresh=True)
-    journal.write("fresh_start_requested")
-
-
-def _launch_section(loaded: Loaded) -> tuple[LaunchConfig, int]:
-    """The validated launch section and the number of ranks on this machine."""
-    from pydantic import ValidationError
-
-    from launcher.config import LaunchConfig
-    from solomonov.config import configuration_mistakes
-    from solomonov.host import visible_gpus
-
-    try:
-        launch = LaunchConfig.model_validate(dict(loaded.launch))
-    except ValidationError as error:
-        raise configuration_mistakes(error, LaunchConfig, where="the launch section", prefix="launch.") from error
-    return launch, launch.ranks_per_node or max(1, visible_gpus())
-
-
-def _supervise(prepared: PreparedRun, launch: LaunchConfig, ranks: int, lock: int, ray: RayAccess | None) -> int:
-    """Start the ranks, and the data service where there is a Ray; watch them, show their progress, say how it ended."""
-    from launcher.job import JobSpec
-    from launcher.local import LocalLauncher
-    from solomonov.display import TrainingDisplay
-
-    run, journal = prepared.run, prepared.run.journal
-    attempt = journal.next_attempt()
-
-    def on_event(kind: str, /, **fields: Any) -> None:
-        if kind == "attempt_started":
-            journal.write(kind, **fields)  # the number fences off earlier attempts: it must stand before training
-        else:
-            journal.try_write(kind, **fields)
-        display.event(kind, fields)
-
-    spec = JobSpec(
-        command=[sys.executable, "-m", "solomonov.rank", str(run.path)],
-        log_folder=run.logs,
-        ranks=ranks,
-        environment=_rank_environment(),
-        pass_fds=(lock,),
-        first_attempt=attempt,
-    )
-    if ray is not None:
-        spec = _with_data_service(spec, prepared, ray)
-    with TrainingDisplay(run, prepared.plan.total_steps, prepared.plan.describe()) as display:
-        job = LocalLauncher(launch, on_event=on_event, durable_step=lambda: _durable_step(run)).run(spec)
-    code = job.wait()
-    display.verdict(code, job.tail)
-    return code
-
-
-def _with_data_service(spec: JobSpec, prepared: PreparedRun, ray: RayAccess) -> JobSpec:
-    """The same job with a data service beside the ranks, and ranks that know where its workers are."""
-    from launcher.job import Sidecar
-    from solomonov.feed import ClusterPlace, service_spec
-
-    run, config = prepared.run, prepared.loaded.config
-    # Of this command: what an earlier one may have left on the cluster has other names.
-    place = ClusterPlace(ray.address, f"solomonov-{run.run_id()[:12]}-{spec.first_attempt}")
-    service_spec(config, str(prepared.data["stream"]), place).write(run.path)
-    service = Sidecar("data-service", [sys.executable, "-m", "data_pipeline", "serve", str(run.path)])
-    return replace(
-        spec, environment={**spec.environment, **ray.environment, **place.to_environment()}, sidecars=(service,)
-    )
-
-
-def _rank_environment() -> Mapping[str, str]:
-    """Ranks start in the working directory, but not with it on their import path.
-
-    glibc gives large blocks back to the system at each free, and the kernel clears their pages at each use; on the CPU,
-    where activations and logits are such blocks, keeping them makes a step about a tenth faster.
-    """
-    keep = {name: str(1 << 30) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
-    return {"PYTHONSAFEPATH": "1", **{name: os.environ.get(name, value) for name, value in keep.items()}}
-
-
-def _durable_step(run: RunFolder) -> int | None:
-    event = run.journal.last("checkpoint_durable")
-    return int(event["step"]) if event else None
 
 
 if __name__ == "__main__":

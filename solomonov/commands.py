@@ -25,7 +25,7 @@ def prepare(options: argparse.Namespace, config: Config, ray_address: str | None
     report = build_dataset(
         config.data, config.tokenizer, base_folder=Path.cwd(), show_progress=not options.json, cluster=ray_address
     )
-    _answer(options, dict(report.summary()))
+    answer(options, dict(report.summary()))
     return exits.DONE
 
 
@@ -40,7 +40,7 @@ def checkpoints(options: argparse.Namespace) -> int:
         keep = options.keep_last or run.config().checkpoint.keep_last
         with run_lock(run, wait_seconds=1.0):
             report = prune(run.checkpoints, keep, facts=[ResumeFact(*fact) for fact in run.journal.resumes()])
-        _answer(
+        answer(
             options,
             {
                 "kept steps": [info.step for info in report.kept],
@@ -62,7 +62,7 @@ def checkpoints(options: argparse.Namespace) -> int:
             remedy=f"list them: solomonov checkpoints list {run.path}",
         )
     if options.action == "digest":
-        _answer(options, {"step": found[0].step, "digest": digest(found[0].folder)})
+        answer(options, {"step": found[0].step, "digest": digest(found[0].folder)})
         return exits.DONE
     if options.action == "diff":
         if options.step is None or options.other is None:
@@ -73,7 +73,7 @@ def checkpoints(options: argparse.Namespace) -> int:
                 remedy="solomonov checkpoints diff RUN --step A --other B",
             )
         rows = diff(found[0].folder, run.checkpoints / folder_name(options.other))
-        _table(options, [dataclasses.asdict(row) for row in rows])
+        table(options, [dataclasses.asdict(row) for row in rows])
         return exits.DONE
     lines, damaged = [], False
     for item in found:
@@ -86,7 +86,7 @@ def checkpoints(options: argparse.Namespace) -> int:
         line["state"] = "damaged: " + problem if problem else ("verified" if options.action == "verify" else "listed")
         damaged = damaged or bool(problem)
         lines.append(line)
-    _table(options, lines)
+    table(options, lines)
     return exits.DAMAGED if damaged else exits.DONE
 
 
@@ -117,7 +117,7 @@ def evaluate(options: argparse.Namespace) -> int:
         )
     data = Path(options.data) if options.data else model.run.data_folder()  # type: ignore[union-attr]
     result = run_evaluation(model, data, inference_device(), max_bytes=options.max_bytes)
-    _answer(
+    answer(
         options,
         {"source": str(model.source), "step": model.step, **dataclasses.asdict(result)},
     )
@@ -174,7 +174,7 @@ def export(options: argparse.Namespace) -> int:
         dtype=options.dtype,
     )
     model.run.journal.try_write("exported", step=model.step, folder=str(folder))
-    _answer(options, {"folder": str(folder), "step": model.step, **dataclasses.asdict(report)})
+    answer(options, {"folder": str(folder), "step": model.step, **dataclasses.asdict(report)})
     return exits.DONE
 
 
@@ -210,7 +210,7 @@ def inference_device() -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _answer(options: argparse.Namespace, values: Mapping[str, Any]) -> None:
+def answer(options: argparse.Namespace, values: Mapping[str, Any]) -> None:
     """One answer: JSON for scripts, aligned lines for people."""
     if options.json:
         print(json.dumps(values, ensure_ascii=False))
@@ -221,7 +221,7 @@ def _answer(options: argparse.Namespace, values: Mapping[str, Any]) -> None:
         print(f"{name.replace('_', ' '):<{width}}  {shown}")
 
 
-def _table(options: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
+def table(options: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table: one JSON line a row for scripts, columns for people."""
     if options.json:
         for row in rows:

@@ -70,7 +70,13 @@ class CheckpointConfig(Section):
 
 
 class ResilienceConfig(Section):
-    """What is done when numbers go wrong."""
+    """What is done when numbers go wrong, or when nothing goes on."""
+
+    hang_minimum_seconds: float = Field(default=10.0, gt=0.0)
+    """A gang whose hindmost rank stays in one section of a step for longer than this, and than three times the 99th
+    percentile of that section, hangs: all stacks are written, and it is started again."""
+    hang_start_seconds: float = Field(default=600.0, gt=0.0)
+    """The same for a section of which fewer than three stays are known: imports, compilation, the first saves."""
 
     max_skipped_updates: int = Field(default=10, ge=0)
     """Consecutive updates that may be skipped for a non-finite gradient before the run ends with exit code 70."""

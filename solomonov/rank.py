@@ -1,6 +1,9 @@
-"""One rank of a run: `python -m solomonov.rank RUN_DIR`. Needs the torchrun variables and reads no others, but for
-SOLOMONOV_HEARTBEAT, the file of its sign of life, and SOLOMONOV_RAY_ADDRESS and SOLOMONOV_RAY_NAMESPACE, where its data
-workers are. Its answer is its exit code."""
+"""One rank of a run: `python -m solomonov.rank RUN_DIR`. Its answer is its exit code.
+
+It needs the torchrun variables and reads no others, but for SOLOMONOV_HEARTBEAT, the file of its sign of life,
+SOLOMONOV_ATTEMPT, the number that its supervisor counts it under, and SOLOMONOV_RAY_ADDRESS and
+SOLOMONOV_RAY_NAMESPACE, where its data workers are.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from types import TracebackType
 
 from solomonov.heartbeat import Heartbeat
 from solomonov.output import Unfailing, protect_output
-from solomonov.runfolder import RunFolder, is_locked, lock_holder, run_lock
+from solomonov.runfolder import RunFolder, run_lock
 from solomonov.signals import StopRequest
 
 
@@ -64,20 +67,20 @@ def _run(run: RunFolder, stop: StopRequest, heartbeat: Heartbeat, stack: ExitSta
     from solomonov.train import train
 
     info = RankInfo.from_environment()
-    if info.rank == 0:
+    given = os.environ.get("SOLOMONOV_ATTEMPT")
+    if given is None and info.rank == 0:
         _own_the_run(run, stack)
     torch.use_deterministic_algorithms(config.run.deterministic)
     device = pick_device(info)
     start_process_group(info, device)
-    code = train(run, Control(), device, stop, heartbeat, ClusterPlace.from_environment())
+    attempt = int(given) if given is not None else None
+    code = train(run, Control(), device, stop, heartbeat, ClusterPlace.from_environment(), attempt)
     stop_process_group()
     return code
 
 
 def _own_the_run(run: RunFolder, stack: ExitStack) -> None:
-    """Under a supervisor the lock is its own; a rank that was started by hand takes it and counts the attempt."""
-    if is_locked(run) and lock_holder(run).get("pid") == os.getppid():
-        return
+    """Without a supervisor, which would hold the lock, rank 0 takes it and counts the attempt."""
     stack.enter_context(run_lock(run))
     run.journal.write("attempt_started", attempt=run.journal.next_attempt(), supervisor=None)
 

@@ -76,9 +76,15 @@ class StepLine:
 
 
 class RunRecord:
-    """The records of one attempt, on one rank."""
+    """The records of one attempt, on one rank.
 
-    def __init__(self, run: RunFolder, config: Config, plan: BatchPlan, *, rank: int) -> None:
+    Args:
+        attempt: its number over the run's life; None: that of the newest one in the journal.
+    """
+
+    def __init__(
+        self, run: RunFolder, config: Config, plan: BatchPlan, *, rank: int, attempt: int | None = None
+    ) -> None:
         self._run, self._config, self._plan, self._rank = run, config, plan, rank
         self._journal = run.journal
         self._metrics: MetricsLog | None = None
@@ -87,9 +93,9 @@ class RunRecord:
         self._layouts: dict[int, dict[str, Any]] = {}
         self._layout: dict[str, Any] = {}
         self._flops = 0.0
-        last = self._journal.last("attempt_started")
-        self.attempt = int(last["attempt"]) if last else 1
+        self.attempt = attempt if attempt is not None else max(1, self._journal.next_attempt() - 1)
         """Number of this attempt over the run's life."""
+        self._journal_size = -1
 
     def __enter__(self) -> RunRecord:
         return self
@@ -101,6 +107,19 @@ class RunRecord:
             self._tensorboard.close()
         if self._metrics is not None:
             self._metrics.close()
+
+    def superseded(self) -> bool:
+        """A later attempt has begun: a cluster lost sight of this one, and started the run elsewhere. Rank 0 knows."""
+        if self._rank:
+            return False
+        try:
+            size = self._journal.path.stat().st_size
+        except OSError:
+            return False
+        if size == self._journal_size:
+            return False
+        self._journal_size = size
+        return self._journal.next_attempt() > self.attempt + 1
 
     def event(self, kind: str, **fields: Any) -> None:
         """A line in the journal and in the rank's log."""

@@ -123,6 +123,11 @@ def run_folder(config: Config) -> RunFolder:
     return RunFolder(Path(config.run.folder).expanduser() / config.run.name)
 
 
+def all_runs(folder: Path) -> list[RunFolder]:
+    """The runs of a folder of runs, by name."""
+    return [RunFolder(path.parent) for path in sorted(folder.glob("*/resolved.json"))]
+
+
 def find_run(name: str, folder: str = "runs") -> RunFolder:
     """The run of that name in the folder of runs, or at that path.
 
@@ -244,38 +249,73 @@ def write_atomically(path: Path, text: str) -> None:
     aside.rename(path)
 
 
+@dataclass(frozen=True)
+class LockOwner:
+    """On whose behalf a command holds the lock: one start of a job of a cluster."""
+
+    job: str
+    """Cluster and job, for instance `slurm 123`."""
+    start: int
+    """Which start of that job; the cluster has ended the ones before, even where one of them does not know it yet."""
+
+
 @contextmanager
-def run_lock(run: RunFolder, *, wait_seconds: float = 10.0) -> Iterator[int]:
+def run_lock(run: RunFolder, *, wait_seconds: float = 10.0, owner: LockOwner | None = None) -> Iterator[int]:
     """Hold the run's lock; yields its descriptor, which the ranks inherit.
 
     The lock is released when the last process that holds the descriptor has ended, so a command that follows a kill
-    waits (up to `wait_seconds`) until no rank of the killed one is left.
+    waits (up to `wait_seconds`) until no rank of the killed one is left. A later start of the same job does not wait:
+    it takes the lock from an earlier start, which may live on where a cluster lost sight of its machine.
+
+    Args:
+        owner: whose behalf, where a cluster started this command.
 
     Raises:
         ConfigurationError: another live command works on the run.
     """
     path = run.path / "lock"
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        fd = _lock(run, path, wait_seconds, owner)
     except OSError as error:
         raise unwritable(run.path, error) from error
     try:
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise _held(run, path) from None
-                time.sleep(0.05)  # flock has no time-out of its own
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": round(time.time())}
+        if owner is not None:
+            holder |= {"job": owner.job, "start": owner.start}
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(holder).encode(), 0)
         os.set_inheritable(fd, True)
         yield fd
     finally:
         os.close(fd)
+
+
+def _lock(run: RunFolder, path: Path, wait_seconds: float, owner: LockOwner | None) -> int:
+    """The descriptor of the lock file, locked."""
+    deadline = time.monotonic() + wait_seconds
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    locked = False
+    try:
+        while not locked:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError:
+                holder = lock_holder(run)
+                if owner is not None and holder.get("job") == owner.job and holder.get("start", 0) < owner.start:
+                    path.rename(path.with_name(f"lock.start-{holder['start']}"))
+                elif time.monotonic() > deadline:
+                    raise _held(run, path) from None
+                else:
+                    time.sleep(0.05)  # flock has no time-out of its own
+            if not (path.exists() and os.path.samestat(os.fstat(fd), path.stat())):  # it was taken from its holder
+                os.close(fd)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                locked = False
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def is_locked(run: RunFolder) -> bool:

@@ -29,34 +29,54 @@ class PreparedRun:
     data: Mapping[str, Any]
     derived: Mapping[str, Any]
 
+    def make_folder(self) -> None:
+        """Make the run's folder, which the run's lock needs.
+
+        Raises:
+            ConfigurationError: it cannot be made.
+        """
+        try:
+            self.run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.run.path, error) from error
+
     def write(self) -> None:
         """Write config.yaml and resolved.json; call it with the run's lock held."""
         open_run(self.loaded, launch=self.launch, data=self.data, derived=self.derived)
 
 
-def prepare_run(loaded: Loaded, *, ranks: int, launch: Mapping[str, Any]) -> PreparedRun:
-    """Check layout, batch and data of a run, and make sure that its folder can be written.
+def prepare_run(
+    loaded: Loaded,
+    *,
+    ranks_per_node: int,
+    launch: Mapping[str, Any],
+    nodes: int = 1,
+    gpus_per_node: int | None = None,
+) -> PreparedRun:
+    """Check layout, batch and data of a run; nothing is written.
 
     Args:
-        ranks: number of ranks that will be started.
+        ranks_per_node: number of ranks that will be started on each machine.
         launch: the validated launch section, for the record.
+        nodes: number of machines.
+        gpus_per_node: of the machines that will run it; None: they are as this one.
 
     Raises:
         ConfigurationError: anything that retrying will not help.
         DataError: the prepared data is missing or damaged.
     """
     config = loaded.config
-    precision = config.training.precision
-    if precision == "auto" and visible_gpus():
+    ranks, precision = nodes * ranks_per_node, config.training.precision
+    gpus = visible_gpus() if gpus_per_node is None else gpus_per_node
+    if precision == "auto" and gpus:
         precision = "bf16"  # every CUDA device of the last five generations has it; the rank itself decides
     data_parallel = check_layout(config.parallel, precision=precision, world=ranks)
     plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel)
     _check_schedule(config.schedule.warmup_steps, plan.total_steps)
-    gpus = visible_gpus()
-    if gpus and ranks > gpus:
+    if gpus and ranks_per_node > gpus:
         raise ConfigurationError(
             "there are more ranks than GPUs",
-            got=f"{ranks} ranks (launch.ranks_per_node), {gpus} GPUs that this process may use",
+            got=f"{ranks_per_node} ranks on each machine (launch.ranks_per_node), {gpus} GPUs that they may use",
             rule="each rank has a GPU of its own",
             remedy=f"set launch.ranks_per_node to {gpus} or null",
         )
@@ -80,10 +100,6 @@ def prepare_run(loaded: Loaded, *, ranks: int, launch: Mapping[str, Any]) -> Pre
             remedy="prepare the data with this configuration in another data.folder, or restore the tokenizer section",
         )
     run = run_folder(config)
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(run.path, error) from error
     parameters = parameter_count(config.model, manifest.vocab_size)
     return PreparedRun(
         run=run,
@@ -91,7 +107,12 @@ def prepare_run(loaded: Loaded, *, ranks: int, launch: Mapping[str, Any]) -> Pre
         loaded=loaded,
         launch=launch,
         data={"stream": stream, "tokenizer": manifest.tokenizer_digest},
-        derived={"batch": plan.describe(), "ranks": ranks, "parameters": parameters},
+        derived={
+            "batch": plan.describe(),
+            "ranks": ranks,
+            "parameters": parameters,
+            "total_steps": plan.total_steps,
+        },
     )
 
 

@@ -70,11 +70,13 @@ def train(
     stop: StopRequest,
     heartbeat: Heartbeat,
     place: ClusterPlace | None = None,
+    attempt: int | None = None,
 ) -> int:
     """Train a run from where it stands to its end, or to a request to stop.
 
     Args:
         place: where the run's data workers are, if it has any.
+        attempt: number of this attempt over the run's life; None: that of the newest one in the journal.
 
     Returns:
         the exit code: DONE, or AGAIN where it was asked to stop and saved.
@@ -83,7 +85,7 @@ def train(
         NumericalError: more updates in a row were skipped than the configuration allows.
     """
     with ExitStack() as stack:
-        trainer = build(run, control, device, stop, heartbeat, stack)
+        trainer = build(run, control, device, stop, heartbeat, stack, attempt)
         state, plan, record = trainer.state, trainer.plan, trainer.record
         if control.sum_integers([int(stop.requested)])[0]:
             record.event("preempted", step=state.step, signal=stop.received)
@@ -113,7 +115,11 @@ def train(
             state.skipped = state.skipped + 1 if update.skipped else 0
             line.loss = control.sum_floats([float(loss_sum)])[0] / max(1, line.tokens)
             line.grad_norm, line.skipped = update.grad_norm, update.skipped
-            digest, stopping, *faults = control.sum_integers([_digest(batches), int(stop.requested), *feed.faults()])
+            flags = [int(stop.requested), int(record.superseded())]
+            digest, stopping, superseded, *faults = control.sum_integers([_digest(batches), *flags, *feed.faults()])
+            if superseded:  # its files are another attempt's now
+                record.event("superseded", step=state.step)
+                return AGAIN
             line.data_digest = f"{digest:016x}"
             line.data_reissued, line.data_workers_lost = faults
             line.padding = 1.0 - line.tokens / (plan.batch_rows * plan.sequence_tokens)
@@ -166,6 +172,7 @@ def build(
     stop: StopRequest,
     heartbeat: Heartbeat,
     stack: ExitStack,
+    attempt: int | None = None,
 ) -> Trainer:
     """Make all parts of a run and bring them to the newest checkpoint that verifies, or to the start."""
     config = run.config()
@@ -175,7 +182,7 @@ def build(
     dataset = stack.enter_context(Dataset.open(run.data_folder()))
     stream = make_stream(config, dataset)
     held_out = HeldOutRows(dataset, sequence_tokens=config.data.sequence_tokens, packing=config.data.packing)
-    record = stack.enter_context(RunRecord(run, config, plan, rank=control.rank))
+    record = stack.enter_context(RunRecord(run, config, plan, rank=control.rank, attempt=attempt))
     compile_blocks = config.training.compile is True or (config.training.compile == "auto" and device.type == "cuda")
     if compile_blocks:
         problems = [text for text in control.all_gather_object(compiler_problem(device)) if text]

@@ -208,7 +208,7 @@ def test_a_spec_that_no_system_can_start_is_a_programming_error(fields: dict[str
 
 
 def test_an_attempt_before_its_first_end_has_no_cause(tmp_path: Path) -> None:
-    attempt = Attempt(number=1, folder=tmp_path, pids=[1, 2], master_port=9)
+    attempt = Attempt(number=1, folder=tmp_path, ranks=2, pids=[1, 2], master_port=9)
     assert (attempt.cause, attempt.step, attempt.tail) == (None, None, [])
     assert [path.name for path in attempt.logs] == ["rank-0.log", "rank-1.log"]
 

@@ -19,7 +19,8 @@ import pytest
 from launcher.config import LaunchConfig
 from launcher.errors import LaunchConfigurationError
 from launcher.job import JobSpec, JobState
-from launcher.local import LocalLauncher, Mailbox
+from launcher.local import LocalLauncher
+from launcher.mailbox import Mailbox
 from tests.support.processes import Program, assert_no_process, processes_with, wait_for
 
 SECONDS = 60.0
@@ -231,6 +232,7 @@ def test_events_tell_what_happened(tmp_path: Path) -> None:
     assert end == {
         "attempt": 5,
         "rank": 0,
+        "host": None,
         "pid": first.pids[0],
         "exit_code": None,
         "signal": "SIGKILL",
@@ -314,6 +316,27 @@ def test_a_job_outlives_the_thread_that_submitted_it(tmp_path: Path) -> None:
     assert jobs[0].state is JobState.RUNNING
     assert jobs[0].cancel()
     assert jobs[0].wait(SECONDS) == 75
+
+
+def test_more_nodes_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(LaunchConfigurationError, match="other machines") as caught:
+        LocalLauncher(LaunchConfig()).submit(JobSpec(["true"], tmp_path / "logs", nodes=2))
+    assert "solomonov submit" in caught.value.remedy
+    assert not (tmp_path / "logs").exists()
+
+
+def test_nothing_is_started_for_a_job_that_another_has_taken_over(tmp_path: Path) -> None:
+    """Not at first, and not after a crash."""
+    asked = []
+
+    def still_ours() -> bool:
+        asked.append(len(asked))
+        return len(asked) == 1
+
+    launcher = LocalLauncher(LaunchConfig(restart_backoff_seconds=0.01), still_ours=still_ours)
+    job = launcher.submit(JobSpec(["sh", "-c", "exit 1"], tmp_path / "logs"))
+    assert (job.wait(SECONDS), job.state, len(job.attempts)) == (75, JobState.SAVED, 1)
+    assert "taken over" in job.reason
 
 
 def test_run_belongs_to_the_main_thread(tmp_path: Path) -> None:

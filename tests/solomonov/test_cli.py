@@ -14,8 +14,8 @@ import pytest
 
 from data_pipeline.errors import DamagedDataError, DataConfigurationError
 from launcher.errors import LaunchConfigurationError
-from solomonov import commands, exits
-from solomonov.cli import build_parser, main
+from solomonov import commands, exits, jobs
+from solomonov.cli import JOB_VERBS, build_parser, main
 from solomonov.errors import ConfigurationError, DamagedCheckpointError, NumericalError
 from solomonov.runfolder import RunFolder
 from tests.support.processes import ROOT, assert_no_process, program_environment, run_program
@@ -29,9 +29,17 @@ VERBS = [
     "evaluate",
     "generate",
     "export",
+    "submit",
+    "resume",
+    "status",
+    "runs",
+    "logs",
+    "cancel",
+    "wait",
     "tensorboard",
     "doctor",
 ]
+INTERNAL = ["supervise", "requeue"]
 PARTS = {"got": "a value", "rule": "another", "remedy": "mend it"}
 
 
@@ -44,10 +52,18 @@ def verb_parsers() -> dict[str, argparse.ArgumentParser]:
 
 
 def test_the_verbs_are_the_documented_ones() -> None:
-    assert list(verb_parsers()) == VERBS
+    assert list(verb_parsers()) == VERBS + INTERNAL
     for name in VERBS:
         if name not in ("quickstart", "train", "tensorboard", "doctor"):
-            assert callable(getattr(commands, name)), name
+            assert callable(getattr(jobs if name in JOB_VERBS else commands, name)), name
+
+
+def test_what_is_not_for_typing_is_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = capsys.readouterr().out
+    assert "    submit " in listed
+    assert not any(f"    {name}" in listed for name in INTERNAL)
 
 
 @pytest.mark.parametrize(
@@ -157,10 +173,15 @@ def test_a_missing_configuration_is_refused_without_a_traceback(tmp_path: Path) 
 
 
 def test_a_mistake_in_the_launch_section_is_named(user: User, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "own.yaml", "launch.max_restart=3", "launch.nodes=2"]) == exits.CONFIGURATION
+    assert main(["train", "own.yaml", "launch.max_restart=3", "launch.slurm.qos="]) == exits.CONFIGURATION
     error = capsys.readouterr().err
     assert "launch.max_restart: there is no such key; did you mean launch.max_restarts?" in error
-    assert "launch.nodes: 2 nodes are not supported" in error
+    assert not (user.folder / "runs").exists()
+
+
+def test_more_machines_than_this_one_are_refused(user: User, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "own.yaml", "launch.nodes=2"]) == exits.CONFIGURATION
+    assert "submit the run: solomonov submit CONFIG --on slurm" in capsys.readouterr().err
     assert not (user.folder / "runs").exists()
 
 

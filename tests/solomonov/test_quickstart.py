@@ -157,7 +157,7 @@ def short_training(config_path: Path, ray: Any = None) -> int:
     from solomonov.start import prepare_run
 
     assert ray is None
-    made = prepare_run(load_config(config_path), ranks=1, launch={})
+    made = prepare_run(load_config(config_path), ranks_per_node=1, launch={})
     made.write()
     run = RunFolder(made.run.path)
     write_record(run, 2)

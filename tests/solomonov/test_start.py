@@ -20,7 +20,7 @@ from tests.support.user import User
 
 
 def prepared(user: User, *overrides: str, ranks: int = 2) -> PreparedRun:
-    return prepare_run(load(user, *overrides), ranks=ranks, launch={"ranks_per_node": ranks})
+    return prepare_run(load(user, *overrides), ranks_per_node=ranks, launch={"ranks_per_node": ranks})
 
 
 def refusal(user: User, *overrides: str, ranks: int = 2) -> ConfigurationError:
@@ -98,7 +98,7 @@ def test_a_place_without_permission_is_refused(user: User) -> None:
     loaded = load(user, "run.folder=others/runs")
     (user.folder / "others").mkdir(mode=0o555)
     with ordinary_user(), pytest.raises(ConfigurationError, match="cannot be written") as caught:
-        prepare_run(loaded, ranks=2, launch={})
+        prepare_run(loaded, ranks_per_node=2, launch={}).make_folder()
     assert "run.folder" in caught.value.remedy
 
 

@@ -39,7 +39,7 @@ def load(user: User, *overrides: str) -> Loaded:
 def begin_run(user: User, *overrides: str, ranks: int = 1) -> RunFolder:
     """The run folder as `solomonov train` makes it before it starts the ranks; its path is absolute."""
     with contextlib.chdir(user.folder):
-        made = prepare_run(load(user, *overrides), ranks=ranks, launch={"ranks_per_node": ranks})
+        made = prepare_run(load(user, *overrides), ranks_per_node=ranks, launch={"ranks_per_node": ranks})
         made.write()
         return RunFolder(made.run.path.resolve())
 

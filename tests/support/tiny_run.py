@@ -42,7 +42,7 @@ def make_run(folder: Path, *, ranks: int, overrides: tuple[str, ...] = ()) -> Ru
         folder / "dataset", documents, sequence_tokens=32, packing="best_fit", held_out=held_out, vocab_size=512
     )
     loaded = parse_config(CONFIG.format(folder=folder), overrides, where="tiny")
-    prepared = prepare_run(loaded, ranks=ranks, launch={})
+    prepared = prepare_run(loaded, ranks_per_node=ranks, launch={})
     prepared.write()
     prepared.run.journal.write("attempt_started", attempt=1)
     return prepared.run

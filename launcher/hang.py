@@ -1,0 +1,136 @@
+"""Tells a gang that hangs from one that works: by the time that its hindmost rank stays in one section.
+
+Ranks wait for each other in collectives, so all of them stand still when one does. The one to judge is the hindmost:
+the lowest step, there the earliest section, there the oldest sign of life. The others wait for it, and that says
+nothing about them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+WINDOW = 256
+"""Stays in a section that are remembered."""
+KNOWN_STAYS = 3
+"""From so many on, the 99th percentile says something."""
+FACTOR = 3.0
+
+
+@dataclass(frozen=True)
+class HangLimits:
+    """How long a rank may stay in one section.
+
+    Raises:
+        ValueError: a time that is not a positive number of seconds.
+    """
+
+    minimum_seconds: float = 10.0
+    """Never less than this."""
+    start_seconds: float = 600.0
+    """For a section of which too little is known: imports, the first compilation, the first save."""
+    allowances: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    """Seconds more for a section that may wait for something else by design."""
+
+    def __post_init__(self) -> None:
+        for seconds in (self.minimum_seconds, self.start_seconds, *self.allowances.values()):
+            if not (math.isfinite(seconds) and seconds > 0.0):
+                raise ValueError(f"a limit is a positive number of seconds, not {seconds}")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Where a rank is, and since when."""
+
+    step: int
+    section_id: int
+    """The order of the sections within a step."""
+    section: str
+    since: float
+    """When it entered the section, by `time.monotonic` of the watching process (seconds)."""
+
+
+@dataclass(frozen=True)
+class Hang:
+    """A rank that has stayed in a section for too long."""
+
+    rank: int
+    step: int
+    section: str
+    seconds: float
+    limit_seconds: float
+
+    def describe(self) -> str:
+        """One clause for people."""
+        return (
+            f"rank {self.rank} did not move for {self.seconds:.1f} s at step {self.step}, section {self.section} "
+            f"(limit {self.limit_seconds:.1f} s)"
+        )
+
+
+class GangWatch:
+    """Learns how long sections take, and says when the hindmost rank has outstayed its limit.
+
+    Args:
+        limits: the limits.
+    """
+
+    def __init__(self, limits: HangLimits) -> None:
+        self._limits = limits
+        self._last: dict[int, Beat] = {}
+        self._stays: dict[str, deque[float]] = {}
+        self._been_in: set[tuple[int, str]] = set()
+
+    def look(self, beats: Mapping[int, Beat], now: float) -> Hang | None:
+        """Take note of where the living ranks are.
+
+        Args:
+            beats: by rank; a rank of which nothing was heard yet is left out.
+            now: `time.monotonic()`.
+
+        Returns:
+            The hindmost rank, if it hangs.
+        """
+        for rank, beat in beats.items():
+            before = self._last.get(rank)
+            if before is not None and before != beat:
+                self._left(rank, before, beat.since - before.since)
+            self._last[rank] = beat
+        if not beats:
+            return None
+        rank, beat = min(beats.items(), key=lambda item: (item[1].step, item[1].section_id, item[1].since))
+        seconds, limit = now - beat.since, self.limit(beat.section)
+        return Hang(rank, beat.step, beat.section, seconds, limit) if seconds > limit else None
+
+    def limit(self, section: str) -> float:
+        """Seconds that a rank may stay in a section, by what is known now."""
+        stays = sorted(self._stays.get(section, ()))
+        if len(stays) < KNOWN_STAYS:
+            seconds = max(self._limits.minimum_seconds, self._limits.start_seconds)
+        else:
+            seconds = max(self._limits.minimum_seconds, FACTOR * stays[math.ceil(0.99 * len(stays)) - 1])
+        return seconds + self._limits.allowances.get(section, 0.0)
+
+    def _left(self, rank: int, beat: Beat, seconds: float) -> None:
+        """A stay is over. The first one of each rank is not typical (caches, compilation): it is not counted."""
+        if (rank, beat.section) in self._been_in:
+            self._stays.setdefault(beat.section, deque(maxlen=WINDOW)).append(seconds)
+        self._been_in.add((rank, beat.section))
+
+
+def innermost_call(dump: str) -> str | None:
+    """Where the main thread was, from a dump of Python's `faulthandler`: `function (file:line)`; None without one."""
+    lines = dump.splitlines()
+    headers = [number for number, line in enumerate(lines) if line.rstrip().endswith("(most recent call first):")]
+    if not headers:
+        return None
+    current = [number for number in headers if lines[number].startswith("Current thread")]
+    after = (current or headers)[-1] + 1
+    if after >= len(lines):
+        return None
+    place, _, function = lines[after].strip().rpartition(" in ")
+    file, _, line = place.removeprefix('File "').rpartition('", line ')
+    return f"{function} ({file}:{line})" if file and function and line.isdigit() else None

@@ -1,0 +1,220 @@
+"""What a Slurm job does at the end of a cycle (from one start of the job to its next): leave, or be queued again.
+
+Slurm itself queues a job again when it had to kill it (preemption, a lost node). It does not where the job left by
+itself, as a saved run does, or at the time limit: then `requeue` does, in this one place. Both ways may go round for
+ever without getting anywhere; the record of the job's starts is the brake on both.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from launcher.exits import Outcome, classify, describe
+from launcher.slurm_commands import JobRecord, require_node_name, run_slurm, show_job
+from launcher.slurm_step import Allocation
+
+NO_PROGRESS = 1
+"""What a job leaves with that was stopped by the brake."""
+
+
+@dataclass(frozen=True)
+class CycleRecord:
+    """The starts of one Slurm job and the end of its last cycle: `slurm-ID.json` in the folder of its logs."""
+
+    starts: tuple[int, ...] = ()
+    """Durable step at each start of the job, the newest last."""
+    restart: int = 0
+    """Slurm's count of the newest start."""
+    step: int = 0
+    """Durable step at the end of the last cycle."""
+    suspect: str | None = None
+    """The node on which every crash of the last cycle began."""
+    excluded: tuple[str, ...] = ()
+    """Nodes that the job was asked to avoid."""
+
+    @classmethod
+    def read(cls, folder: Path, job: str) -> CycleRecord:
+        """The record of a job; an empty one before its first start."""
+        try:
+            record = json.loads(_path(folder, job).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return cls()
+        lists = {name: tuple(record[name]) for name in ("starts", "excluded")}
+        return cls(**{**record, **lists})
+
+    def write(self, folder: Path, job: str) -> None:
+        """Replace the record of a job."""
+        path = _path(folder, job)
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        aside.rename(path)
+
+    def idle_cycles(self, step: int) -> int:
+        """Cycles in a row, the newest one included, that began at `step` or above: they led nowhere."""
+        count = 0
+        for start in reversed(self.starts):
+            if start < step:
+                break
+            count += 1
+        return count
+
+
+def _path(folder: Path, job: str) -> Path:
+    return folder / f"slurm-{job}.json"
+
+
+def cancel_mark(folder: Path, job: str) -> Path:
+    """The file that says: somebody cancelled this job, do not queue it again."""
+    return folder / f"slurm-{job}.cancelled"
+
+
+@dataclass(frozen=True)
+class CycleFacts:
+    """All that the decision depends on."""
+
+    code: int
+    """What the supervisor left with, as a shell tells it."""
+    ours: bool
+    """Slurm has not started the job anew meanwhile."""
+    cancelled: bool
+    """Somebody asked for the end of the job."""
+    preempted: bool
+    idle_cycles: int
+    max_no_progress: int
+    suspect: str | None = None
+    spare_nodes: int = 0
+    """Nodes of the partition beyond those that the job needs and avoids."""
+
+
+@dataclass(frozen=True)
+class CycleDecision:
+    """What to do at the end of a cycle."""
+
+    requeue: bool
+    exit_code: int
+    """What the job leaves with, if it is not queued again."""
+    reason: str
+    exclude: str | None = None
+    """A node to avoid from now on."""
+
+
+def decide(facts: CycleFacts) -> CycleDecision:
+    """Queue the job again, or let it end."""
+    outcome = classify(facts.code)
+    idle = f"{facts.idle_cycles} starts of the job in a row came to no newer checkpoint (launch.max_no_progress)"
+    if not facts.ours:
+        return CycleDecision(False, facts.code, "Slurm has started the job anew meanwhile: that one goes on")
+    if facts.cancelled:
+        return CycleDecision(False, facts.code, "cancelled")
+    if outcome is Outcome.AGAIN:
+        if facts.idle_cycles >= facts.max_no_progress:
+            return CycleDecision(False, NO_PROGRESS, idle)
+        return CycleDecision(True, facts.code, "preempted" if facts.preempted else "saved before the time limit")
+    killed = facts.code in (128 + 9, 128 + 6, 128 + 11)  # the supervisor itself, by the system
+    if killed and facts.idle_cycles < facts.max_no_progress:
+        return CycleDecision(True, facts.code, f"the supervisor was {describe(128 - facts.code)}")
+    if outcome is Outcome.CRASH and facts.suspect is not None and facts.spare_nodes > 0:
+        reason = f"every crash began on {facts.suspect}: again without it"
+        return CycleDecision(True, facts.code, reason, exclude=facts.suspect)
+    return CycleDecision(False, facts.code, describe(facts.code))
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One start of a Slurm job, as its supervisor keeps the record of it."""
+
+    folder: Path
+    allocation: Allocation
+    hosts_of_crashes: list[str | None] = field(default_factory=list)
+
+    def begin(self, step: int, max_no_progress: int) -> str | None:
+        """Note the start.
+
+        Args:
+            step: the newest durable step.
+
+        Returns:
+            Why the job should not go on, or None.
+        """
+        job = self.allocation.name
+        record = CycleRecord.read(self.folder, job)
+        idle = record.idle_cycles(step)
+        starts = (*record.starts, step)
+        replace(record, starts=starts, restart=self.allocation.restart, step=step, suspect=None).write(self.folder, job)
+        if idle >= max_no_progress:
+            return f"Slurm has started the job {idle} times without a checkpoint newer than step {step}"
+        return None
+
+    def note(self, kind: str, fields: Mapping[str, object]) -> None:
+        """Take note of an event of the job: who caused a crash."""
+        if kind == "rank_exited" and not fields["killed_by_launcher"]:
+            code = fields["exit_code"]
+            if code is None or classify(int(str(code))) is Outcome.CRASH:
+                host = fields["host"]
+                self.hosts_of_crashes.append(str(host) if host is not None else None)
+
+    def end(self, step: int) -> None:
+        """Note the end, before the process leaves."""
+        job = self.allocation.name
+        hosts = set(self.hosts_of_crashes)
+        suspect = hosts.pop() if len(hosts) == 1 else None
+        replace(CycleRecord.read(self.folder, job), step=step, suspect=suspect).write(self.folder, job)
+
+
+def requeue(
+    folder: Path,
+    code: int,
+    allocation: Allocation,
+    max_no_progress: int,
+    on_decision: Callable[[CycleDecision], None],
+) -> int:
+    """Decide what follows the end of a supervisor, and do it.
+
+    Args:
+        folder: of the job's logs.
+        code: what the supervisor left with, as a shell tells it.
+        on_decision: is told before anything is done.
+
+    Returns:
+        What the batch script leaves with. Does not return where Slurm queues the job again: it ends this process.
+    """
+    job = allocation.name
+    record = CycleRecord.read(folder, job)
+    shown = show_job(job)
+    decision = decide(_facts(code, record, shown, allocation, max_no_progress, cancel_mark(folder, job).exists()))
+    on_decision(decision)
+    if not decision.requeue:
+        return decision.exit_code
+    if decision.exclude is not None:
+        record = replace(record, excluded=(*record.excluded, decision.exclude))
+        record.write(folder, job)
+        avoided = ",".join(require_node_name(name) for name in record.excluded)
+        run_slurm(["scontrol", "update", f"JobId={job}", f"ExcNodeList={avoided}"])
+    run_slurm(["scontrol", "requeue", job])
+    while True:  # Slurm ends this script
+        time.sleep(60.0)
+
+
+def _facts(
+    code: int,
+    record: CycleRecord,
+    shown: JobRecord | None,
+    allocation: Allocation,
+    max_no_progress: int,
+    cancelled: bool,
+) -> CycleFacts:
+    ours = shown is None or shown.restarts == allocation.restart
+    return CycleFacts(
+        code=code,
+        ours=ours and record.restart == allocation.restart,
+        cancelled=cancelled or (shown is not None and shown.state.startswith("CANCELLED")),
+        preempted=shown is not None and shown.preempted,
+        idle_cycles=record.idle_cycles(record.step),
+        max_no_progress=max_no_progress,
+        suspect=record.suspect,
+        spare_nodes=shown.partition_nodes - allocation.nodes - len(record.excluded) if shown is not None else 0,
+    )

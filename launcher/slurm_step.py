@@ -1,0 +1,262 @@
+"""The ranks of an attempt as one step (`srun`) of the Slurm allocation that this process runs in."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from launcher.agent import beat_of, end_of, read_report
+from launcher.child import Child, ChildCommand, start_child
+from launcher.errors import LaunchConfigurationError
+from launcher.exits import RankExit, order_of_death
+from launcher.hang import Beat
+from launcher.job import JobSpec
+
+END_SECONDS = 30.0
+"""What srun gets to leave after all of its tasks have ended: it asks the controller."""
+COMMAND_SECONDS = 30.0
+"""Time limit of scancel."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The Slurm job that this process runs in."""
+
+    job_id: str
+    restart: int
+    """How often it was requeued."""
+    nodes: int
+    node_list: str
+    array_job: str | None = None
+    array_task: str | None = None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Allocation | None:
+        """Read Slurm's variables; None outside an allocation."""
+        given = os.environ if environment is None else environment
+        if "SLURM_JOB_ID" not in given or "SLURM_JOB_NODELIST" not in given:
+            return None
+        return cls(
+            job_id=given["SLURM_JOB_ID"],
+            restart=int(given.get("SLURM_RESTART_COUNT", "0")),  # unset at the first start
+            nodes=int(given.get("SLURM_JOB_NUM_NODES", given.get("SLURM_NNODES", "1"))),
+            node_list=given["SLURM_JOB_NODELIST"],
+            array_job=given.get("SLURM_ARRAY_JOB_ID"),
+            array_task=given.get("SLURM_ARRAY_TASK_ID"),
+        )
+
+    @classmethod
+    def require(cls) -> Allocation:
+        """The same; LaunchConfigurationError outside an allocation."""
+        found = cls.from_environment()
+        if found is None:
+            raise LaunchConfigurationError(
+                "this process is not in a Slurm job",
+                got=f"SLURM_JOB_ID={os.environ.get('SLURM_JOB_ID', '')!r}",
+                rule="it is what slurm/train.sbatch starts",
+                remedy="submit the run: solomonov submit CONFIG --on slurm",
+            )
+        return found
+
+    @property
+    def name(self) -> str:
+        """What Slurm's commands call it. The id of one element of an array is that of the whole array."""
+        return f"{self.array_job}_{self.array_task}" if self.array_job is not None else self.job_id
+
+
+class SlurmGang:
+    """Ranks that are tasks of one srun; see `launcher.gang.Gang` and `StartGang`.
+
+    Beside each rank stands an agent (`launcher.agent`), whose reports come through srun's stdout.
+
+    Args:
+        allocation: the job that this process runs in.
+        rank_script: `slurm/rank.sh`.
+        srun_options: more options for srun.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        folder: Path,
+        *,
+        attempt: int,
+        master_port: int,
+        wake_fd: int,
+        allocation: Allocation,
+        rank_script: Path,
+        srun_options: Sequence[str] = (),
+    ) -> None:
+        self._job = allocation.job_id
+        self._folder = folder
+        self._step: str | None = None
+        self._pids: dict[int, int] = {}
+        self._beats: dict[int, Beat] = {}
+        self._world = spec.world_size
+        self._living = set(range(self._world))
+        self._killed = self._stopping = False
+        self._unread = b""
+        self._started_at = time.monotonic()
+        agent = [sys.executable, "-m", "launcher", "agent", str(folder), str(attempt)]
+        command = [
+            "srun",
+            f"--nodes={spec.nodes}",
+            f"--ntasks={spec.world_size}",
+            f"--ntasks-per-node={spec.ranks}",
+            "--distribution=block",
+            "--kill-on-bad-exit=0",  # a rank that fails must not cut a save on another node: we decide
+            "--wait=0",
+            "--mpi=none",
+            *srun_options,
+            str(rank_script),
+            *agent,
+            *spec.command,
+        ]
+        environment = {**os.environ, **spec.environment, "MASTER_PORT": str(master_port)}
+        self._output, writer = os.pipe()
+        os.set_blocking(self._output, False)
+        try:
+            self._srun: Child = start_child(
+                ChildCommand(command, environment, folder / "srun.log", spec.working_directory, output_fd=writer)
+            )
+        except BaseException:
+            os.close(self._output)
+            raise
+        finally:
+            os.close(writer)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(wake_fd, selectors.EVENT_READ)
+        self._selector.register(self._output, selectors.EVENT_READ)
+
+    @property
+    def pids(self) -> list[int]:
+        """Empty: they are other machines' numbers."""
+        return []
+
+    @property
+    def alive(self) -> bool:
+        """See `Gang.alive`."""
+        return bool(self._living)
+
+    def wait(self, timeout: float | None, also: Sequence[int] = ()) -> list[RankExit]:
+        """See `Gang.wait`."""
+        for fd in also:
+            self._selector.register(fd, selectors.EVENT_READ)
+        self._selector.select(timeout)
+        for fd in also:
+            self._selector.unregister(fd)
+        return order_of_death(self._read())
+
+    def _read(self) -> list[RankExit]:
+        """Take in what the agents have said; at the end of it, every rank has ended."""
+        ends, over = [], False
+        while True:
+            try:
+                data = os.read(self._output, 65536)
+            except BlockingIOError:
+                break
+            if not data:
+                over = True
+                break
+            self._unread += data
+        *lines, self._unread = self._unread.split(b"\n")
+        for line in lines:
+            if (end := self._heard(line)) is not None:
+                ends.append(end)
+        if over:
+            self._selector.unregister(self._output)
+            for rank in sorted(self._living):  # it did not live to tell: we killed it, or its machine is gone
+                ends.append(
+                    RankExit(
+                        rank,
+                        self._pids.get(rank, 0),
+                        -signal.SIGKILL,
+                        killed=self._killed,
+                        seconds=time.monotonic() - self._started_at,
+                        step=self._beats[rank].step if rank in self._beats else None,
+                        section=self._beats[rank].section if rank in self._beats else None,
+                    )
+                )
+            self._living.clear()
+        return ends
+
+    def _heard(self, line: bytes) -> RankExit | None:
+        report = read_report(line)
+        if report is None:
+            with (self._folder / "srun.log").open("ab") as log:
+                log.write(line + b"\n")
+            return None
+        kind, fields = report
+        rank = fields["rank"]
+        assert isinstance(rank, int), "an agent says which rank it stands beside"
+        if kind == "started":
+            self._step = str(fields["step_id"])
+            self._pids[rank] = int(str(fields["pid"]))
+            if self._stopping and len(self._pids) == self._world:
+                self._signal("USR1")
+        elif kind == "beat":
+            self._beats[rank] = beat_of(fields, time.monotonic())
+        elif kind == "ended":
+            self._living.discard(rank)
+            self._beats.pop(rank, None)
+            return end_of(fields)
+        return None
+
+    def beats(self) -> dict[int, Beat]:
+        """See `Gang.beats`: as the agents told."""
+        return dict(self._beats)
+
+    def terminate(self) -> None:
+        """SIGUSR1 to every task. One that starts yet would die of it: then it waits until all have started."""
+        self._stopping = True
+        if len(self._pids) == self._world:
+            self._signal("USR1")
+
+    def dump_stacks(self) -> None:
+        """SIGQUIT to every task."""
+        self._signal("QUIT")
+
+    def kill(self) -> None:
+        """SIGKILL to every task."""
+        self._killed = True
+        if self._step is None:
+            self._srun.send_signal(signal.SIGTERM)  # srun ends its tasks, and itself
+        else:
+            self._signal("KILL")
+
+    def _signal(self, name: str) -> None:
+        if self._step is not None:
+            # It fails where the step has ended meanwhile, which the reports tell.
+            command = ["scancel", f"--signal={name}", f"{self._job}.{self._step}"]
+            subprocess.run(command, stdin=subprocess.DEVNULL, check=False, timeout=COMMAND_SECONDS)
+
+    def close(self) -> None:
+        """End whatever is left, and wait until Slurm has it so: the next step needs its place."""
+        if self._living:
+            self.kill()
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._srun.exit_fd, selectors.EVENT_READ)
+                if not selector.select(END_SECONDS):
+                    self._srun.send_signal(signal.SIGTERM)
+                    selector.select(END_SECONDS)
+        finally:
+            self._srun.reap()
+            self._selector.close()
+            os.close(self._output)
+
+    def __enter__(self) -> SlurmGang:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

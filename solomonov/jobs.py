@@ -1,0 +1,341 @@
+"""Submitted runs: `submit`, `status`, `runs`, `logs`, `cancel`, `resume`, `wait`.
+
+Beside `cli` and `supervise` the one module that knows training and launcher together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from solomonov import exits
+from solomonov.commands import answer, table
+from solomonov.config import Loaded, load_config, parse_config
+from solomonov.errors import ConfigurationError
+from solomonov.host import visible_gpus
+from solomonov.logs import follow, show
+from solomonov.runfolder import RunFolder, all_runs, find_run, is_locked, lock_holder, run_lock
+from solomonov.snapshot import snapshot
+from solomonov.start import PreparedRun, prepare_run
+from solomonov.status import Live, RunStatus, read_status
+from solomonov.supervise import launch_section, one_machine, slurm_scripts
+
+if TYPE_CHECKING:
+    from launcher.config import LaunchConfig
+    from launcher.slurm import SlurmJob, SlurmRequest
+
+START_SECONDS = 60.0
+"""What a supervisor gets to take its run up."""
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A run that may be submitted."""
+
+    prepared: PreparedRun
+    launch: LaunchConfig
+    backend: str
+    ranks_per_node: int
+
+    @property
+    def run(self) -> RunFolder:
+        """Its folder."""
+        return self.prepared.run
+
+
+def submit(options: argparse.Namespace) -> int:
+    """`solomonov submit CONFIG --on local|slurm`."""
+    given = [f"launch.nodes={options.nodes}"] if options.nodes is not None else []
+    loaded = load_config(Path(options.config), [*given, *options.overrides])
+    return _submit(plan_submission(loaded, options.on), options)
+
+
+def resume(options: argparse.Namespace) -> int:
+    """`solomonov resume RUN`: submit it again, as it was submitted."""
+    run = find_run(options.run)
+    record = run.resolved()
+    event = run.journal.last("submitted")
+    backend = options.on or (event["backend"] if event is not None else "local")
+    text = (run.path / "config.yaml").read_text(encoding="utf-8")
+    os.chdir(record["working_folder"])
+    loaded = parse_config(text, [*record["overrides"], *options.overrides], where=str(run.path / "config.yaml"))
+    return _submit(plan_submission(loaded, backend), options)
+
+
+def plan_submission(loaded: Loaded, backend: str) -> Submission:
+    """Check all that can be checked from here.
+
+    Raises:
+        ConfigurationError, LaunchConfigurationError, DataError: it cannot work.
+    """
+    launch = launch_section(loaded)
+    if backend == "slurm":
+        gpus = _slurm_gpus(launch)
+        ranks = launch.ranks_per_node or gpus or 1
+        slurm = launch.slurm.model_copy(update={"gpus_per_node": min(gpus, ranks)})
+        launch = launch.model_copy(update={"slurm": slurm, "ranks_per_node": ranks})
+    else:
+        gpus = visible_gpus()
+        ranks = launch.ranks_per_node or max(1, gpus)
+        if launch.nodes > 1:
+            raise one_machine(launch.nodes)
+    # What was derived here is decided: the supervisor, on another machine, shall not derive something else.
+    decided = [f"launch.ranks_per_node={ranks}"]
+    loaded = parse_config(loaded.text, [*loaded.overrides, *decided], where="the configuration")
+    prepared = prepare_run(
+        loaded,
+        nodes=launch.nodes,
+        ranks_per_node=ranks,
+        launch=launch.model_dump(mode="json"),
+        gpus_per_node=gpus,
+    )
+    return Submission(prepared, launch, backend, ranks)
+
+
+def _slurm_gpus(launch: LaunchConfig) -> int:
+    """GPUs that the run asks for on each node of its partition."""
+    from launcher.slurm_commands import partitions
+
+    if launch.slurm.gpus_per_node is not None:
+        return launch.slurm.gpus_per_node
+    found = [
+        part for part in partitions() if part.name == launch.partition or (part.is_default and not launch.partition)
+    ]
+    most = max((part.gpus_per_node for part in found), default=0)
+    return min(most, launch.ranks_per_node or most)
+
+
+def _submit(submission: Submission, options: argparse.Namespace) -> int:
+    run = submission.run
+    status = look(run) if run.resolved_path.exists() else None
+    if status is not None and (status.is_live or status.state == "done"):
+        raise ConfigurationError(
+            f"the run is {status.state}",
+            got=status.sentence(),
+            rule="a run that runs, waits to run, or is done is not submitted again",
+            remedy=f"solomonov cancel {run.path}, or choose a new run.name"
+            if status.is_live
+            else "raise training.total_steps under a new run.name to train longer",
+        )
+    request = _slurm_request(submission, Path("code")) if submission.backend == "slurm" else None
+    if request is not None:
+        from launcher.slurm import check_request
+        from launcher.slurm_commands import partitions
+
+        check_request(request, partitions())
+    if options.dry_run:
+        _show_plan(submission, request)
+        return exits.DONE
+    submission.prepared.make_folder()
+    with run_lock(run, wait_seconds=1.0):
+        submission.prepared.write()
+        code = snapshot(Path(__file__).resolve().parent.parent, slurm_scripts(), run.path / "code")
+    if submission.backend == "slurm":
+        job = _submit_to_slurm(submission, code)
+    else:
+        job = str(_submit_here(submission, code))
+    _answer(options, {"run": str(run.path), "backend": submission.backend, "job": job, "code": code.name}, run)
+    return exits.DONE
+
+
+def _answer(options: argparse.Namespace, fields: Mapping[str, Any], run: RunFolder) -> None:
+    answer(options, fields)
+    if not options.json:
+        print(f"\nsolomonov status {run.path}    solomonov logs {run.path} -f    solomonov cancel {run.path}")
+
+
+def _show_plan(submission: Submission, request: SlurmRequest | None) -> None:
+    """What would be done."""
+    prepared, launch = submission.prepared, submission.launch
+    print(f"run      {submission.run.path}")
+    print(f"ranks    {launch.nodes} x {submission.ranks_per_node} on {submission.backend}")
+    print(f"batch    {prepared.plan.describe()}")
+    print(f"model    {prepared.derived['parameters']:,} parameters")
+    if request is None:
+        print(f"command  {shlex.join(_supervisor(submission.run))}")
+        return
+    print(f"command  {shlex.join(request.command)}")
+    print(f"\n{request.script}:\n{request.script.read_text(encoding='utf-8')}")
+
+
+# --- here ------------------------------------------------------------------------------------------------------------
+
+
+def _supervisor(run: RunFolder) -> list[str]:
+    return [sys.executable, "-m", "solomonov.cli", "supervise", str(run.path.absolute())]
+
+
+def _code_environment(code: Path) -> dict[str, str]:
+    """Our code comes from there, and not from where a process happens to start."""
+    return {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
+
+
+def _submit_here(submission: Submission, code: Path) -> int:
+    """Start the supervisor as a process that outlives this one; returns its number."""
+    run = submission.run
+    log = run.logs / "supervisor.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            _supervisor(run),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **_code_environment(code)},
+            start_new_session=True,
+        )
+    run.journal.write("submitted", backend="local", job=str(process.pid), code=code.name, host=socket.gethostname())
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:  # what it refuses, it refuses now
+        if lock_holder(run).get("pid") == process.pid:
+            break
+        if process.poll() is not None:
+            if process.returncode:
+                sys.stderr.write(log.read_text(encoding="utf-8", errors="replace")[-4000:])
+                raise SystemExit(process.returncode)
+            break
+        time.sleep(0.05)
+    return process.pid
+
+
+# --- Slurm -----------------------------------------------------------------------------------------------------------
+
+
+def _slurm_request(submission: Submission, code: Path) -> SlurmRequest:
+    from launcher.slurm import SlurmRequest
+
+    run = submission.run
+    return SlurmRequest(
+        name=run.path.name,
+        folder=run.path,
+        log_folder=run.logs,
+        config=submission.launch,
+        ranks_per_node=submission.ranks_per_node,
+        script=(code / "slurm" if code.is_absolute() else slurm_scripts()) / "train.sbatch",
+        environment=_code_environment(code),
+    )
+
+
+def _submit_to_slurm(submission: Submission, code: Path) -> str:
+    from launcher.slurm import SlurmLauncher
+
+    run = submission.run
+    request = _slurm_request(submission, code)
+    job = SlurmLauncher().submit(request)
+    run.journal.write("submitted", backend="slurm", job=job.job_id, code=code.name, command=request.command)
+    return job.job_id
+
+
+def _slurm_job(run: RunFolder) -> SlurmJob | None:
+    """The Slurm job of the newest submission, if that was to Slurm."""
+    from launcher.slurm import SlurmJob
+
+    event = run.journal.last("submitted")
+    return SlurmJob(event["job"], run.logs) if event is not None and event["backend"] == "slurm" else None
+
+
+# --- what became of it -----------------------------------------------------------------------------------------------
+
+
+def look(run: RunFolder) -> RunStatus:
+    """Where a run stands now.
+
+    Raises:
+        LauncherError: its scheduler does not answer.
+    """
+    return read_status(run, _live(run))
+
+
+def _live(run: RunFolder) -> Live:
+    """What Slurm, or the lock of the run, says of it."""
+    from launcher.slurm import state_of
+
+    job = _slurm_job(run)
+    shown = job.record() if job is not None else None
+    if shown is not None:
+        state = state_of(shown)
+        reason = f"Slurm: {shown.state}" + (f", {shown.reason}" if shown.reason not in ("None", "") else "")
+        return Live(None if state.is_terminal else state.value, reason)
+    if is_locked(run):
+        holder = lock_holder(run)
+        return Live("running", f"process {holder.get('pid')} on {holder.get('host')}")
+    return Live()
+
+
+def status(options: argparse.Namespace) -> int:
+    """`solomonov status RUN`."""
+    found = look(find_run(options.run))
+    answer(options, {name: value for name, value in asdict(found).items() if value is not None})
+    return exits.DONE
+
+
+def runs(options: argparse.Namespace) -> int:
+    """`solomonov runs`."""
+    found = [look(run) for run in all_runs(Path(options.folder))]
+    if not found and not options.json:
+        print(f"no runs in {options.folder}/")
+    if found:
+        table(options, [each.row() for each in found])
+    return exits.DONE
+
+
+def logs(options: argparse.Namespace) -> int:
+    """`solomonov logs RUN [-f]`."""
+    run = find_run(options.run)
+    if options.follow:
+        follow(run, lines=options.lines, goes_on=lambda: look(run).is_live)
+    else:
+        show(run, lines=options.lines)
+    return exits.DONE
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """`solomonov cancel RUN [--now]`."""
+    run = find_run(options.run)
+    found = look(run)
+    if not found.is_live:
+        print(f"{run.path} is {found.state}: there is nothing to cancel")
+        return exits.DONE
+    run.journal.try_write("cancel_requested", now=options.now)
+    job = _slurm_job(run)
+    if job is not None and job.cancel(now=options.now):
+        print(f"{run.path}: asked Slurm's job {job.job_id} to {'end at once' if options.now else 'save and leave'}")
+        return exits.DONE
+    holder = lock_holder(run)
+    if holder.get("host") != socket.gethostname():
+        raise ConfigurationError(
+            "the run is supervised on another machine",
+            got=f"process {holder.get('pid')} on {holder.get('host')}",
+            rule="a run that no scheduler knows is cancelled on its own machine",
+            remedy=f"run this command on {holder.get('host')}",
+        )
+    # A second interrupt means: at once.
+    for number in (signal.SIGINT, signal.SIGINT) if options.now else (signal.SIGTERM,):
+        if is_locked(run):
+            os.kill(int(holder["pid"]), number)
+            time.sleep(0.1)  # two equal signals that meet become one
+    print(f"{run.path}: asked process {holder['pid']} to {'end at once' if options.now else 'save and leave'}")
+    return exits.DONE
+
+
+def wait(options: argparse.Namespace) -> int:
+    """`solomonov wait RUN`: until it has ended; leaves with the run's own exit code."""
+    run = find_run(options.run)
+    deadline = time.monotonic() + options.timeout if options.timeout is not None else None
+    while (found := look(run)).is_live:
+        if deadline is not None and time.monotonic() >= deadline:
+            print(found.sentence(), file=sys.stderr)
+            return exits.AGAIN
+        time.sleep(POLL_SECONDS)
+    print(found.sentence())
+    return found.exit_code if found.exit_code is not None else 1
