@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,12 @@ def test_its_rows_are_the_streams(folder: Path) -> None:
     assert worker.check()["error"] is None
 
 
+def test_its_cache_is_as_large_as_it_is_told(folder: Path) -> None:
+    worker, numbers = DataWorker(spec_of(folder, cache_bytes=1)), np.arange(4, dtype=np.int64)
+    first = worker.rows(numbers).blocks_read
+    assert worker.rows(numbers).blocks_read > first, "nothing fits: read again"
+
+
 def test_each_block_is_read_once_by_the_worker_that_owns_its_lane(folder: Path) -> None:
     """All rows of an epoch, a lane's share a worker: the cluster reads as many blocks as there are."""
     stream = stream_of(folder)
@@ -84,6 +92,7 @@ def test_what_it_cannot_serve_it_says_with_its_place(
     with pytest.raises(kind, match=f"(?s)pid {os.getpid()}") as caught:
         reply.rows(np.arange(4, dtype=np.int64))
     assert words in str(caught.value)
+    assert socket.gethostname() in str(caught.value), "which machine"
 
 
 def test_damage_is_told_from_a_mistake(folder: Path) -> None:
@@ -97,11 +106,43 @@ def test_damage_is_told_from_a_mistake(folder: Path) -> None:
         reply.rows(np.arange(4, dtype=np.int64))
 
 
-def test_it_answers_while_it_stays() -> None:
-    worker = DataWorker(spec_of_nothing())
+@pytest.mark.parametrize(
+    ("number", "passing"),
+    [
+        (errno.ENOENT, False),
+        (errno.ENOTDIR, False),
+        (errno.EACCES, False),
+        (errno.EPERM, False),
+        (errno.ESTALE, True),
+        (errno.EIO, True),
+        (errno.EMFILE, True),
+    ],
+)
+def test_what_the_system_refuses_is_answered(
+    folder: Path, number: int, passing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(spec: ServiceSpec) -> Stream:
+        raise OSError(number, os.strerror(number), "/data/shards/0.tar")
+
+    monkeypatch.setattr("data_pipeline.worker.open_stream", fail)
+    reply = DataWorker(spec_of(folder)).rows(np.arange(4, dtype=np.int64))
+    assert reply.error is not None
+    assert (reply.error["damaged"], reply.error["passing"]) == (False, passing), "tried again where it may pass"
+    for words in (os.strerror(number), "/data/shards/0.tar", socket.gethostname(), f"pid {os.getpid()}"):
+        assert words in reply.error["got"]
+    with pytest.raises(DataConfigurationError, match="cannot read the shards"):
+        reply.rows(np.arange(4, dtype=np.int64))
+
+
+def test_it_answers_while_it_stays(folder: Path) -> None:
+    worker = DataWorker(spec_of(folder))
     thread = threading.Thread(target=worker.stay, daemon=True)
     thread.start()
     worker.ping()
+    asked = threading.Thread(target=worker.rows, args=(np.arange(4, dtype=np.int64),), daemon=True)
+    asked.start()
+    asked.join(10)
+    assert not asked.is_alive(), "it builds rows as well"
     assert thread.is_alive()
     worker._over.set()
     thread.join(10)

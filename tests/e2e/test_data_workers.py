@@ -150,6 +150,9 @@ def test_a_frozen_worker_and_a_killed_service(user: User, ray_cluster: RayCluste
     assert_exact(user)
     again = [event["cause"] for event in user.journal("data_reissued")]
     assert "frozen" in again
+    causes = [event["cause"] for event in user.journal("data_worker_died")]
+    assert causes, "the frozen one was ended"
+    assert not any("did not reach it" in cause for cause in causes), "by a kill where it runs, not given up"
     assert [event["signal"] for event in user.journal("sidecar_exited")] == ["SIGKILL", None]
     injected = ("data_worker_frozen", "data_worker_died", "data_reissued", "sidecar_restart")
     assert not unexpected(user.journal(), *injected)

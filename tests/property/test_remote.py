@@ -26,7 +26,9 @@ from data_pipeline.remote import (
     MAX_REPLY_BYTES,
     PING_SECONDS,
     PROBE_SECONDS,
+    SHUNNED_SECONDS,
     SLOW_SECONDS,
+    START_SECONDS,
     TURN_SECONDS,
     Cancelled,
     RemoteRows,
@@ -68,6 +70,9 @@ class Simulation:
         self.numbers = count()
         self.open: dict[int, tuple[Worker, NDArray[np.int64] | None, float]] = {}
         self.largest = 0
+        self.sent: list[tuple[float, Worker, NDArray[np.int64]]] = []
+        self.losses: list[tuple[Worker, bool]] = []
+        self.singly = False  # one answer a look, the oldest first, as from a worker that builds one after the other
         self.closed = False
 
     def struck(self, number: int, kind: str) -> bool:
@@ -83,6 +88,7 @@ class Simulation:
         return {n: Worker(n, self.incarnation(n)) for n in alive if self.incarnation(n) >= self.lives[n]}
 
     def lose(self, worker: Worker, *, gone: bool) -> None:
+        self.losses.append((worker, gone))
         if gone:
             self.lives[worker.number] = max(self.lives[worker.number], worker.incarnation + 1)
 
@@ -90,6 +96,7 @@ class Simulation:
         if self.dead(worker):
             raise WorkerLost("known to be gone")
         self.largest = max(self.largest, len(numbers))
+        self.sent.append((self.time, worker, numbers))
         return self.call(worker, numbers, 3.0 if self.struck(worker.number, "dawdles") else 0.01)
 
     def ping(self, worker: Worker) -> int:
@@ -112,7 +119,8 @@ class Simulation:
             stuck = self.struck(worker.number, "freezes") or (rows is not None and self.struck(worker.number, "hangs"))
             return self.dead(worker) or (due <= self.time and not stuck)
 
-        return [call for call in calls if over(call)]
+        ended = [call for call in calls if over(call)]
+        return ended[:1] if self.singly else ended
 
     def result(self, call: int) -> Reply | None:
         worker, numbers, _ = self.open.pop(call)
@@ -236,6 +244,97 @@ def test_damage_that_is_seen_here_too_is_raised_as_such(tmp_path: Path) -> None:
     rows, _ = remote(damaged, simulation, workers=2, batch=16, end=3, window=1 << 14)
     with pytest.raises(DamagedDataError, match="damaged"):
         rows.rows(np.arange(16, dtype=np.int64))
+
+
+def test_without_faults_each_worker_builds_the_rows_of_its_lanes(stream: Stream) -> None:
+    simulation = Simulation(stream, 3, [])
+    rows, _ = remote(stream, simulation, workers=3, batch=30, end=12, window=1 << 14)
+    for step in range(12):
+        rows.rows(np.arange(step * 30, (step + 1) * 30, dtype=np.int64))
+    assert {worker.number for _, worker, _ in simulation.sent} == {0, 1, 2}
+    for _, worker, numbers in simulation.sent:
+        assert set(stream.lanes_of(numbers) % 3) == {worker.number}, "else each block is read by several workers"
+
+
+def test_a_step_that_no_reply_holds_comes_in_several(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.remote.MAX_REPLY_BYTES", 3 * 384)
+    simulation = Simulation(stream, 2, [])
+    rows, _ = remote(stream, simulation, workers=2, batch=16, end=6, window=1 << 14)
+    for step in range(6):
+        numbers = np.arange(step * 16, (step + 1) * 16, dtype=np.int64)
+        assert same(rows.rows(numbers), stream.rows(numbers))
+    assert simulation.largest == 3
+
+
+def test_the_next_step_is_asked_for_when_one_is_handed_over(stream: Stream) -> None:
+    simulation = Simulation(stream, 2, [])
+    rows, _ = remote(stream, simulation, workers=2, batch=16, end=10, window=1)
+    for step in range(10):
+        rows.rows(np.arange(step * 16, (step + 1) * 16, dtype=np.int64))
+        assert sum(len(numbers) for _, _, numbers in simulation.sent) == 16 * min(step + 2, 10)
+
+
+@pytest.mark.parametrize("absent", [2.0, 1e9])
+def test_at_the_start_rows_wait_a_while_for_their_own_worker(stream: Stream, absent: float) -> None:
+    simulation = Simulation(stream, 2, [Fault(0.0, 1, "dies", absent)])
+    rows, events = remote(stream, simulation, workers=2, batch=16, end=1, window=1 << 14)
+    assert same(rows.rows(np.arange(16, dtype=np.int64)), stream.rows(range(16)))
+    assert not events
+    if absent < START_SECONDS:
+        assert all(set(stream.lanes_of(numbers) % 2) == {worker.number} for _, worker, numbers in simulation.sent)
+    else:
+        assert {worker.number for _, worker, _ in simulation.sent} == {0}
+        assert START_SECONDS <= simulation.time <= START_SECONDS + 1.0, "then the other one builds them"
+
+
+def test_what_a_dead_worker_owed_is_asked_of_another_at_once(stream: Stream) -> None:
+    simulation = Simulation(stream, 2, [Fault(0.05, 1, "dies", 1e9)])
+    rows, events = remote(stream, simulation, workers=2, batch=16, end=3, window=1)
+    for step in range(3):
+        numbers = np.arange(step * 16, (step + 1) * 16, dtype=np.int64)
+        assert same(rows.rows(numbers), stream.rows(numbers))
+    [(kind, fields)] = events
+    assert (kind, fields["worker"], fields["cause"], fields["reason"]) == ("data_reissued", 1, "died", "it died")
+    assert simulation.time < PROBE_SECONDS, "its death needs no probe"
+    assert simulation.losses == [(Worker(1, 0), True)], "its next life is looked for"
+    assert (rows.lost, rows.reissued) == (1, fields["requests"])
+
+
+def test_late_answers_of_a_worker_that_thaws_are_not_those_of_its_next_requests(stream: Stream) -> None:
+    simulation = Simulation(stream, 2, [Fault(0.0, 1, "freezes", 10.0)])
+    simulation.singly = True
+    rows, events = remote(stream, simulation, workers=2, batch=16, end=40, window=1 << 14)
+    for step in range(40):
+        numbers = np.arange(step * 16, (step + 1) * 16, dtype=np.int64)
+        assert same(rows.rows(numbers), stream.rows(numbers)), f"step {step}"
+        simulation.time += 0.5
+    assert {fields["cause"] for kind, fields in events if kind == "data_reissued"} == {"frozen"}
+    assert sum(rows.served.values()) == 40 * 16
+
+
+@pytest.mark.parametrize(("kind", "seconds"), [("refuses", 1.0), ("fails", 1.0), ("freezes", 10.0), ("hangs", 40.0)])
+def test_a_worker_that_is_well_again_is_asked_again(stream: Stream, kind: str, seconds: float) -> None:
+    simulation = Simulation(stream, 2, [Fault(0.0, 0, kind, seconds)])
+    rows, _ = remote(stream, simulation, workers=2, batch=16, end=40, window=1)
+    for step in range(40):
+        numbers = np.arange(step * 16, (step + 1) * 16, dtype=np.int64)
+        assert same(rows.rows(numbers), stream.rows(numbers))
+        simulation.time += 3.0
+    late = {worker.number for time, worker, _ in simulation.sent if time > seconds + 2 * SHUNNED_SECONDS}
+    assert late == {0, 1}
+
+
+def test_a_worker_that_answers_after_a_refusal_is_asked_again_at_once(stream: Stream) -> None:
+    """The one fault has passed: nobody needs to build rows alone for half a minute."""
+    simulation = Simulation(stream, 1, [Fault(0.0, 0, "refuses", 0.15)])
+    simulation.singly = True
+    rows, events = remote(stream, simulation, workers=1, batch=16, end=12, window=1 << 14)
+    for step in range(12):
+        numbers = np.arange(step * 16, (step + 1) * 16, dtype=np.int64)
+        assert same(rows.rows(numbers), stream.rows(numbers))
+    assert simulation.time < SHUNNED_SECONDS
+    assert [kind for kind, _ in events] == ["data_refused", "data_reissued", "fallback", "data_workers_back"]
+    assert rows.served[1] > rows.served[0]
 
 
 def test_a_frozen_worker_costs_its_probe_and_its_ping(stream: Stream) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from solomonov.metrics import LOSS_BOUND
 from solomonov.proof import prove_record
 from solomonov.runfolder import RunFolder
 from tests.support.runs import begin_run, prepared_user, write_record
@@ -18,8 +19,8 @@ LAYOUT = {"device": "cpu", "precision": "fp32", "world": 2}
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    return begin_run(prepared_user(tmp_path / "work"), ranks=2)
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> RunFolder:
+    return begin_run(prepared_user(tmp_path / "work"), *getattr(request, "param", ()), ranks=2)
 
 
 def write(path: Path, lines: Lines) -> None:
@@ -34,15 +35,35 @@ def test_a_true_record_holds(run: RunFolder) -> None:
     assert not proof.replayed
 
 
+def test_a_line_that_is_being_written_is_not_one_yet(run: RunFolder) -> None:
+    write_record(run, 12)
+    with run.metrics.open("a") as file:
+        file.write('{"step": 13, "lo')
+    proof = prove_record(run)
+    assert proof.holds
+    assert proof.steps == 12
+
+
 @pytest.mark.parametrize(
     ("falsify", "what"),
     [
         (lambda lines: lines.pop(4), ("lost", 8)),
+        (lambda lines: lines.pop(0), ("lost", 8)),
         (lambda lines: lines.insert(4, dict(lines[4])), ("repeated", 8)),
+        (lambda lines: lines.__setitem__(4, dict(lines[5])), ("lost", 8)),
+        (lambda lines: lines.__setitem__(4, dict(lines[5])), ("repeated", 8)),
         (lambda lines: lines[4].update(data_digest=lines[5]["data_digest"]), ("digests_equal", 11)),
         (lambda lines: lines[4].update(data_digest="0" * 16), ("digests_equal", 11)),
     ],
-    ids=["a step is missing", "a step stands twice", "rows of another step", "rows of no step"],
+    ids=[
+        "a step is missing",
+        "the first step is missing",
+        "a step stands twice",
+        "a step stands in the place of another: lost",
+        "a step stands in the place of another: repeated",
+        "rows of another step",
+        "rows of no step",
+    ],
 )
 def test_a_false_record_does_not(run: RunFolder, falsify: Callable[[Lines], None], what: tuple[str, int]) -> None:
     lines = write_record(run, 12)
@@ -80,11 +101,41 @@ def test_a_replay_at_the_same_layout_is_equal_to_the_bit(run: RunFolder) -> None
 
 @pytest.mark.parametrize("change", [{"loss": 0.6000001}, {"data_digest": "0" * 16}, {"tokens": 1}])
 def test_a_replay_that_differs_is_named(run: RunFolder, change: dict[str, Any]) -> None:
-    with_replay(run, (LAYOUT, LAYOUT), **change)
+    lines = with_replay(run, (LAYOUT, LAYOUT), **change)
     proof = prove_record(run)
     assert not proof.holds
     [difference] = proof.differences
     assert difference.startswith(f"step 10: {next(iter(change))}")
+    column = proof.columns[1]
+    assert column["data_digest"] == column["order"] == lines[9]["data_digest"], "computed, not what stood there before"
+    assert (column["before"], column["after"]) == (change.get("loss", lines[9]["loss"]), lines[9]["loss"])
+
+
+def test_each_of_several_replays_is_compared(run: RunFolder) -> None:
+    lines = with_replay(run, (LAYOUT, LAYOUT), loss=0.6000001)
+    with run.metrics.with_suffix(".superseded.jsonl").open("a") as file:
+        file.writelines(json.dumps({**line, "attempt": 2}) + "\n" for line in lines[8:12])
+    proof = prove_record(run)
+    assert not proof.holds, "the first of the two differs"
+    assert len(proof.differences) == 1
+    assert proof.replayed == [9, 10, 11, 12]
+    assert [column["before"] for column in proof.columns] == [line["loss"] for line in lines[8:12]], "the last ones"
+
+
+@pytest.mark.parametrize(("run", "exact"), [((), False), (("run.deterministic=true",), True)], indirect=["run"])
+def test_on_a_gpu_a_replay_is_equal_to_the_bit_where_the_run_is_deterministic(run: RunFolder, exact: bool) -> None:
+    layout = {**LAYOUT, "device": "cuda"}
+    with_replay(run, (layout, layout), loss=0.6000001)
+    proof = prove_record(run)
+    assert proof.exact == exact
+    assert proof.holds != exact
+
+
+@pytest.mark.parametrize(("precision", "holds"), [("fp32", False), ("bf16", True)])
+def test_the_bound_is_that_of_the_precision(run: RunFolder, precision: str, holds: bool) -> None:
+    layout = {**LAYOUT, "precision": precision}
+    with_replay(run, (layout, {**layout, "world": 1}), loss=0.6 * (1 + LOSS_BOUND["bf16"] / 2))
+    assert prove_record(run).holds == holds
 
 
 def test_a_kill_that_met_nobody_is_not_one(run: RunFolder) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
+import os
 import re
+import signal
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -19,7 +23,8 @@ from rich.console import Console
 from solomonov import exits, quickstart
 from solomonov.config import load_config, parse_config
 from solomonov.errors import ConfigurationError
-from solomonov.quickstart import PeakMemory, configuration, proportional_bytes, show
+from solomonov.proof import Proof
+from solomonov.quickstart import HalfwayKill, PeakMemory, configuration, proof_lines, proportional_bytes, show
 from solomonov.runfolder import RunFolder
 from tests.support.corpus import write_texts
 from tests.support.processes import Program, wait_for
@@ -27,6 +32,19 @@ from tests.support.runs import model_state, write_checkpoint, write_record
 from tests.support.user import CONFIG
 
 MIB = 2**20
+
+
+class Looks:
+    """Stands for the pauses between two looks: something happens in each; after the last one it is over."""
+
+    def __init__(self, *happenings: Callable[[], Any]) -> None:
+        self.left = list(happenings)
+
+    def wait(self, seconds: float) -> bool:
+        if not self.left:
+            return True
+        self.left.pop(0)()
+        return False
 
 
 # --- text ----------------------------------------------------------------------------------------------------
@@ -72,6 +90,29 @@ def test_the_memory_of_a_child_s_child_is_counted_whole_and_once(tmp_path: Path)
     assert peak <= before + 500 * MIB, "shared memory was counted more than once"
     assert gauge.bytes >= peak, "a peak never falls"
     assert not gauge._thread.is_alive()
+
+
+# As above, in two processes that share it.
+SHARE = "import os; data = b'x' * (300 << 20); os.fork(); print('grown', flush=True); import signal; signal.pause()"
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell what is shared")
+def test_what_two_processes_share_is_counted_once(tmp_path: Path) -> None:
+    with Program([sys.executable, "-c", SHARE], log=tmp_path / "log.txt") as program:
+        program.wait_for(lambda: program.output().count("grown") == 2, deadline=60, what="300 MiB in both")
+        parent = psutil.Process(program.pid)
+        both = sum(proportional_bytes(process) for process in (parent, *parent.children()))
+    assert 300 * MIB <= both <= 400 * MIB
+
+
+def test_the_peak_never_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    gauge, sizes = PeakMemory(), [0]
+    monkeypatch.setattr(
+        quickstart, "proportional_bytes", lambda process: sizes[-1] if process.pid == os.getpid() else 0
+    )
+    gauge._over = Looks(lambda: sizes.append(300), lambda: sizes.append(100))  # type: ignore[assignment]
+    gauge._sample()
+    assert gauge.bytes == 300
 
 
 # --- screen --------------------------------------------------------------------------------------------------
@@ -132,6 +173,98 @@ def test_the_summary_stands_on_one_screen() -> None:
     ):
         assert " ".join(words.split()) in " ".join(text.split()), words
     assert len(text.splitlines()) <= 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"digests_equal": 239}, "239 of 240 data digests"),
+        ({"lost": 16, "repeated": 8}, "3,840 trained, 16 lost, 8 repeated"),
+        ({"exact": False}, "same rows, losses within the bound"),
+        ({"differences": ["step 81: loss: 1.0 before, 2.0 now"]}, "1 differences: ['step 81: loss: 1.0 before"),
+    ],
+    ids=["digests", "rows", "another layout", "differences"],
+)
+def test_what_a_record_does_not_prove_is_told(changes: dict[str, Any], words: str) -> None:
+    text = " ".join(sentence for _, sentence in proof_lines({**SUMMARY["proof"], **changes}))
+    assert words in text
+    assert ("to the bit" in text) == (not changes.keys() & {"exact", "differences"})
+
+
+# --- kill ----------------------------------------------------------------------------------------------------
+
+PIDS = [2**22 + 1, 2**22 + 2]  # larger than any that Linux gives: nobody's
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Signals are noted, not sent."""
+    found: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: found.append((pid, number)))
+    return found
+
+
+def trains(run: RunFolder, attempt: int) -> Callable[[], None]:
+    """Two ranks are started and train."""
+
+    def happens() -> None:
+        run.journal.write("attempt_started", attempt=attempt, pids=PIDS)
+        run.journal.write("resumed", attempt=attempt, step=0)
+
+    return happens
+
+
+def done(run: RunFolder, step: int) -> Callable[[], Any]:
+    """A step is done."""
+    return lambda: run.metrics.write_text(json.dumps({"step": step}) + "\n")
+
+
+def watch(run: RunFolder, *happenings: Callable[[], Any]) -> None:
+    """The kill after step 5, while all this happens."""
+    kill = HalfwayKill(run, 5, Console(file=io.StringIO()))
+    kill._over = Looks(*happenings)  # type: ignore[assignment]
+    kill._watch()
+
+
+def test_the_last_rank_is_killed_once_when_the_step_is_done(tmp_path: Path, killed: list[tuple[int, int]]) -> None:
+    run = RunFolder(tmp_path)
+    watch(run, lambda: None, trains(run, 1), done(run, 4))
+    assert not killed, "the step is not done"
+    watch(run, trains(run, 2), done(run, 5), done(run, 6))
+    assert killed == [(PIDS[1], signal.SIGKILL)]
+    [event] = run.journal.events("kill_injected")
+    assert (event["rank"], event["victim"], event["step"]) == (1, PIDS[1], 5)
+    watch(run, trains(run, 3), done(run, 7))
+    assert len(killed) == 1, "once in the life of a run"
+
+
+def test_ranks_of_an_earlier_life_are_not_killed(tmp_path: Path, killed: list[tuple[int, int]]) -> None:
+    """Their numbers may be those of strangers now."""
+    run = RunFolder(tmp_path)
+    trains(run, 1)()
+    done(run, 9)()
+    watch(run, lambda: None)
+    assert not killed
+    watch(run, lambda: None, trains(run, 2))
+    assert len(killed) == 1
+
+
+def test_a_kill_is_in_the_journal_before_it_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one that is interrupted right there is followed by a second one."""
+    run, before = RunFolder(tmp_path), []
+    monkeypatch.setattr(os, "kill", lambda pid, number: before.append(run.journal.last("kill_injected")))
+    watch(run, trains(run, 1), done(run, 5))
+    assert [event["victim"] for event in before] == [PIDS[1]]
+
+
+def test_a_rank_that_has_just_ended_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(pid: int, number: int) -> None:
+        raise ProcessLookupError(pid)
+
+    monkeypatch.setattr(os, "kill", gone)
+    run = RunFolder(tmp_path)
+    watch(run, trains(run, 1), done(run, 5))
+    assert run.journal.last("kill_injected")
 
 
 # --- the whole of it -----------------------------------------------------------------------------------------
@@ -198,6 +331,85 @@ def test_a_whole_life_and_its_second_run(
     second = capsys.readouterr().out
     assert "place: all of it is done; remove the folder to begin anew" in second
     assert f"{summary['evaluation']['bits_per_byte']:.3f} bits a byte" in second
+
+
+@pytest.fixture
+def sketched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Preparation, training's facts and the use of the model are given; what preparation was told."""
+    told: list[Any] = []
+
+    def prepared(config_path: Path, ray_address: str | None) -> dict[str, int]:
+        told.append(ray_address)
+        return dict(SUMMARY["prepared"])
+
+    used = {name: SUMMARY[name] for name in ("evaluation", "export", "sample")}
+    monkeypatch.setattr(quickstart, "_prepare", prepared)
+    monkeypatch.setattr(quickstart, "_use", lambda console, run, seconds: used)
+    monkeypatch.setattr(quickstart, "_training_facts", lambda run: SUMMARY["training"])
+    monkeypatch.setattr(quickstart, "configuration", lambda folder, ray: small(folder, ray=False))
+    monkeypatch.chdir(tmp_path)
+    return told
+
+
+@pytest.mark.parametrize(("proof", "code"), [(Proof(lost=8), exits.DAMAGED), (Proof(), exits.DONE)])
+def test_a_record_that_proves_nothing_is_no_good_end(
+    proof: Proof, code: int, sketched: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quickstart, "ray_problem", lambda: "none here")
+    monkeypatch.setattr(quickstart, "prove_record", lambda run: proof)
+    for _ in range(2):
+        assert quickstart.quickstart(Path("place"), train=lambda path, ray: exits.DONE, **HOW) == code
+        assert f"{proof.lost} lost" in capsys.readouterr().out
+    assert sketched == [None], "the second time it is only shown"
+
+
+def test_a_ray_is_for_preparation_and_training(sketched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "ray_problem", lambda: None)
+    monkeypatch.setattr(quickstart, "prove_record", lambda run: Proof())
+    cluster = SimpleNamespace(address="127.0.0.2:1", dashboard_url=None)
+    begun: list[Any] = []
+
+    @contextlib.contextmanager
+    def start(cpus: int) -> Iterator[Any]:
+        begun.append(cpus)
+        yield cluster
+        begun.append("ended")
+
+    def train(path: Path, ray: Any = None) -> int:
+        begun.append(ray)
+        return exits.DONE
+
+    assert quickstart.quickstart(Path("place"), train=train, start_ray=start, kill=False) == exits.DONE
+    assert begun == [2, cluster, "ended"], "a CPU for each of two data workers"
+    assert sketched == ["127.0.0.2:1"]
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_rank_is_killed_where_that_is_wanted(
+    kill: bool, sketched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    armed: list[int] = []
+
+    def arm(run: RunFolder, step: int, console: Console) -> Any:
+        armed.append(step)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(quickstart, "HalfwayKill", arm)
+    monkeypatch.setattr(quickstart, "ray_problem", lambda: "none here")
+    monkeypatch.setattr(quickstart, "prove_record", lambda run: Proof())
+    how: dict[str, Any] = {**HOW, "kill": kill}
+    assert quickstart.quickstart(Path("place"), train=lambda path, ray: exits.DONE, **how) == exits.DONE
+    assert armed == ([31] if kill else []), "after the middle of 60 steps, and some steps after a checkpoint"
+
+
+def test_where_there_is_no_ray_it_is_said_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install" in str(quickstart.ray_problem())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert quickstart.ray_problem() is None
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "Linux" in str(quickstart.ray_problem())
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
