@@ -43,7 +43,7 @@ $(RUNTIME): $(INPUTS)
 	@touch $@
 
 $(TESTING): $(RUNTIME)
-	@$(PIP) --editable '.[ray,test]'
+	@$(PIP) --editable '.[cluster,test]'
 	@touch $@
 
 clean:

@@ -1,8 +1,9 @@
 """Stands beside one rank on its machine, for a supervisor that is elsewhere: `python -m launcher agent ...`.
 
-It starts the rank's command as a child, passes signals on, and says on its stdout, in lines that begin with PREFIX,
-what the supervisor would see if the rank were a child of its own: that it runs, its signs of life, and how it ended. It
-leaves with the rank's exit code.
+It starts the rank's command as a child, passes signals on, obeys orders that come as lines on its stdin (ORDERS), and
+says on its stdout, in lines that begin with PREFIX, what the supervisor would see if the rank were a child of its own:
+that it runs, its signs of life, and how it ended. It leaves with the rank's exit code. At the end of its stdin the
+supervisor is gone: then the rank is ended.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ PREFIX = "\x1esolomonov "
 """Begins each line of ours, so that what others print there is not taken for one."""
 REPORT_SECONDS = 1.0
 """Between two reports of a sign of life."""
+ORDERS = ("terminate", "stacks", "kill")
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -42,21 +44,61 @@ def main(arguments: list[str]) -> int:
     place = RankEnvironment.from_environment()
     spec = JobSpec(command, Path(folder))
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    orders = Orders(sys.stdin.fileno())
     with LocalGang(
         spec, Path(folder), attempt=int(attempt), master_port=place.master_port, wake_fd=mailbox.fd, places=[place]
     ) as gang:
-        _report("started", rank=place.rank, host=host, pid=gang.pids[0], step_id=os.environ.get("SLURM_STEP_ID"))
+        _report("started", rank=place.rank, host=host, pid=gang.pids[0])
         end, said = None, None
         while end is None:
-            for end in gang.wait(REPORT_SECONDS):
+            for order in orders.take():
+                obey(gang, order)
+            if orders.closed:
+                gang.kill()
+            for end in gang.wait(REPORT_SECONDS, also=[] if orders.closed else [orders.fd]):
                 _report("ended", **{**dataclasses.asdict(end), "host": host})
             if mailbox.take():
                 gang.terminate()
             beat = gang.beats().get(place.rank)
             if beat is not None and beat != said:
                 said = beat
-                _report("beat", rank=place.rank, **_of_beat(beat))
+                _report("beat", rank=place.rank, **of_beat(beat))
     return shell_code(end.code)
+
+
+class Orders:
+    """Lines from a descriptor, which is made not to block."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.closed = False
+        """The other end is gone."""
+        self._rest = b""
+        os.set_blocking(fd, False)
+
+    def take(self) -> list[str]:
+        """All whole lines that have come since the last look."""
+        while not self.closed:
+            try:
+                data = os.read(self.fd, 65536)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""  # a connection that was reset
+            self.closed = not data
+            self._rest += data
+        *lines, self._rest = self._rest.split(b"\n")
+        return [line.decode("utf-8", errors="replace") for line in lines]
+
+
+def obey(gang: LocalGang, order: str) -> None:
+    """Do what one of ORDERS says; others are of a later release, or none of ours."""
+    if order == "terminate":
+        gang.terminate()
+    elif order == "stacks":
+        gang.dump_stacks()
+    elif order == "kill":
+        gang.kill()
 
 
 def read_report(line: bytes) -> tuple[str, dict[str, object]] | None:
@@ -67,8 +109,8 @@ def read_report(line: bytes) -> tuple[str, dict[str, object]] | None:
     try:
         record = json.loads(line.removeprefix(prefix))
         return str(record.pop("kind")), record
-    except (ValueError, KeyError, AttributeError):
-        return None  # torn, as its machine went down
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None  # torn, as its machine went down, or nothing of ours
 
 
 def end_of(fields: Mapping[str, object]) -> RankExit:
@@ -85,7 +127,8 @@ def beat_of(fields: Mapping[str, object], now: float) -> Beat:
     return Beat(step, section_id, str(fields["section"]), now - age)
 
 
-def _of_beat(beat: Beat) -> dict[str, object]:
+def of_beat(beat: Beat) -> dict[str, object]:
+    """A sign of life, for `beat_of` on another machine."""
     age = max(0.0, time.monotonic() - beat.since)
     return {"step": beat.step, "section_id": beat.section_id, "section": beat.section, "age_seconds": age}
 

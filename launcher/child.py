@@ -37,6 +37,8 @@ class ChildCommand:
     pass_fds: Sequence[int] = ()
     output_fd: int | None = None
     """Gets stdout instead of the log."""
+    input_fd: int | None = None
+    """Is stdin; None: stdin is empty."""
 
 
 class Child:
@@ -107,9 +109,9 @@ def start_child(spec: ChildCommand) -> Child:
         try:
             process = subprocess.Popen(
                 list(spec.command),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL if spec.input_fd is None else spec.input_fd,
                 stdout=log if spec.output_fd is None else spec.output_fd,
-                stderr=subprocess.STDOUT,
+                stderr=log,
                 env=dict(spec.environment),
                 cwd=spec.working_directory,
                 pass_fds=tuple(spec.pass_fds),

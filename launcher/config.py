@@ -58,6 +58,20 @@ class SlurmConfig(Section):
         return options
 
 
+class RayConfig(Section):
+    """What is asked of Ray, where it starts the run."""
+
+    cpus_per_rank: float = Field(default=1.0, gt=0.0)
+    """CPUs that a rank reserves."""
+    gpus_per_rank: float | None = Field(default=None, ge=0.0)
+    """GPUs that a rank reserves; null: one where the cluster has any, else none."""
+    min_ranks: int | None = Field(default=None, ge=1)
+    """The run goes on with as few ranks as this when nodes are gone, and with more when they are back, up to
+    `launch.nodes` times `launch.ranks_per_node`, in numbers that divide the batch; null: always with all of them."""
+    start_seconds: float = Field(default=60.0, gt=0.0)
+    """How long a start waits for room in the cluster, and then for its processes."""
+
+
 class LaunchConfig(Section):
     """Where the ranks run, and what happens when one of them dies."""
 
@@ -79,6 +93,8 @@ class LaunchConfig(Section):
     """Partition (queue) of a cluster; means nothing to ranks on this machine."""
     slurm: SlurmConfig = SlurmConfig()
     """What else is asked of Slurm, where it starts the run."""
+    ray: RayConfig = RayConfig()
+    """What else is asked of Ray, where it starts the run."""
     ray_address: str | None = Field(default=None, min_length=1)
     """host:port of the head of a Ray cluster that runs, with a node on this machine, where something wants Ray;
     null: a private Ray is started on this machine for as long as the command runs."""

@@ -2,6 +2,8 @@
 
 * LauncherError
   + LaunchConfigurationError   78  the launch section cannot work on this machine
+  + SlurmError                 78  Slurm refuses a request, or does not answer
+  + RayError                   78  a Ray cluster refuses a request, or does not answer
 """
 
 from __future__ import annotations
@@ -26,5 +28,17 @@ class LauncherError(Exception):
 
 class LaunchConfigurationError(LauncherError):
     """The launch section cannot work on this machine; retrying will not help."""
+
+    exit_code = 78
+
+
+class SlurmError(LauncherError):
+    """Slurm refuses a request, or does not answer; what it says stands in the message."""
+
+    exit_code = 78
+
+
+class RayError(LauncherError):
+    """A Ray cluster refuses a request, or does not answer; what it says stands in the message."""
 
     exit_code = 78

@@ -40,6 +40,14 @@ class Gang(Protocol):
             Ends not reported before, the likelier cause first where several came at once.
         """
 
+    @property
+    def world_size(self) -> int | None:
+        """Ranks of this attempt; None while that is not known yet."""
+
+    @property
+    def resize_reason(self) -> str | None:
+        """Why the gang should save, leave, and be started anew with another number of ranks; None: it should not."""
+
     def beats(self) -> dict[int, Beat]:
         """The last sign of life of each living rank that gave one."""
 
@@ -138,6 +146,8 @@ class LocalGang:
         wake_fd: int,
         places: Sequence[RankEnvironment] | None = None,
     ) -> None:
+        self.world_size = spec.world_size
+        self.resize_reason: str | None = None
         self._folder = folder
         self._attempt = attempt
         self._children: dict[int, Child] = {}

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher.exits import RankExit, first_cause
+from launcher.exits import RankExit, describe, first_cause
 from launcher.hang import Hang, HangLimits
 
 TAIL_LINES = 20
@@ -97,6 +97,8 @@ class JobSpec:
     """Number of the first attempt: a run that goes on counts on."""
     sidecars: Sequence[Sidecar] = ()
     """Processes beside the ranks, in the order of their start."""
+    request_file: Path | None = None
+    """A file by which others ask the job to leave, from wherever they see it (`write_request`); None: by signal."""
     hang: HangLimits | None = None
     """When ranks that write heartbeats count as hanging, and are killed for it; None: never."""
 
@@ -117,6 +119,7 @@ class JobSpec:
             "environment": dict(self.environment),
             "working_directory": str(self.working_directory) if self.working_directory is not None else None,
             "pass_fds": [],
+            "request_file": str(self.request_file.absolute()) if self.request_file is not None else None,
             "sidecars": [asdict(sidecar) for sidecar in self.sidecars],
             "hang": {**asdict(replace(self.hang, allowances={})), "allowances": dict(self.hang.allowances)}
             if self.hang is not None
@@ -127,9 +130,10 @@ class JobSpec:
     def from_json(cls, record: Mapping[str, Any]) -> JobSpec:
         """What `to_json` gave."""
         given = dict(record)
-        folder, hang = given["working_directory"], given["hang"]
+        folder, hang, request = given["working_directory"], given["hang"], given["request_file"]
         given["log_folder"] = Path(given["log_folder"])
         given["working_directory"] = Path(folder) if folder is not None else None
+        given["request_file"] = Path(request) if request is not None else None
         given["sidecars"] = [Sidecar(**sidecar) for sidecar in given["sidecars"]]
         given["hang"] = HangLimits(**hang) if hang is not None else None
         return cls(**given)
@@ -168,6 +172,13 @@ class Attempt:
                 return end
         return first_cause(self.exits) if self.exits else None
 
+    def describe(self) -> str:
+        """Why it ended, one clause for people."""
+        if self.hang is not None:
+            return self.hang.describe()
+        assert self.cause is not None, "it has ended"
+        return f"rank {self.cause.rank}: {describe(self.cause.code)}"
+
     @property
     def step(self) -> int | None:
         """Highest step of any rank's last heartbeat; None without heartbeats."""
@@ -194,6 +205,21 @@ def _require_passable(command: Sequence[str], environment: Mapping[str, str]) ->
     for name in environment:
         if not name or "=" in name:
             raise ValueError(f"not a name of an environment variable: {name!r}")
+
+
+def write_request(path: Path, *, now: bool) -> None:
+    """Ask a job to save and leave, or to end at once, by its request file."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text("now" if now else "save", encoding="ascii")
+    aside.rename(path)
+
+
+def read_request(path: Path) -> str | None:
+    """`save` or `now`; None where nobody has asked."""
+    try:
+        return path.read_text(encoding="ascii")
+    except FileNotFoundError:
+        return None
 
 
 def sidecar_log_path(spec: JobSpec, sidecar: Sidecar) -> Path:
@@ -263,6 +289,8 @@ class EventCallback(Protocol):
     * rank_exited: attempt, rank, host (None: this machine), pid, exit_code (None: a signal), signal (its name or None),
       seconds, killed_by_launcher, and of the last heartbeat, or None: step, section, heartbeat_age_seconds
     * hang: attempt, rank, step, section, seconds, limit_seconds, call (where its main thread was, or None)
+    * world: attempt, ranks (where that turned out after the start)
+    * resize: attempt, reason: its ranks are asked to save, and are started again in another number
     * restart: attempt (the one that will start), cause, backoff_seconds
     * stopping: signal (its name, or `cancel`), now
     * sidecar_started: name, pid, starts (1 for the first)

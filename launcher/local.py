@@ -19,10 +19,10 @@ from types import FrameType
 from launcher.child import unwritable
 from launcher.config import LaunchConfig
 from launcher.errors import LaunchConfigurationError
-from launcher.exits import Outcome, RankExit, describe, signal_name
+from launcher.exits import ExitCode, Outcome, RankExit, signal_name
 from launcher.gang import Gang, LocalGang, StartGang
 from launcher.hang import GangWatch, innermost_call
-from launcher.job import Attempt, EventCallback, JobSpec, JobState, ignore_event, tail
+from launcher.job import Attempt, EventCallback, JobSpec, JobState, ignore_event, read_request, tail
 from launcher.mailbox import Mailbox
 from launcher.ports import free_port, require_free
 from launcher.sidecar import SidecarFailure, Sidecars
@@ -35,6 +35,9 @@ save, but they may be about to say why. NCCL and gloo notice a closed connection
 HANG_LOOK_SECONDS = 0.25
 """Between two looks at the heartbeats."""
 
+REQUEST_LOOK_SECONDS = 1.0
+"""Between two looks at the request file."""
+
 STACKS_SECONDS = 2.0
 """What the ranks of a gang that hangs get to write their stacks."""
 
@@ -45,6 +48,7 @@ _JOB_STATES = {
     SupervisorState.READY: JobState.PENDING,
     SupervisorState.WAITING: JobState.PENDING,
     SupervisorState.RUNNING: JobState.RUNNING,
+    SupervisorState.RESIZING: JobState.RUNNING,
     SupervisorState.STOPPING: JobState.STOPPING,
     SupervisorState.KILLING: JobState.STOPPING,
     SupervisorState.DONE: JobState.DONE,
@@ -135,6 +139,8 @@ class LocalJob:
         self._over = False
         self._future: Future[int] | None = None
         self._interrupts = 0
+        self._request: str | None = None
+        self._request_look_seconds = REQUEST_LOOK_SECONDS if spec.request_file is not None else math.inf
 
     @property
     def state(self) -> JobState:
@@ -240,7 +246,7 @@ class LocalJob:
         while gang.alive:
             now = time.monotonic()
             look_at = now + HANG_LOOK_SECONDS if watch is not None else math.inf
-            wake_at = min(deadline, self._sidecars.next_start, look_at)
+            wake_at = min(deadline, self._sidecars.next_start, look_at, now + self._request_look_seconds)
             remaining = None if math.isinf(wake_at) else max(0.0, wake_at - now)
             for end in gang.wait(remaining, also=self._sidecars.exit_fds):
                 attempt.exits.append(end)
@@ -249,6 +255,13 @@ class LocalJob:
             if self._take_requests(gang):
                 deadline = min(deadline, time.monotonic() + self._config.grace_seconds)
             self._tend_sidecars(gang)
+            if gang.world_size is not None and gang.world_size != attempt.ranks:
+                attempt.ranks = gang.world_size
+                self._emit("world", attempt=attempt.number, ranks=attempt.ranks)
+            if gang.resize_reason is not None and self._supervisor.resize_requested():
+                self._emit("resize", attempt=attempt.number, reason=gang.resize_reason)
+                gang.terminate()
+                deadline = min(deadline, time.monotonic() + self._config.grace_seconds)
             if watch is not None and not attempt.exits and self._hangs(gang, attempt, watch):
                 watch = None
                 deadline = min(deadline, time.monotonic())
@@ -288,6 +301,11 @@ class LocalJob:
     def _take_requests(self, gang: Gang | None) -> bool:
         """Obey what came in; True if the ranks were asked to leave."""
         asked = False
+        if self.spec.request_file is not None:
+            request = read_request(self.spec.request_file)
+            if request is not None and request != self._request:
+                self._request = request
+                self._mailbox.put("request", now=request == "now")
         for source, now in self._mailbox.take():
             if now:
                 if self._supervisor.kill_requested():
@@ -327,19 +345,18 @@ class LocalJob:
 
     def _back_off(self, decision: Decision) -> None:
         """Wait before the next attempt; a request ends the wait."""
-        cause = self.attempts[-1].cause
-        assert cause is not None, "the attempt has ended"
+        number = self.spec.first_attempt + len(self.attempts)
+        resized = decision.exit_code == ExitCode.AGAIN
         self._emit(
             "restart",
-            attempt=self.spec.first_attempt + len(self.attempts),
-            cause=self.attempts[-1].hang.describe()
-            if self.attempts[-1].hang
-            else f"rank {cause.rank}: {describe(cause.code)}",
+            attempt=number,
+            cause=decision.reason if resized else self.attempts[-1].describe(),
             backoff_seconds=decision.backoff_seconds,
         )
         deadline = time.monotonic() + decision.backoff_seconds
         while not self._supervisor.state.is_terminal:
-            wake_at = min(deadline, self._sidecars.next_start)
+            now = time.monotonic()
+            wake_at = min(deadline, self._sidecars.next_start, now + self._request_look_seconds)
             self._mailbox.wait(max(0.0, wake_at - time.monotonic()), also=self._sidecars.exit_fds)
             self._take_requests(None)
             self._tend_sidecars(None)

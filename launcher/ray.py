@@ -1,7 +1,7 @@
 """The launcher's door to Ray: a Ray of our own on this machine, and a look at one that others run.
 
-Whatever imports Ray here does so in a process of its own (`head`, `check`): Ray's C++ ends a process that it
-does not like, and takes signals over.
+Whatever imports Ray does so in a process of its own (`launcher.ray_door`): Ray's C++ ends a process that it does not
+like, and takes signals over.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import platform
 import re
 import secrets
 import select
@@ -19,13 +18,13 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 import psutil
 
-from launcher.child import Child, ChildCommand, start_child, tell_parents_end
+from launcher.child import Child, ChildCommand, start_child
 from launcher.errors import LaunchConfigurationError
 from launcher.job import tail
 from launcher.scratch import ScratchFolder, remove_stale_folders
@@ -41,9 +40,12 @@ TEMPORARY = "t"
 MARKER = "SOLOMONOV_PRIVATE_RAY"
 """Environment variable that names the folder of a private Ray to all of its processes, and to no client of it."""
 
+PASSED_ON = ("NCCL_", "GLOO_", "OMP_", "MKL_", "DS_", "TORCH", "PYTORCH_", "HF_", "PYTHONPATH", "MALLOC_")
+"""Beginnings of the environment variables that a job, and each of its ranks, gets from who submits it."""
+
 DASHBOARD_PACKAGES = ("aiohttp", "aiohttp_cors", "opencensus", "prometheus_client")
 
-_MINE = "import sys; from launcher.ray import main; sys.exit(main(sys.argv[1:]))"
+_MINE = "import sys; from launcher.ray_door import main; sys.exit(main(sys.argv[1:]))"
 _NOT_FOR_THE_HEAD = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 
@@ -164,19 +166,22 @@ class PrivateRay:
             others = _processes_of(self._scratch.path, self._head)
             if self._head is not None:
                 self._head.reap()
-            _end_all(others)
+            end_all(others)
             self._scratch.remove()
             self._scratch = self._head = None
             self.address, self.dashboard_url, self.environment = "", None, {}
 
 
-def check_cluster(address: str, environment: Mapping[str, str], *, timeout_seconds: float = 15.0) -> None:
+def check_cluster(address: str, environment: Mapping[str, str], *, timeout_seconds: float = 15.0) -> str | None:
     """Check that there is a Ray cluster which a process of ours may join.
 
     Args:
         address: host:port of its head.
         environment: added to our own; names the token, where one is needed.
         timeout_seconds: for the answer of the cluster.
+
+    Returns:
+        Where its dashboard is (an http address); None if it has none.
 
     Raises:
         LaunchConfigurationError: the address is malformed, nobody or something else answers, the token is refused
@@ -205,17 +210,10 @@ def check_cluster(address: str, environment: Mapping[str, str], *, timeout_secon
             child.reap()
         if not answer:
             raise _no_answer(address, given, timeout_seconds if answer is None else None, tail(log, lines=200))
-    _judge(address, json.loads(answer))
-
-
-def main(arguments: list[str]) -> int:
-    """The processes that import Ray: `FD PARENT head SETTINGS` and `FD PARENT check ADDRESS` answer to that pipe."""
-    match arguments:
-        case [writer, parent, "head", settings]:
-            return _head(int(writer), int(parent), **json.loads(settings))
-        case [writer, _, "check", address]:
-            return _check(int(writer), address)
-    return 2
+    found = json.loads(answer)
+    _judge(address, found)
+    dashboard: str | None = found["dashboard"]
+    return dashboard
 
 
 # --- a private Ray -------------------------------------------------------------------------------------------------
@@ -263,12 +261,6 @@ def _answer(reader: int, seconds: float) -> str | None:
     return os.read(reader, select.PIPE_BUF).decode("utf-8")
 
 
-def _say(writer: int, **answer: object) -> None:
-    """Answer, in one write."""
-    os.write(writer, json.dumps(answer).encode("utf-8"))
-    os.close(writer)
-
-
 def _processes_of(folder: Path, head: Child | None) -> list[psutil.Process]:
     """All processes of a private Ray but its head.
 
@@ -288,7 +280,7 @@ def _processes_of(folder: Path, head: Child | None) -> list[psutil.Process]:
     return found
 
 
-def _end_all(processes: list[psutil.Process]) -> None:
+def end_all(processes: list[psutil.Process]) -> None:
     """SIGKILL, and wait until they are gone; they are not our children, so that can only be looked at."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -302,60 +294,6 @@ def _runs(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False
-
-
-def _head(writer: int, parent: int, *, cpus: int, object_store_bytes: int, dashboard: bool, folder: str) -> int:
-    """The process that starts a private Ray, and ends it on SIGTERM or when its parent dies."""
-    os.set_inheritable(writer, False)  # the parent sees our end by the end of the pipe
-    with _left_by_sigterm():
-        # Not SIGKILL: a head that is killed leaves its agents behind for a minute.
-        if not tell_parents_end(parent, signal.SIGTERM):
-            raise _Left
-        import ray
-
-        context = ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=dashboard,
-            object_store_memory=object_store_bytes,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=folder,
-            _node_ip_address=HOST,
-        )
-        signal.signal(signal.SIGTERM, _leave)  # Ray has put its own there
-        url = f"http://{context.dashboard_url}" if context.dashboard_url else None
-        _say(writer, address=context.address_info["gcs_address"], dashboard_url=url)
-        while True:
-            signal.pause()
-    return 0
-
-
-@contextlib.contextmanager
-def _left_by_sigterm() -> Iterator[None]:
-    """Until SIGTERM; then Ray is shut down, and what outlives that is killed.
-
-    The agents would look for the head for another minute.
-    """
-    signal.signal(signal.SIGTERM, _leave)
-    try:
-        yield
-    except _Left:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        others = psutil.Process().children(recursive=True)
-        import ray
-
-        ray.shutdown()
-        _end_all(others)
-
-
-class _Left(BaseException):
-    """SIGTERM came: nothing that Ray does on the way may catch it."""
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    signal.alarm(int(END_SECONDS) - 2)  # ends us, should Ray hang
-    raise _Left
 
 
 # --- a look at a cluster -------------------------------------------------------------------------------------------
@@ -377,22 +315,6 @@ def _host_and_port(address: str) -> tuple[str, int]:
             remedy="name it as in 10.0.0.7:6379, or leave launch.ray_address out for a private Ray",
         )
     return found["host"].strip("[]"), int(found["port"])
-
-
-def _check(writer: int, address: str) -> int:
-    """The process that asks a cluster who it is; Ray may abort it."""
-    import ray
-    from ray._common.usage.usage_lib import GcsClient, get_cluster_metadata
-    from ray.exceptions import AuthenticationError
-
-    try:
-        metadata = get_cluster_metadata(GcsClient(address=address))
-    except AuthenticationError:
-        _say(writer, refused=True)
-        return 0
-    theirs = {"ray": metadata["ray_version"], "python": metadata["python_version"]}
-    _say(writer, refused=False, theirs=theirs, ours={"ray": ray.__version__, "python": platform.python_version()})
-    return 0
 
 
 def _no_answer(

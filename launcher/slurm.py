@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.config import LaunchConfig
-from launcher.errors import LaunchConfigurationError
+from launcher.errors import LaunchConfigurationError, SlurmError
 from launcher.exits import ExitCode
-from launcher.job import JobState
+from launcher.job import JobState, write_request
 from launcher.slurm_commands import (
     JobRecord,
     Partition,
-    SlurmError,
     batch_environment,
     partitions,
     run_slurm,
@@ -36,9 +35,16 @@ _STATES = {
     "CONFIGURING": JobState.PENDING,
     "REQUEUED": JobState.PENDING,
     "REQUEUE_HOLD": JobState.PENDING,
+    "REQUEUE_FED": JobState.PENDING,
+    "RESV_DEL_HOLD": JobState.PENDING,
+    "SPECIAL_EXIT": JobState.PENDING,
     "RUNNING": JobState.RUNNING,
     "SUSPENDED": JobState.RUNNING,
+    "STOPPED": JobState.RUNNING,
+    "SIGNALING": JobState.RUNNING,
+    "RESIZING": JobState.RUNNING,
     "COMPLETING": JobState.STOPPING,
+    "STAGE_OUT": JobState.STOPPING,
     "COMPLETED": JobState.DONE,
     "CANCELLED": JobState.CANCELLED,
 }
@@ -116,7 +122,7 @@ class SlurmRequest:
     def job_environment(self) -> dict[str, str]:
         """The environment of sbatch, which the job inherits."""
         setup = self.config.slurm.setup_script
-        extra = {"SOLOMONOV_SETUP": str(Path(setup).expanduser().absolute())} if setup is not None else {}
+        extra = {"SOLOMONOV_SETUP": str(_expanded(setup).absolute())} if setup is not None else {}
         return {**batch_environment(), **extra, **self.environment}
 
 
@@ -175,9 +181,14 @@ def check_request(request: SlurmRequest, found: Sequence[Partition]) -> None:
     _check_files(request)
 
 
+def _expanded(path: str) -> Path:
+    """With the home folder in place of `~`; as it is where there is no such user, unlike `Path.expanduser`."""
+    return Path(os.path.expanduser(path))
+
+
 def _check_files(request: SlurmRequest) -> None:
     setup = request.config.slurm.setup_script
-    if setup is not None and not os.access(Path(setup).expanduser(), os.R_OK):
+    if setup is not None and not os.access(_expanded(setup), os.R_OK):
         raise LaunchConfigurationError(
             "the setup script cannot be read",
             got=f"launch.slurm.setup_script = {setup}",
@@ -232,7 +243,7 @@ class SlurmJob:
 
     Args:
         job_id: Slurm's number.
-        log_folder: of the job.
+        log_folder: of the job; its supervisor looks for requests in the file `request` there.
     """
 
     def __init__(self, job_id: str, log_folder: Path) -> None:
@@ -289,8 +300,11 @@ class SlurmJob:
         if shown is None or state_of(shown).is_terminal:
             return False
         cancel_mark(self.log_folder, self.job_id).touch()  # before the signal: a saved run would be queued again
-        if now or state_of(shown) is JobState.PENDING:
+        if state_of(shown) is JobState.PENDING:
             run_slurm(["scancel", self.job_id])
+        elif now:
+            # Not by scancel, which asks the ranks to leave, as a preemption does, so that they would save.
+            write_request(self.log_folder / "request", now=True)
         else:
             run_slurm(["scancel", "--batch", "--signal=USR1", self.job_id])
         return True
@@ -320,8 +334,10 @@ def newest_logs(log_folder: Path) -> list[Path]:
 def state_of(shown: JobRecord) -> JobState:
     """Our word for a state of Slurm's."""
     state = _STATES.get(shown.state, JobState.FAILED)
-    if state is JobState.FAILED and shown.state == "FAILED" and shown.exit_code == ExitCode.AGAIN:
+    if shown.state == "FAILED" and shown.exit_code == ExitCode.AGAIN:
         return JobState.SAVED
+    if shown.state == "FAILED" and shown.exit_code == ExitCode.INTERRUPTED:
+        return JobState.CANCELLED
     return state
 
 

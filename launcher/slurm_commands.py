@@ -9,15 +9,11 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from launcher.errors import LaunchConfigurationError, LauncherError
+from launcher.errors import LaunchConfigurationError, SlurmError
 
 COMMAND_SECONDS = 60.0
 """The controller may be busy; Slurm's commands give up by themselves after 10 s or so."""
 UNLIMITED = ("UNLIMITED", "infinite", "INVALID", "n/a", "N/A", "NOT_SET")
-
-
-class SlurmError(LauncherError):
-    """A command of Slurm failed; it may work later."""
 
 
 def run_slurm(command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> str:
@@ -41,7 +37,7 @@ def run_slurm(command: Sequence[str], *, environment: Mapping[str, str] | None =
             timeout=COMMAND_SECONDS,
             env=dict(environment) if environment is not None else None,
         )
-    except FileNotFoundError as error:
+    except (FileNotFoundError, PermissionError) as error:  # the latter where a folder on the PATH is closed to us
         raise LaunchConfigurationError(
             f"{command[0]} is not on the PATH",
             got=f"PATH={os.environ.get('PATH', '')}",
@@ -81,6 +77,8 @@ class JobRecord:
     exit_code: int
     """Of the batch script, 0 to 255; 128 + n where signal n ended it."""
     preempted: bool
+    out_of_time: bool
+    """It has run for as long as it may."""
     nodes: str
     """Node list; empty while there is none."""
     end_time: str
@@ -108,7 +106,8 @@ def show_job(job: str) -> JobRecord | None:
         reason=fields.get("Reason", ""),
         restarts=int(fields.get("Restarts", "0")),
         exit_code=128 + int(signal_number) if int(signal_number or 0) else int(code),
-        preempted="PreemptTime" in fields,
+        preempted=fields.get("PreemptTime", "None") != "None",
+        out_of_time=_out_of_time(fields),
         nodes="" if fields.get("NodeList") in (None, "(null)") else fields["NodeList"],
         end_time=fields.get("EndTime", ""),
         partition=partition,
@@ -121,7 +120,10 @@ def parse_job(text: str) -> dict[str, str]:
 
     Names and paths come from people and may hold anything, `JobState=` included: lines with them are left out.
     """
-    free = ("JobId=", "Command=", "WorkDir=", "StdErr=", "StdIn=", "StdOut=", "Comment=", "AdminComment=")
+    free = (
+        *("JobId=", "Command=", "SubmitLine=", "WorkDir=", "StdErr=", "StdIn=", "StdOut="),
+        *("Comment=", "AdminComment=", "SystemComment=", "Extra="),
+    )
     fields: dict[str, str] = {}
     for line in text.splitlines():
         if not line.strip().startswith(free):
@@ -180,24 +182,35 @@ def partitions() -> list[Partition]:
     return list(found.values())
 
 
-def minutes(limit: str) -> int | None:
-    """Minutes of a limit as Slurm writes it (`30`, `30:00`, `1:30:00`, `2-00:00:00`), rounded up; None: no limit."""
-    if limit in UNLIMITED:
+def seconds(time: str) -> int | None:
+    """A time as Slurm writes it (`30` minutes, `30:00`, `1:30:00`, `2-00:00:00`) in seconds; None: no limit."""
+    if time in UNLIMITED:
         return None
-    days, dash, clock = limit.rpartition("-")
+    days, dash, clock = time.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
     if dash:  # days-hours[:minutes[:seconds]]
-        hours, mins, seconds = (*parts, 0, 0)[:3]
+        hours, mins, secs = (*parts, 0, 0)[:3]
     elif len(parts) == 1:
-        hours, mins, seconds = 0, parts[0], 0
+        hours, mins, secs = 0, parts[0], 0
     else:
-        hours, mins, seconds = (0, *parts) if len(parts) == 2 else (parts[0], parts[1], parts[2])
-    return int(days or 0) * 1440 + hours * 60 + mins + (seconds > 0)
+        hours, mins, secs = (0, *parts) if len(parts) == 2 else (parts[0], parts[1], parts[2])
+    return int(days or 0) * 86400 + hours * 3600 + mins * 60 + secs
+
+
+def minutes(time: str) -> int | None:
+    """The same in minutes, rounded up."""
+    found = seconds(time)
+    return -(-found // 60) if found is not None else None
+
+
+def _out_of_time(fields: Mapping[str, str]) -> bool:
+    limit = seconds(fields.get("TimeLimit", "UNLIMITED"))
+    return limit is not None and (seconds(fields.get("RunTime", "0:00")) or 0) >= limit
 
 
 def count_gpus(gres: str) -> int:
     """GPUs in a list of generic resources: `gpu:2`, `gpu:h100:8(S:0-1),nvme:1`."""
-    found = re.findall(r"(?:^|,)gpu(?::[^:,()]+)*?:(\d+)(?:\(|,|$)", gres)
+    found = re.findall(r"(?:^|,)gpu(?::[^:,()]+)*?:(\d+)(?=\(|,|$)", gres)
     return sum(int(number) for number in found)
 
 

@@ -8,17 +8,22 @@ ever without getting anywhere; the record of the job's starts is the brake on bo
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from launcher.exits import Outcome, classify, describe
+from launcher.exits import ExitCode, Outcome, classify, describe
 from launcher.slurm_commands import JobRecord, require_node_name, run_slurm, show_job
 from launcher.slurm_step import Allocation
 
 NO_PROGRESS = 1
 """What a job leaves with that was stopped by the brake."""
+
+
+SUSPICIOUS_CRASHES = 2
+"""From so many on, crashes that all began on one node speak against the node."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class CycleFacts:
     """Slurm has not started the job anew meanwhile."""
     cancelled: bool
     """Somebody asked for the end of the job."""
+    ending: bool
+    """Slurm is ending the job, and not for its time limit: it has decided by itself what follows."""
     preempted: bool
     idle_cycles: int
     max_no_progress: int
@@ -108,14 +115,17 @@ def decide(facts: CycleFacts) -> CycleDecision:
     idle = f"{facts.idle_cycles} starts of the job in a row came to no newer checkpoint (launch.max_no_progress)"
     if not facts.ours:
         return CycleDecision(False, facts.code, "Slurm has started the job anew meanwhile: that one goes on")
-    if facts.cancelled:
+    if facts.cancelled or facts.code == ExitCode.INTERRUPTED:
         return CycleDecision(False, facts.code, "cancelled")
+    if facts.ending:
+        return CycleDecision(False, facts.code, "Slurm ends the job: it was cancelled, or Slurm queues it again itself")
     if outcome is Outcome.AGAIN:
         if facts.idle_cycles >= facts.max_no_progress:
             return CycleDecision(False, NO_PROGRESS, idle)
         return CycleDecision(True, facts.code, "preempted" if facts.preempted else "saved before the time limit")
-    killed = facts.code in (128 + 9, 128 + 6, 128 + 11)  # the supervisor itself, by the system
-    if killed and facts.idle_cycles < facts.max_no_progress:
+    if facts.idle_cycles >= facts.max_no_progress:  # the next start would be refused
+        return CycleDecision(False, facts.code, describe(facts.code))
+    if facts.code in (128 + 9, 128 + 6, 128 + 11):  # the supervisor itself, by the system
         return CycleDecision(True, facts.code, f"the supervisor was {describe(128 - facts.code)}")
     if outcome is Outcome.CRASH and facts.suspect is not None and facts.spare_nodes > 0:
         reason = f"every crash began on {facts.suspect}: again without it"
@@ -129,7 +139,8 @@ class Cycle:
 
     folder: Path
     allocation: Allocation
-    hosts_of_crashes: list[str | None] = field(default_factory=list)
+    hosts_of_crashes: dict[int, str | None] = field(default_factory=dict)
+    """By attempt: where its first crash was, which brought the other ranks down."""
 
     def begin(self, step: int, max_no_progress: int) -> str | None:
         """Note the start.
@@ -154,14 +165,16 @@ class Cycle:
         if kind == "rank_exited" and not fields["killed_by_launcher"]:
             code = fields["exit_code"]
             if code is None or classify(int(str(code))) is Outcome.CRASH:
-                host = fields["host"]
-                self.hosts_of_crashes.append(str(host) if host is not None else None)
+                host, attempt = fields["host"], int(str(fields["attempt"]))
+                self.hosts_of_crashes.setdefault(attempt, str(host) if host is not None else None)
 
     def end(self, step: int) -> None:
         """Note the end, before the process leaves."""
         job = self.allocation.name
-        hosts = set(self.hosts_of_crashes)
-        suspect = hosts.pop() if len(hosts) == 1 else None
+        hosts = list(self.hosts_of_crashes.values())
+        # One crash may have any cause; two in a row on the same one of several nodes have one that is there.
+        several = self.allocation.nodes > 1 and len(hosts) >= SUSPICIOUS_CRASHES
+        suspect = hosts[0] if several and len(set(hosts)) == 1 else None
         replace(CycleRecord.read(self.folder, job), step=step, suspect=suspect).write(self.folder, job)
 
 
@@ -189,12 +202,20 @@ def requeue(
     on_decision(decision)
     if not decision.requeue:
         return decision.exit_code
-    if decision.exclude is not None:
+    if decision.exclude is None:
+        run_slurm(["scontrol", "requeue", job])
+    else:
         record = replace(record, excluded=(*record.excluded, decision.exclude))
         record.write(folder, job)
         avoided = ",".join(require_node_name(name) for name in record.excluded)
-        run_slurm(["scontrol", "update", f"JobId={job}", f"ExcNodeList={avoided}"])
-    run_slurm(["scontrol", "requeue", job])
+        # Only a job that waits can be told what to avoid: it is held for that moment, and this script is asked to end.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        run_slurm(["scontrol", "requeuehold", job])
+        try:
+            run_slurm(["scontrol", "update", f"JobId={job}", f"ExcNodeList={avoided}"])
+        finally:
+            run_slurm(["scontrol", "release", job])
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     while True:  # Slurm ends this script
         time.sleep(60.0)
 
@@ -211,7 +232,8 @@ def _facts(
     return CycleFacts(
         code=code,
         ours=ours and record.restart == allocation.restart,
-        cancelled=cancelled or (shown is not None and shown.state.startswith("CANCELLED")),
+        cancelled=cancelled,
+        ending=shown is not None and shown.state not in ("RUNNING", "SUSPENDED") and not shown.out_of_time,
         preempted=shown is not None and shown.preempted,
         idle_cycles=record.idle_cycles(record.step),
         max_no_progress=max_no_progress,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,6 @@ from launcher.job import JobSpec
 
 END_SECONDS = 30.0
 """What srun gets to leave after all of its tasks have ended: it asks the controller."""
-COMMAND_SECONDS = 30.0
-"""Time limit of scancel."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +93,13 @@ class SlurmGang:
         rank_script: Path,
         srun_options: Sequence[str] = (),
     ) -> None:
-        self._job = allocation.job_id
         self._folder = folder
-        self._step: str | None = None
         self._pids: dict[int, int] = {}
         self._beats: dict[int, Beat] = {}
-        self._world = spec.world_size
-        self._living = set(range(self._world))
-        self._killed = self._stopping = False
+        self.world_size = spec.world_size
+        self.resize_reason: str | None = None
+        self._living = set(range(spec.world_size))
+        self._killed = False
         self._unread = b""
         self._started_at = time.monotonic()
         agent = [sys.executable, "-m", "launcher", "agent", str(folder), str(attempt)]
@@ -122,16 +119,26 @@ class SlurmGang:
         ]
         environment = {**os.environ, **spec.environment, "MASTER_PORT": str(master_port)}
         self._output, writer = os.pipe()
+        reader, self._orders = os.pipe()  # srun gives its stdin to every task
         os.set_blocking(self._output, False)
         try:
             self._srun: Child = start_child(
-                ChildCommand(command, environment, folder / "srun.log", spec.working_directory, output_fd=writer)
+                ChildCommand(
+                    command,
+                    environment,
+                    folder / "srun.log",
+                    spec.working_directory,
+                    output_fd=writer,
+                    input_fd=reader,
+                )
             )
         except BaseException:
             os.close(self._output)
+            os.close(self._orders)
             raise
         finally:
             os.close(writer)
+            os.close(reader)
         self._selector = selectors.DefaultSelector()
         self._selector.register(wake_fd, selectors.EVENT_READ)
         self._selector.register(self._output, selectors.EVENT_READ)
@@ -198,10 +205,7 @@ class SlurmGang:
         rank = fields["rank"]
         assert isinstance(rank, int), "an agent says which rank it stands beside"
         if kind == "started":
-            self._step = str(fields["step_id"])
             self._pids[rank] = int(str(fields["pid"]))
-            if self._stopping and len(self._pids) == self._world:
-                self._signal("USR1")
         elif kind == "beat":
             self._beats[rank] = beat_of(fields, time.monotonic())
         elif kind == "ended":
@@ -215,28 +219,27 @@ class SlurmGang:
         return dict(self._beats)
 
     def terminate(self) -> None:
-        """SIGUSR1 to every task. One that starts yet would die of it: then it waits until all have started."""
-        self._stopping = True
-        if len(self._pids) == self._world:
-            self._signal("USR1")
+        """Order every rank to save and leave.
+
+        Not by scancel: where the job was started anew after a lost node, the controller takes the end of the lost
+        step for the end of this one, which has the same number, and signals nobody any more.
+        """
+        self._order("terminate")
 
     def dump_stacks(self) -> None:
-        """SIGQUIT to every task."""
-        self._signal("QUIT")
+        """Order the stacks of every rank."""
+        self._order("stacks")
 
     def kill(self) -> None:
-        """SIGKILL to every task."""
+        """Order the end of every rank; where agents do not answer any more, srun ends their tasks."""
+        self._order("kill")
+        if self._killed or not self._pids:
+            self._srun.send_signal(signal.SIGTERM)
         self._killed = True
-        if self._step is None:
-            self._srun.send_signal(signal.SIGTERM)  # srun ends its tasks, and itself
-        else:
-            self._signal("KILL")
 
-    def _signal(self, name: str) -> None:
-        if self._step is not None:
-            # It fails where the step has ended meanwhile, which the reports tell.
-            command = ["scancel", f"--signal={name}", f"{self._job}.{self._step}"]
-            subprocess.run(command, stdin=subprocess.DEVNULL, check=False, timeout=COMMAND_SECONDS)
+    def _order(self, order: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # srun has ended, which the reports tell
+            os.write(self._orders, order.encode() + b"\n")
 
     def close(self) -> None:
         """End whatever is left, and wait until Slurm has it so: the next step needs its place."""
@@ -252,6 +255,7 @@ class SlurmGang:
             self._srun.reap()
             self._selector.close()
             os.close(self._output)
+            os.close(self._orders)
 
     def __enter__(self) -> SlurmGang:
         return self

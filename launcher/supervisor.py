@@ -5,6 +5,8 @@ READY -> RUNNING -> DONE                        every rank left with 0
                  -> FAILED                      2, 70, 74, 78, or no restart is left
                  -> WAITING -> RUNNING          a crash: back off, then the next attempt
          RUNNING -> STOPPING                    asked to save and leave
+         RUNNING -> RESIZING -> WAITING         another number of ranks: save, leave, and the next attempt at once
+         RESIZING -> STOPPING                   asked to save and leave meanwhile
          RUNNING, STOPPING -> KILLING           told to leave at once
          RUNNING -> KILLING -> FAILED           a companion of the ranks failed for good
          STOPPING -> FAILED                     the same, and the ranks did not save after it
@@ -30,6 +32,7 @@ class SupervisorState(enum.Enum):
 
     READY = "ready"
     RUNNING = "running"
+    RESIZING = "resizing"
     STOPPING = "stopping"
     KILLING = "killing"
     WAITING = "waiting"
@@ -46,12 +49,15 @@ class SupervisorState(enum.Enum):
     @property
     def has_ranks(self) -> bool:
         """An attempt is under way."""
-        return self in (SupervisorState.RUNNING, SupervisorState.STOPPING, SupervisorState.KILLING)
+        return self in _WITH_RANKS
 
 
 _SAVE_SIGNALS = frozenset((-signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR2, -signal.SIGINT))
 """Exit codes of a rank that a request to save ended."""
 
+_WITH_RANKS = frozenset(
+    {SupervisorState.RUNNING, SupervisorState.RESIZING, SupervisorState.STOPPING, SupervisorState.KILLING}
+)
 _TERMINAL = frozenset({SupervisorState.DONE, SupervisorState.SAVED, SupervisorState.CANCELLED, SupervisorState.FAILED})
 
 
@@ -123,7 +129,7 @@ class Supervisor:
 
     def stop_requested(self) -> bool:
         """Someone asked the job to save and leave; True if that is news."""
-        if self.state is SupervisorState.RUNNING:
+        if self.state in (SupervisorState.RUNNING, SupervisorState.RESIZING):
             self.state = SupervisorState.STOPPING
             return True
         if self.state in (SupervisorState.READY, SupervisorState.WAITING):
@@ -133,7 +139,7 @@ class Supervisor:
 
     def kill_requested(self) -> bool:
         """Someone told the job to leave at once; True if that is news."""
-        if self.state in (SupervisorState.RUNNING, SupervisorState.STOPPING):
+        if self.state in (SupervisorState.RUNNING, SupervisorState.RESIZING, SupervisorState.STOPPING):
             self.state = SupervisorState.KILLING
             return True
         if self.state in (SupervisorState.READY, SupervisorState.WAITING):
@@ -165,6 +171,13 @@ class Supervisor:
         self.state = SupervisorState.KILLING
         return True
 
+    def resize_requested(self) -> bool:
+        """The job should go on with another number of ranks; True if that is news."""
+        if self.state is not SupervisorState.RUNNING:
+            return False
+        self.state = SupervisorState.RESIZING
+        return True
+
     def taken_over(self) -> None:
         """Another supervisor runs the job now; nothing that we could start belongs to it."""
         if self.state not in (SupervisorState.READY, SupervisorState.WAITING):
@@ -183,6 +196,9 @@ class Supervisor:
         outcome = classify(code)
         if outcome is Outcome.DONE:
             return self._end(SupervisorState.DONE, ExitCode.DONE, "done")
+        if outcome is Outcome.AGAIN and self.state is SupervisorState.RESIZING:
+            self.state = SupervisorState.WAITING
+            return Decision(Action.RESTART, int(ExitCode.AGAIN), "saved, to go on with another number of ranks")
         if outcome is Outcome.AGAIN:
             return self._end(SupervisorState.SAVED, ExitCode.AGAIN, "saved, wants to run again")
         if self._companion is not None:

@@ -121,12 +121,12 @@ def _add_job_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -
     submit = verbs.add_parser("submit", help="start a training elsewhere, or here in the background")
     submit.add_argument("config", metavar="CONFIG", help="YAML file")
     submit.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, YAML values")
-    submit.add_argument("--on", choices=("local", "slurm"), required=True, help="where its ranks run")
+    submit.add_argument("--on", choices=("local", "slurm", "ray"), required=True, help="where its ranks run")
     submit.add_argument("--nodes", type=_at_least_one, help="machines (launch.nodes)")
     resume = verbs.add_parser("resume", help="submit a run again, as it was submitted")
     resume.add_argument("run", metavar="RUN")
     resume.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, YAML values")
-    resume.add_argument("--on", choices=("local", "slurm"), help="where its ranks run (default: as before)")
+    resume.add_argument("--on", choices=("local", "slurm", "ray"), help="where its ranks run (default: as before)")
     for verb in (submit, resume):
         verb.add_argument("--dry-run", action="store_true", help="only show what would be done")
 

@@ -77,6 +77,10 @@ class TrainingDisplay:
             self._say(f"starting again (attempt {fields.get('attempt')}): {fields.get('cause')}")
         elif kind == "sidecar_restart":
             self._say(f"{fields.get('name')} ended ({fields.get('cause')}): starting it again, training goes on")
+        elif kind == "resize":
+            self._say(f"saving, to go on with another number of ranks: {fields.get('reason')}")
+        elif kind == "world":
+            self._say(f"ranks   {fields.get('ranks')} in attempt {fields.get('attempt')}")
         elif kind == "stopping":
             self._say(f"stopping ({fields.get('signal')}): saving")
 

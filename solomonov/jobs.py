@@ -28,10 +28,11 @@ from solomonov.runfolder import RunFolder, all_runs, find_run, is_locked, lock_h
 from solomonov.snapshot import snapshot
 from solomonov.start import PreparedRun, prepare_run
 from solomonov.status import Live, RunStatus, read_status
-from solomonov.supervise import launch_section, one_machine, slurm_scripts
+from solomonov.supervise import launch_section, one_machine, request_file, slurm_scripts
 
 if TYPE_CHECKING:
     from launcher.config import LaunchConfig
+    from launcher.ray_jobs import RayJob, RayRequest
     from launcher.slurm import SlurmJob, SlurmRequest
 
 START_SECONDS = 60.0
@@ -81,6 +82,8 @@ def plan_submission(loaded: Loaded, backend: str) -> Submission:
     """
     launch = launch_section(loaded)
     if backend == "slurm":
+        if launch.nodes > 1 and loaded.config.data.workers.backend == "ray" and launch.ray_address is None:
+            raise _private_ray_on_one_node(launch.nodes)
         gpus = _slurm_gpus(launch)
         ranks = launch.ranks_per_node or gpus or 1
         slurm = launch.slurm.model_copy(update={"gpus_per_node": min(gpus, ranks)})
@@ -88,7 +91,7 @@ def plan_submission(loaded: Loaded, backend: str) -> Submission:
     else:
         gpus = visible_gpus()
         ranks = launch.ranks_per_node or max(1, gpus)
-        if launch.nodes > 1:
+        if backend == "local" and launch.nodes > 1:
             raise one_machine(launch.nodes)
     # What was derived here is decided: the supervisor, on another machine, shall not derive something else.
     decided = [f"launch.ranks_per_node={ranks}"]
@@ -101,6 +104,15 @@ def plan_submission(loaded: Loaded, backend: str) -> Submission:
         gpus_per_node=gpus,
     )
     return Submission(prepared, launch, backend, ranks)
+
+
+def _private_ray_on_one_node(nodes: int) -> ConfigurationError:
+    return ConfigurationError(
+        "a private Ray for the data workers does not span nodes",
+        got=f"data.workers.backend = ray, launch.nodes = {nodes}, no launch.ray_address",
+        rule="ranks on several nodes get rows inline, or from a Ray that has a node on each of their machines",
+        remedy="set data.workers.backend: inline (the same rows), or launch.ray_address to such a cluster",
+    )
 
 
 def _slurm_gpus(launch: LaunchConfig) -> int:
@@ -128,23 +140,16 @@ def _submit(submission: Submission, options: argparse.Namespace) -> int:
             if status.is_live
             else "raise training.total_steps under a new run.name to train longer",
         )
-    request = _slurm_request(submission, Path("code")) if submission.backend == "slurm" else None
-    if request is not None:
-        from launcher.slurm import check_request
-        from launcher.slurm_commands import partitions
-
-        check_request(request, partitions())
+    _check(submission)
     if options.dry_run:
-        _show_plan(submission, request)
+        _show_plan(submission)
         return exits.DONE
     submission.prepared.make_folder()
     with run_lock(run, wait_seconds=1.0):
         submission.prepared.write()
         code = snapshot(Path(__file__).resolve().parent.parent, slurm_scripts(), run.path / "code")
-    if submission.backend == "slurm":
-        job = _submit_to_slurm(submission, code)
-    else:
-        job = str(_submit_here(submission, code))
+    start = {"slurm": _submit_to_slurm, "ray": _submit_to_ray, "local": _submit_here}[submission.backend]
+    job = start(submission, code)
     _answer(options, {"run": str(run.path), "backend": submission.backend, "job": job, "code": code.name}, run)
     return exits.DONE
 
@@ -155,18 +160,34 @@ def _answer(options: argparse.Namespace, fields: Mapping[str, Any], run: RunFold
         print(f"\nsolomonov status {run.path}    solomonov logs {run.path} -f    solomonov cancel {run.path}")
 
 
-def _show_plan(submission: Submission, request: SlurmRequest | None) -> None:
+def _check(submission: Submission) -> None:
+    """Ask who would run it whether they can."""
+    if submission.backend == "slurm":
+        from launcher.slurm import check_request
+        from launcher.slurm_commands import partitions
+
+        check_request(_slurm_request(submission, Path("code")), partitions())
+    elif submission.backend == "ray":
+        from launcher.ray_jobs import RayLauncher
+
+        RayLauncher().check(_ray_request(submission, Path("code")))
+
+
+def _show_plan(submission: Submission) -> None:
     """What would be done."""
     prepared, launch = submission.prepared, submission.launch
     print(f"run      {submission.run.path}")
     print(f"ranks    {launch.nodes} x {submission.ranks_per_node} on {submission.backend}")
     print(f"batch    {prepared.plan.describe()}")
     print(f"model    {prepared.derived['parameters']:,} parameters")
-    if request is None:
+    if submission.backend == "slurm":
+        request = _slurm_request(submission, Path("code"))
+        print(f"command  {shlex.join(request.command)}")
+        print(f"\n{request.script}:\n{request.script.read_text(encoding='utf-8')}")
+    elif submission.backend == "ray":
+        print(f"command  {_ray_request(submission, Path('code')).command}")
+    else:
         print(f"command  {shlex.join(_supervisor(submission.run))}")
-        return
-    print(f"command  {shlex.join(request.command)}")
-    print(f"\n{request.script}:\n{request.script.read_text(encoding='utf-8')}")
 
 
 # --- here ------------------------------------------------------------------------------------------------------------
@@ -181,7 +202,7 @@ def _code_environment(code: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
 
 
-def _submit_here(submission: Submission, code: Path) -> int:
+def _submit_here(submission: Submission, code: Path) -> str:
     """Start the supervisor as a process that outlives this one; returns its number."""
     run = submission.run
     log = run.logs / "supervisor.log"
@@ -205,7 +226,7 @@ def _submit_here(submission: Submission, code: Path) -> int:
                 raise SystemExit(process.returncode)
             break
         time.sleep(0.05)
-    return process.pid
+    return str(process.pid)
 
 
 # --- Slurm -----------------------------------------------------------------------------------------------------------
@@ -244,6 +265,52 @@ def _slurm_job(run: RunFolder) -> SlurmJob | None:
     return SlurmJob(event["job"], run.logs) if event is not None and event["backend"] == "slurm" else None
 
 
+# --- Ray -------------------------------------------------------------------------------------------------------------
+
+
+def _ray_request(submission: Submission, code: Path) -> RayRequest:
+    from launcher.ray_jobs import RayRequest
+
+    run = submission.run
+    number = sum(1 for _ in run.journal.events("submitted")) + 1
+    identity = run.run_id()[:8] if run.resolved_path.exists() else "new"
+    return RayRequest(
+        name=f"{run.path.name}-{identity}-{number}",
+        folder=run.path,
+        log_folder=run.logs,
+        config=submission.launch,
+        environment={**passed_on(), **_code_environment(code)},
+    )
+
+
+def passed_on() -> dict[str, str]:
+    """What of this command's environment a job on a cluster gets."""
+    from launcher.ray import PASSED_ON
+
+    return {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+
+
+def _submit_to_ray(submission: Submission, code: Path) -> str:
+    from launcher.ray_jobs import RayLauncher
+
+    run = submission.run
+    request = _ray_request(submission, code)
+    job = RayLauncher().submit(request)
+    fields = {"command": request.command, "address": request.address, "dashboard": job.dashboard}
+    run.journal.write("submitted", backend="ray", job=job.name, code=code.name, **fields)
+    return job.name
+
+
+def _ray_job(run: RunFolder) -> RayJob | None:
+    """The Ray job of the newest submission, if that was to Ray."""
+    from launcher.ray_jobs import RayJob
+
+    event = run.journal.last("submitted")
+    if event is None or event["backend"] != "ray":
+        return None
+    return RayJob(event["job"], event["dashboard"], run.logs)
+
+
 # --- what became of it -----------------------------------------------------------------------------------------------
 
 
@@ -258,8 +325,18 @@ def look(run: RunFolder) -> RunStatus:
 
 def _live(run: RunFolder) -> Live:
     """What Slurm, or the lock of the run, says of it."""
+    from launcher.errors import RayError
     from launcher.slurm import state_of
 
+    ray_job = _ray_job(run)
+    if ray_job is not None:
+        try:
+            found = ray_job.record()
+        except RayError as error:  # its head is gone, and with it the run, unless it only just went
+            return Live(None, f"Ray: {error.what} ({error.got})")
+        if found is not None and not found[0].is_terminal:
+            return Live(found[0].value, "Ray: " + (found[2] or found[0].value))
+        return Live()
     job = _slurm_job(run)
     shown = job.record() if job is not None else None
     if shown is not None:
@@ -306,10 +383,16 @@ def cancel(options: argparse.Namespace) -> int:
     if not found.is_live:
         print(f"{run.path} is {found.state}: there is nothing to cancel")
         return exits.DONE
+    from launcher.job import write_request
+
     run.journal.try_write("cancel_requested", now=options.now)
     job = _slurm_job(run)
     if job is not None and job.cancel(now=options.now):
         print(f"{run.path}: asked Slurm's job {job.job_id} to {'end at once' if options.now else 'save and leave'}")
+        return exits.DONE
+    if _ray_job(run) is not None:
+        write_request(request_file(run), now=options.now)
+        print(f"{run.path}: asked its supervisor to {'end at once' if options.now else 'save and leave'}")
         return exits.DONE
     holder = lock_holder(run)
     if holder.get("host") != socket.gethostname():

@@ -20,6 +20,7 @@ from solomonov import exits
 from solomonov.config import Config, Loaded, configuration_mistakes, load_config, parse_config
 from solomonov.errors import ConfigurationError, SolomonovError
 from solomonov.host import visible_gpus
+from solomonov.plan import plan_batch
 from solomonov.runfolder import LockOwner, RunFolder, run_folder, run_lock
 
 if TYPE_CHECKING:
@@ -89,11 +90,12 @@ def supervise(folder: Path) -> int:
     Args:
         folder: of the run; or a configuration file, which then makes the run's folder.
     """
+    from launcher.ray_jobs import ADDRESS
     from launcher.slurm_step import Allocation
 
     allocation = Allocation.from_environment()
     loaded = submitted(folder, allocation.nodes if allocation is not None else None)
-    return _train(loaded, launch_section(loaded), Place(allocation))
+    return _train(loaded, launch_section(loaded), Place(allocation, os.environ.get(ADDRESS)))
 
 
 def requeue(folder: Path, code: int) -> int:
@@ -146,7 +148,14 @@ class Place:
     """Where a run's ranks are started from."""
 
     allocation: Allocation | None = None
-    """A Slurm job's; None: this machine alone."""
+    """A Slurm job's."""
+    ray_address: str | None = None
+    """A Ray cluster's, on which the ranks run; without one and without an allocation they run on this machine."""
+
+    @property
+    def is_here(self) -> bool:
+        """The ranks are children of this process."""
+        return self.allocation is None and self.ray_address is None
 
     @property
     def owner(self) -> LockOwner | None:
@@ -155,11 +164,28 @@ class Place:
             return None
         return LockOwner(f"slurm {self.allocation.name}", self.allocation.restart)
 
-    def start_gang(self, launch: LaunchConfig) -> StartGang:
-        """What starts the ranks of an attempt."""
+    def start_gang(self, launch: LaunchConfig, worlds: Sequence[int]) -> StartGang:
+        """What starts the ranks of an attempt.
+
+        Args:
+            worlds: numbers of ranks with which the run may go on.
+        """
         from launcher.gang import LocalGang
+        from launcher.ray import client_environment
+        from launcher.ray_gang import RayGang, RayRoom
         from launcher.slurm_step import SlurmGang
 
+        if self.ray_address is not None:
+            gpus = launch.ray.gpus_per_rank
+            room = RayRoom(
+                self.ray_address,
+                worlds,
+                cpus=launch.ray.cpus_per_rank,
+                gpus=gpus if gpus is not None else float(visible_gpus() > 0),
+                environment=client_environment(),
+                start_seconds=launch.ray.start_seconds,
+            )
+            return partial(RayGang, room=room)
         if self.allocation is None:
             return LocalGang
         image, mounts = launch.slurm.container_image, launch.slurm.container_mounts
@@ -210,6 +236,7 @@ def _train(
     prepared.make_folder()
     with run_lock(run, owner=place.owner) as lock, ExitStack() as stack:
         prepared.write()
+        request_file(run).unlink(missing_ok=True)  # meant for an earlier command
         cycle = None
         if place.allocation is not None:
             cycle = _begin_cycle(run, place.allocation, launch.max_no_progress)
@@ -316,7 +343,7 @@ class Session:
             self._launch,
             on_event=self._on_event,
             durable_step=lambda: durable_step(self._run),
-            start_gang=self._place.start_gang(self._launch),
+            start_gang=self._place.start_gang(self._launch, legal_worlds(self._prepared.loaded.config, self._launch)),
             still_ours=self._still_ours,
         )
         with TrainingDisplay(self._run, plan.total_steps, plan.describe()) as self._display:
@@ -334,8 +361,10 @@ class Session:
             ranks=ranks_per_node(self._launch),
             nodes=self._launch.nodes,
             environment=_rank_environment(),
-            pass_fds=(self._lock,) if self._place.allocation is None else (),
+            working_directory=Path.cwd(),  # the ranks of a cluster start elsewhere
+            pass_fds=(self._lock,) if self._place.is_here else (),
             first_attempt=self._attempt + 1,
+            request_file=request_file(self._run),
             hang=hang_limits(self._prepared.loaded.config),
         )
         return spec if self._ray is None else _with_data_service(spec, self._prepared, self._ray)
@@ -359,8 +388,10 @@ class Session:
         if kind == "hang":
             self._hang = fields
         self._display.event(kind, fields)
-        if kind == "restart":
+        if kind == "restart" and (self._cause or self._hang):  # not where the number of ranks changes
             self._incident(f"attempt {fields['attempt']} begins in {fields['backoff_seconds']:g} s", fields["cause"])
+        elif kind == "resize":
+            self._cause = {}
         elif kind == "finished" and fields["exit_code"] not in (exits.DONE, exits.AGAIN, exits.INTERRUPTED):
             self._incident("given up", fields["reason"])
 
@@ -384,6 +415,25 @@ class Session:
         }
         self._run.journal.try_write("incident", **fields)
         self._display.incident(fields)
+
+
+def legal_worlds(config: Config, launch: LaunchConfig) -> list[int]:
+    """Numbers of ranks with which a run may go on, ascending: all that it wants, and down to `launch.ray.min_ranks`
+    those that divide the batch."""
+    most = launch.nodes * ranks_per_node(launch)
+    found = []
+    for ranks in range(launch.ray.min_ranks or most, most):
+        try:
+            plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=ranks)
+        except ConfigurationError:
+            continue
+        found.append(ranks)
+    return [*found, most]
+
+
+def request_file(run: RunFolder) -> Path:
+    """Where the supervisor of a run looks for requests to leave."""
+    return run.logs / "request"
 
 
 def hang_limits(config: Config) -> HangLimits:

@@ -46,7 +46,7 @@ DOORS: dict[str, set[str]] = {
     "tokenizers": {"solomonov/fast_tokenizer.py"},
     "sentencepiece": {"data_pipeline/tokenizer.py"},
     "webdataset": {"data_pipeline/shards.py"},
-    "ray": {"launcher/ray.py", "data_pipeline/cluster.py"},
+    "ray": {"launcher/ray_door.py", "data_pipeline/cluster.py"},
 }
 ALIASES = {"torch.utils.tensorboard": "tensorboard"}  # other names of the same dependency
 HEAVY_AT_START = {"torch", *DOORS}  # absent from sys.modules after `solomonov --help`

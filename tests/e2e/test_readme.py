@@ -82,7 +82,7 @@ def test_the_two_commands(tmp_path: Path) -> None:
     assert summary["peak_memory_bytes"] < 8 * 2**30
     proof = summary["proof"]
     assert (proof["lost"], proof["repeated"], proof["differences"]) == (0, 0, [])
-    assert (proof["steps"], proof["digests_equal"]) == (160, 160)
+    assert (proof["steps"], proof["digests_equal"]) == (96, 96)
     assert len(proof["kills"]) == 1, "half-way, and once, however often it was interrupted before"
     assert 0 < proof["kills"][0]["resumed"] < proof["kills"][0]["step"]
     assert proof["replayed"]

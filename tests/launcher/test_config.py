@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from launcher.config import LaunchConfig, SlurmConfig
+from launcher.config import LaunchConfig, RayConfig, SlurmConfig
 
 
 def test_the_defaults_are_the_documented_ones() -> None:
@@ -19,6 +19,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "master_port": None,
         "partition": None,
         "slurm": SlurmConfig().model_dump(),
+        "ray": RayConfig().model_dump(),
         "ray_address": None,
     }
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from launcher.config import LaunchConfig
-from launcher.job import Attempt, Job, JobSpec, JobState, tail
+from launcher.hang import HangLimits
+from launcher.job import SIDECAR_NAME, Attempt, Job, JobSpec, JobState, Sidecar, tail
 from launcher.local import LocalLauncher
 from tests.support.processes import assert_no_process, wait_for
 
@@ -205,6 +210,44 @@ def test_file_descriptors_are_passed_on_and_no_others(submit: Submit, tmp_path: 
 def test_a_spec_that_no_system_can_start_is_a_programming_error(fields: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         JobSpec(**{"command": ["true"], "log_folder": Path("logs"), **fields})  # type: ignore[arg-type]
+
+
+passable = st.text(st.characters(exclude_characters="\0"), max_size=8)  # lone surrogates too: bytes that are no UTF-8
+commands = st.lists(passable, min_size=1, max_size=4)
+environments = st.dictionaries(passable.filter(lambda name: name and "=" not in name), passable, max_size=3)
+folders = passable.map(Path)
+seconds = st.floats(0, 1e300, exclude_min=True)
+sidecars = st.builds(Sidecar, st.from_regex(SIDECAR_NAME, fullmatch=True), commands, environments, seconds)
+specs = st.builds(
+    JobSpec,
+    command=commands,
+    log_folder=folders,
+    ranks=st.integers(1, 10**6),
+    nodes=st.integers(1, 10**6),
+    environment=environments,
+    working_directory=st.none() | folders,
+    pass_fds=st.lists(st.integers(3, 9), max_size=2),
+    first_attempt=st.integers(1, 10**6),
+    sidecars=st.lists(sidecars, max_size=3, unique_by=lambda sidecar: sidecar.name),
+    request_file=st.none() | folders.map(Path.absolute),
+    hang=st.none() | st.builds(HangLimits, seconds, seconds, st.dictionaries(passable, seconds, max_size=3)),
+)
+
+
+@given(specs)
+def test_a_spec_is_read_in_another_process_as_it_was_written(spec: JobSpec) -> None:
+    """Through the text of a file. Open files stay behind, and the log folder is the same from any folder."""
+    text = json.dumps(spec.to_json())
+    text.encode()
+    read = JobSpec.from_json(json.loads(text))
+    assert read == replace(spec, pass_fds=[], log_folder=spec.log_folder.absolute())
+
+
+def test_the_defaults_survive_too() -> None:
+    spec = JobSpec(("a", "b"), Path("logs"), hang=HangLimits())
+    read = JobSpec.from_json(json.loads(json.dumps(spec.to_json())))
+    assert (list(read.command), list(read.sidecars), read.hang) == (["a", "b"], [], HangLimits())
+    assert read.to_json() == spec.to_json()
 
 
 def test_an_attempt_before_its_first_end_has_no_cause(tmp_path: Path) -> None:

@@ -250,3 +250,32 @@ def test_records_go_on_without_a_place_for_event_files(begun: RunFolder) -> None
     assert [item["step"] for item in metrics(begun)] == [1, 2, 3, 4, 5]
     [event] = begun.journal.events("tensorboard_failed")
     assert "tensorboard" in event["message"]
+
+
+# --- a later attempt -----------------------------------------------------------------------------------------
+
+
+def test_an_attempt_is_superseded_when_a_later_one_begins(begun: RunFolder) -> None:
+    begun.journal.write("attempt_started", attempt=1)
+    with record_of(begun) as first, record_of(begun, rank=1) as peer:
+        assert first.attempt == 1
+        assert not first.superseded()
+        begun.journal.write("resumed", attempt=1, step=0, layout=LAYOUT)
+        assert not first.superseded(), "its own lines are no later attempt"
+        begun.journal.write("attempt_started", attempt=2)
+        assert first.superseded()
+        assert not peer.superseded(), "rank 0 tells the others"
+    with record_of(begun) as second:
+        assert (second.attempt, second.superseded()) == (2, False)
+        begun.journal.write("attempt_started", attempt=1)
+        assert not second.superseded(), "an earlier one that is heard of late does not count"
+        begun.journal.write("attempt_started", attempt=5)
+        assert second.superseded()
+
+
+def test_without_a_journal_nothing_is_known_of_later_attempts(begun: RunFolder) -> None:
+    with record_of(begun) as record:
+        begun.journal.path.unlink()
+        assert not record.superseded()
+        begun.journal.write("attempt_started", attempt=7)
+        assert record.superseded()

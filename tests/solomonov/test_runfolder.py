@@ -3,20 +3,32 @@ processes hold, inherit and lose by SIGKILL."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from solomonov.config import flatten
 from solomonov.errors import ConfigurationError
-from solomonov.runfolder import RunFolder, find_run, lock_holder, open_run, run_lock, write_atomically
+from solomonov.runfolder import (
+    LockOwner,
+    RunFolder,
+    all_runs,
+    find_run,
+    is_locked,
+    lock_holder,
+    open_run,
+    run_lock,
+    write_atomically,
+)
 from tests.solomonov.checkpoint.common import ordinary_user, small_disk
-from tests.support.processes import ROOT, Program, program_environment
+from tests.support.processes import ROOT, Program, program_environment, wait_for
 from tests.support.runs import begin_run, load
 from tests.support.user import User
 
@@ -90,6 +102,16 @@ def test_a_run_is_found_by_name_and_by_path(user: User) -> None:
     with pytest.raises(ConfigurationError, match="there is no such run") as caught:
         find_run("owm")
     assert caught.value.got == "owm"
+
+
+def test_all_runs_by_name(tmp_path: Path) -> None:
+    assert all_runs(tmp_path) == all_runs(tmp_path / "missing") == []
+    for name in ("b", "a", "a-2", "a/deeper", "empty"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        if name != "empty":
+            (tmp_path / name / "resolved.json").write_text("{}")
+    (tmp_path / "resolved.json").write_text("{}")
+    assert all_runs(tmp_path) == [RunFolder(tmp_path / name) for name in ("a", "a-2", "b")]
 
 
 # --- refusals ------------------------------------------------------------------------------------------------
@@ -170,14 +192,16 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
 
 # --- lock ----------------------------------------------------------------------------------------------------
 
-# Takes the lock; with an argument also starts a child that inherits it, and says its pid.
+# Takes the lock; with an argument also starts a child that inherits it, and says its pid; with two, job and start, on
+# behalf of that start of a cluster's job.
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from solomonov.runfolder import RunFolder, run_lock
-with run_lock(RunFolder(Path(sys.argv[1]))) as fd:
+from solomonov.runfolder import LockOwner, RunFolder, run_lock
+owner = LockOwner(sys.argv[2], int(sys.argv[3])) if len(sys.argv) == 4 else None
+with run_lock(RunFolder(Path(sys.argv[1])), wait_seconds=60.0, owner=owner) as fd:
     child = None
-    if len(sys.argv) > 2:
+    if len(sys.argv) == 3:
         child = subprocess.Popen(["sleep", "600"], pass_fds=[fd])
     print("held", child.pid if child else 0, flush=True)
     time.sleep(600)
@@ -229,6 +253,103 @@ def test_the_lock_can_be_taken_again_after_it_was_given_back(tmp_path: Path) -> 
     assert lock_holder(run) == {}
     with run_lock(run, wait_seconds=0.0):
         assert json.loads((tmp_path / "lock").read_text())["host"] == socket.gethostname()
+
+
+@pytest.fixture
+def lost(tmp_path: Path) -> Iterator[tuple[RunFolder, Program]]:
+    """A run whose lock is held by start 1 of Slurm's job 7, on a machine that the cluster lost sight of."""
+    run = RunFolder(tmp_path / "own")
+    run.path.mkdir()
+    with holder(run, tmp_path, "slurm 7", "1") as program:
+        program.wait_for(lambda: "held" in program.output(), deadline=60, what="the lock")
+        yield run, program
+
+
+def test_a_later_start_of_the_same_job_takes_the_lock(lost: tuple[RunFolder, Program]) -> None:
+    run, first = lost
+    assert (lock_holder(run)["job"], lock_holder(run)["start"]) == ("slurm 7", 1)
+    with run_lock(run, wait_seconds=0.0, owner=LockOwner("slurm 7", 3)):
+        assert first.running, "it does not wait for its end"
+        assert (lock_holder(run)["pid"], lock_holder(run)["start"]) == (os.getpid(), 3)
+        assert is_locked(run)
+        for owner in (None, LockOwner("slurm 7", 1), LockOwner("slurm 7", 3), LockOwner("slurm 8", 9)):
+            with pytest.raises(ConfigurationError, match="another command"), run_lock(run, wait_seconds=0, owner=owner):
+                pass
+        first.kill()
+        assert is_locked(run), "the end of the first one does not give it away"
+    assert not is_locked(run)
+    with run_lock(run, wait_seconds=0.0):
+        assert "job" not in lock_holder(run), "a command of a person has no owner"
+
+
+@pytest.mark.parametrize(
+    "owner", [None, LockOwner("slurm 7", 1), LockOwner("slurm 7", 0), LockOwner("slurm 8", 2), LockOwner("", 2)]
+)
+def test_nobody_else_takes_it(owner: LockOwner | None, lost: tuple[RunFolder, Program]) -> None:
+    run, first = lost
+    with (
+        pytest.raises(ConfigurationError, match=f"process {first.pid} on") as caught,
+        run_lock(run, wait_seconds=0.1, owner=owner),
+    ):
+        pass
+    assert "another command is working on this run" in caught.value.what
+    assert lock_holder(run)["pid"] == first.pid
+    first.kill()
+    with run_lock(run, wait_seconds=60.0, owner=owner):
+        assert lock_holder(run)["pid"] == os.getpid()
+
+
+def test_no_start_of_a_job_takes_the_lock_of_a_person(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with (
+        run_lock(run),
+        pytest.raises(ConfigurationError, match="another command"),
+        run_lock(run, wait_seconds=0.0, owner=LockOwner("slurm 7", 99)),
+    ):
+        pass
+
+
+def test_each_later_start_takes_it_from_the_one_before(lost: tuple[RunFolder, Program], tmp_path: Path) -> None:
+    run, first = lost
+    (tmp_path / "second").mkdir()
+    with holder(run, tmp_path / "second", "slurm 7", "2") as second:
+        second.wait_for(lambda: "held" in second.output(), deadline=60, what="the lock")
+        assert first.running
+        with run_lock(run, wait_seconds=0.0, owner=LockOwner("slurm 7", 4)):
+            assert second.running
+            assert lock_holder(run)["start"] == 4
+
+
+def lock_of(program: Program) -> str | None:
+    """Name that the lock file which a process has opened bears now."""
+    for descriptor in Path(f"/proc/{program.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            name = descriptor.readlink().name
+            if name.startswith("lock"):
+                return name
+    return None
+
+
+def test_of_many_that_wait_one_at_a_time_has_it(lost: tuple[RunFolder, Program], tmp_path: Path) -> None:
+    """People's commands that wait while the lock is taken from its holder meet at the new one."""
+    run, first = lost
+    with contextlib.ExitStack() as stack:
+        waiting = []
+        for number in range(3):
+            (tmp_path / str(number)).mkdir()
+            waiting.append(stack.enter_context(holder(run, tmp_path / str(number))))
+        wait_for(lambda: all(lock_of(program) == "lock" for program in waiting), deadline=60, what="they wait")
+        with run_lock(run, wait_seconds=0.0, owner=LockOwner("slurm 7", 2)):
+            first.kill()
+            wait_for(lambda: all(lock_of(program) == "lock" for program in waiting), deadline=60, what="they moved on")
+            assert lock_holder(run)["pid"] == os.getpid()
+            assert not [program for program in waiting if "held" in program.output()]
+        for left in range(3, 0, -1):
+            [has_it] = wait_for(lambda: [p for p in waiting if "held" in p.output()], deadline=60, what="the next")
+            assert lock_holder(run)["pid"] == has_it.pid
+            has_it.kill()
+            waiting.remove(has_it)
+            assert len(waiting) == left - 1
 
 
 def test_the_support_makes_the_same_folder_as_the_command(user: User) -> None:

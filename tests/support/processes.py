@@ -100,6 +100,7 @@ class Program:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
+        stdin: int = subprocess.DEVNULL,
     ) -> None:
         self.argv = [str(word) for word in argv]
         self.log = log
@@ -108,7 +109,7 @@ class Program:
                 self.argv,
                 cwd=cwd,
                 env=None if env is None else dict(env),
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

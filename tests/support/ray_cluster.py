@@ -30,6 +30,7 @@ from typing import Any
 
 import psutil
 
+from launcher.ports import free_port
 from tests.support.processes import Program, processes_with, program_environment
 
 START_SECONDS = 120.0
@@ -52,9 +53,13 @@ class RayCluster:
         cpus: CPUs of each node.
         first_host: address of the head; the nodes have those that follow. Two clusters that live at the same time
             need addresses of their own.
+        dashboard: the head serves it, and takes jobs.
     """
 
-    def __init__(self, cpus: Sequence[float] = (2, 2), *, first_host: str = "127.0.0.2") -> None:
+    def __init__(
+        self, cpus: Sequence[float] = (2, 2), *, first_host: str = "127.0.0.2", dashboard: bool = False
+    ) -> None:
+        self._dashboard = dashboard
         self._cpus, self._hosts = tuple(cpus), [first_host]
         self._raylets: dict[int, int] = {}
         # Ray's sockets lie below it: 43 characters at most.
@@ -87,7 +92,7 @@ class RayCluster:
             )
         self._socket, self._replies = ours, ours.makefile("r")
         try:
-            self.address = self._ask("head", self._hosts[0])
+            self.address = self._ask("head", self._hosts[0], self._dashboard)
             for each in self._cpus:
                 self.add_node(each)
         except BaseException:
@@ -183,8 +188,13 @@ class _Owner:
         self._raylets: list[int] = []
         self._common = {"include_dashboard": False, "temp_dir": folder, "object_store_memory": OBJECT_STORE_BYTES}
 
-    def head(self, host: str) -> str:
-        self._cluster.add_node(num_cpus=0, node_ip_address=host, _system_config=HEALTH_CHECKS, **self._common)
+    def head(self, host: str, dashboard: bool) -> str:
+        settings = dict(self._common, _system_config=HEALTH_CHECKS)
+        if dashboard:
+            # Ports of their own: two clusters on one machine would share the defaults.
+            ports = {name: free_port() for name in ("dashboard_port", "dashboard_agent_listen_port")}
+            settings |= {"include_dashboard": True, "dashboard_host": host, **ports}
+        self._cluster.add_node(num_cpus=0, node_ip_address=host, **settings)
         return str(self._cluster.address)
 
     def add(self, host: str, cpus: float) -> int:

@@ -112,6 +112,6 @@ def unexpected(events: list[dict[str, Any]], *injected: str) -> list[dict[str, A
     """Fall-backs and faults that a test did not cause: they must be none."""
     kinds = {"fallback", "fault", "replay_mismatch", "checkpoint_failed", "checkpoint_damaged", "metrics_failed"}
     kinds |= {"data_reissued", "data_refused", "data_worker_died", "data_worker_frozen", "data_worker_refused"}
-    kinds |= {"sidecar_restart", "data_workers_back"}
+    kinds |= {"sidecar_restart", "data_workers_back", "hang", "superseded"}
     kinds |= {"tensorboard_failed", "left_without_checkpoint", "update_skipped", "checkpoint_retention_failed"}
     return [event for event in events if event["event"] in kinds - set(injected)]

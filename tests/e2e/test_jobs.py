@@ -1,0 +1,92 @@
+"""Runs in the background of this machine, and what becomes of a gang that hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.processes import assert_no_process, wait_for
+from tests.support.sampling import sampler
+from tests.support.user import User, unexpected
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+def status(user: User) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(user.must("status", "own", "--json"))
+    return found
+
+
+def test_submitted_here_followed_cancelled_resumed_and_finished(user: User, undisturbed: User) -> None:
+    submitted = user.must("submit", "own.yaml", "--on", "local")
+    assert "solomonov status runs/own" in submitted
+    with user.command("logs", "own", "-f") as follower:
+        wait_for(lambda: user.steps_done() >= 4, deadline=120, what="some updates are done")
+        refused = user.command("submit", "own.yaml", "--on", "local")
+        assert refused.wait(deadline=60) == 78
+        assert "the run is running" in refused.output()
+        user.must("cancel", "own")
+        assert user.command("wait", "own").wait(deadline=120) == 75
+        assert follower.wait(deadline=60) == 0, "it ends with the run"
+        followed = follower.output()
+    assert "--- attempt 1" in followed
+    assert "[0] step 3/60 " in followed
+    saved = status(user)
+    assert (saved["state"], saved["exit_code"]) == ("saved", 75)
+    assert saved["step"] == saved["durable_step"] > 0
+    [row] = [json.loads(line) for line in user.must("runs", "--json").splitlines()]
+    assert (row["run"], row["state"], row["step"]) == ("own", "saved", f"{saved['step']}/60")
+    user.must("resume", "own")
+    assert user.command("wait", "own").wait(deadline=180) == 0
+    assert user.metrics() == undisturbed.metrics()
+    assert user.journal("resumed")[-1]["step"] == saved["step"]
+    assert "attempt 2, 2 ranks" in user.must("logs", "own", "--lines", "1")
+    done = user.command("resume", "own")
+    assert done.wait(deadline=60) == 78
+    assert "the run is done" in done.output()
+    assert not unexpected(user.journal())
+    assert_no_process(f"supervise {user.folder}")
+
+
+def test_what_is_submitted_is_the_code_of_that_moment(user: User) -> None:
+    """The supervisor and its ranks run from the copy in the run's folder."""
+    user.must("submit", "own.yaml", "--on", "local", "training.total_steps=400")
+    wait_for(lambda: user.steps_done() >= 2, deadline=120, what="some updates are done")
+    [code] = [path for path in (user.run() / "code").iterdir() if not path.name.startswith(".")]
+    assert user.journal("submitted")[-1]["code"] == code.name
+    for pid in user.journal("attempt_started")[-1]["pids"]:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        assert f"PYTHONPATH={code}".encode() in environment
+        assert str(code / "solomonov") in Path(f"/proc/{pid}/maps").read_text() or (code / "solomonov").is_dir()
+    user.must("cancel", "own", "--now")
+    assert user.command("wait", "own").wait(deadline=60) == 130
+    assert status(user)["state"] == "cancelled"
+
+
+def test_a_rank_that_stands_still_is_a_hang_with_stacks_of_all(user: User, undisturbed: User) -> None:
+    """SIGSTOP to one rank: its peer waits in a collective. Both stacks, one sentence, and the run goes on."""
+    step = sampler("a rank that stands still").randrange(6, 40)
+    with user.command("train", "own.yaml", "resilience.hang_minimum_seconds=4") as program:
+        program.wait_for(lambda: user.steps_done() >= step, deadline=120, what="a step")
+        os.kill(user.journal("attempt_started")[-1]["pids"][1], signal.SIGSTOP)
+        assert program.wait(deadline=240) == 0, program.output()
+        shown = program.output()
+    [hang] = user.journal("hang")
+    assert hang["seconds"] > hang["limit_seconds"] >= 4
+    [incident] = user.journal("incident")
+    assert incident["what"].startswith(f"rank {hang['rank']} did not move for ")
+    assert f"incident {incident['what']}" in shown
+    assert incident["steps_lost"] is not None
+    assert 0 <= incident["steps_lost"] <= 5
+    # The one that stands still cannot write; the one that waits for it does.
+    assert "(most recent call first)" in (user.run() / "logs/attempt-1/rank-0.log").read_text()
+    first, second = user.journal("resumed")
+    assert (first["step"], second["attempt"]) == (0, 2)
+    assert second["step"] > 0
+    assert user.metrics() == undisturbed.metrics()
+    assert not unexpected(user.journal(), "hang")

@@ -1,0 +1,199 @@
+"""Runs on a real Slurm: preempted, out of time, cancelled, a node lost; none loses or repeats a row.
+
+Each test submits with the user's command and asserts from the run's own records. The digests of all steps must be
+those of the order function, and those of the undisturbed run where that went as far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from solomonov.proof import prove_record
+from solomonov.runfolder import RunFolder
+from tests.support.processes import wait_for
+from tests.support.sampling import sampler
+from tests.support.slurm import (
+    SlurmCluster,
+    first_node,
+    nothing_left,
+    number_of,
+    slurm,
+    state_of_job,
+    wait_for_state,
+)
+from tests.support.user import User, unexpected
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slurm, pytest.mark.timeout(600)]
+
+TWO_BY_TWO = ("--nodes", "2", "training.micro_batch_sequences=2", "launch.slurm.gpus_per_node=0")
+LONG = ("training.total_steps=4000",)
+INTERVAL = 5
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[SlurmCluster]:
+    with SlurmCluster(tmp_path) as found:
+        yield found
+
+
+def submit(user: User, *words: str) -> str:
+    """Submit the user's run to Slurm; returns the number of the job."""
+    return number_of(user.must("submit", "own.yaml", "--on", "slurm", *words))
+
+
+def reached(user: User, step: int) -> None:
+    """Wait until so many updates are done."""
+    wait_for(lambda: user.steps_done() >= step, deadline=180, what=f"{step} updates are done")
+
+
+def digests(user: User) -> list[tuple[int, str]]:
+    return [(line["step"], line["data_digest"]) for line in user.metrics()]
+
+
+def assert_no_row_lost(user: User) -> None:
+    """Every step of the record is there once, with the rows that the order function names."""
+    with contextlib.chdir(user.folder):
+        proof = prove_record(RunFolder(Path("runs/own")))
+    assert proof.holds, proof
+
+
+def status(user: User) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(user.must("status", "own", "--json"))
+    return found
+
+
+def test_preempted_saved_queued_again_and_finished(user: User, undisturbed: User, cluster: SlurmCluster) -> None:
+    job = submit(user, *TWO_BY_TWO, "launch.partition=low")
+    reached(user, sampler("preemption by Slurm").randrange(3, 15))
+    cluster.urgent(nodes=4)
+    assert user.command("wait", "own").wait(deadline=240) == 0
+    first, second = user.journal("resumed")
+    (requeued,) = user.journal("requeued")
+    assert (requeued["job"], requeued["reason"]) == (job, "preempted")
+    assert 0 < requeued["step"] == second["step"], "what was saved is what it went on from"
+    assert user.journal("preempted")[0]["step"] == second["step"], "all ranks saved at that step"
+    assert [event["restart"] for event in user.journal("job_started")] == [0, 1]
+    assert (first["layout"]["world"], second["layout"]["world"]) == (4, 4)
+    assert digests(user) == digests(undisturbed)
+    assert not (user.run() / "metrics.superseded.jsonl").exists(), "a clean stop replays nothing"
+    assert not unexpected(user.journal())
+    hosts = {event["host"] for event in user.journal("rank_exited")}
+    assert len(hosts) >= 2, "ranks ran on two nodes"
+    assert status(user)["state"] == "done"
+    nothing_left(user.folder)
+
+
+def test_saved_before_the_time_limit_and_queued_again(user: User, cluster: SlurmCluster) -> None:
+    """Slurm counts in minutes, and warns up to a minute early: with 50 s to spare the warning comes within the first
+    seconds of each start, so the run must have come further than before each time."""
+    limit = ("launch.slurm.time_minutes=1", "launch.slurm.save_seconds=30")
+    job = submit(user, *LONG, *limit, "launch.slurm.gpus_per_node=0")
+    wait_for(lambda: len(user.journal("requeued")) >= 1, deadline=240, what="it was queued again")
+    wait_for(lambda: len(user.journal("resumed")) >= 2, deadline=240, what="it goes on")
+    (requeued, *_), (_, second, *_) = user.journal("requeued"), user.journal("resumed")
+    assert requeued["reason"] == "saved before the time limit"
+    assert 0 < requeued["step"] == second["step"]
+    user.must("cancel", "own")
+    assert user.command("wait", "own").wait(deadline=120) == 75
+    assert state_of_job(job) in ("FAILED", "COMPLETING"), "75 is what the job left with"
+    assert status(user)["state"] == "saved"
+    assert_no_row_lost(user)
+    assert not unexpected(user.journal())
+
+
+def test_cancelled_it_saves_and_resume_goes_on(user: User, cluster: SlurmCluster) -> None:
+    """By our own command; then by Slurm's, and Slurm does not start it again."""
+    submit(user, *LONG, "launch.slurm.gpus_per_node=0")
+    reached(user, 4)
+    refused = user.command("submit", "own.yaml", "--on", "slurm")
+    assert refused.wait(deadline=60) == 78
+    assert "the run is running" in refused.output()
+    user.must("cancel", "own")
+    assert user.command("wait", "own").wait(deadline=120) == 75
+    saved = user.journal("left")[-1]
+    assert saved["reason"] == "cancelled"
+    again = number_of(user.must("resume", "own"))
+    reached(user, saved["step"] + 3)
+    slurm("scancel", again)
+    assert wait_for_state(again, "CANCELLED") == "CANCELLED"
+    wait_for(lambda: len(user.journal("finished")) == 2, deadline=60, what="its ranks have saved and left")
+    assert status(user)["state"] == "saved"
+    nothing_left(user.folder)
+    user.must("resume", "own")
+    reached(user, user.steps_done() + 3)
+    user.must("cancel", "own")
+    assert user.command("wait", "own").wait(deadline=120) == 75
+    steps = [event["step"] for event in user.journal("resumed")]
+    assert steps == sorted(steps)
+    assert steps[1] == saved["step"] > 0
+    assert_no_row_lost(user)
+    assert not (user.run() / "metrics.superseded.jsonl").exists()
+    assert not unexpected(user.journal())
+
+
+def test_a_lost_node_is_replaced_and_its_orphans_are_fenced_off(user: User, cluster: SlurmCluster) -> None:
+    """The daemon of the first node dies; its ranks and their supervisor live on and know nothing of it."""
+    job = submit(user, *LONG, "launch.slurm.gpus_per_node=0", "launch.partition=main")
+    reached(user, INTERVAL + 2)
+    node = first_node(job)
+    cluster.kill_node(node)
+    wait_for(lambda: len(user.journal("job_started")) == 2, deadline=240, what="Slurm has started it elsewhere")
+    wait_for(lambda: len(user.journal("resumed")) == 2, deadline=240, what="it goes on")
+    assert first_node(job) != node
+    wait_for(lambda: user.journal("superseded"), deadline=60, what="the orphans see that they were replaced")
+    orphans, replaced = user.journal("superseded")[0], user.journal("resumed")[1]
+    assert (orphans["attempt"], replaced["attempt"]) == (1, 2)
+    assert replaced["step"] > 0
+    reached(user, replaced["step"] + 3)
+    user.must("cancel", "own")
+    assert user.command("wait", "own").wait(deadline=120) == 75
+    wait_for(lambda: len(user.journal("left")) == 2, deadline=60, what="both scripts have left")
+    assert {event["reason"] for event in user.journal("left")} == {
+        "cancelled",
+        "Slurm has started the job anew meanwhile: that one goes on",
+    }
+    assert not user.journal("requeued"), "the orphan did not disturb the job that has its number"
+    assert_no_row_lost(user)
+    assert not unexpected(user.journal(), "superseded")
+    nothing_left(user.folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("launch.partition=nowhere",), "there is no such partition"),
+        (("--nodes", "9", "training.micro_batch_sequences=1"), "fewer nodes than the run wants"),
+        (("launch.slurm.gpus_per_node=3",), "fewer GPUs than the run wants"),
+        (("run.folder=/dev/shm/solomonov-runs",), "the run's folder is not on shared storage"),
+        (("launch.slurm.setup_script=nowhere.sh",), "the setup script cannot be read"),
+        (("--nodes", "2", "data.workers.backend=ray"), "a private Ray for the data workers does not span nodes"),
+        (("launch.slurm.options=[--reservation=nowhere]",), "sbatch failed"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_submission(
+    words: tuple[str, ...], message: str, user: User, cluster: SlurmCluster
+) -> None:
+    command = user.command("submit", "own.yaml", "--on", "slurm", *words)
+    assert command.wait(deadline=60) == 78
+    assert message in command.output()
+    assert "remedy:" in command.output()
+    assert "Traceback" not in command.output()
+
+
+def test_without_slurm_on_the_path(user: User) -> None:
+    command = user.command("submit", "own.yaml", "--on", "slurm", PATH="/nowhere")
+    assert command.wait(deadline=60) == 78
+    assert "is not on the PATH" in command.output()
+
+
+def test_a_dry_run_shows_all_and_does_nothing(user: User, cluster: SlurmCluster) -> None:
+    shown = user.must("submit", "own.yaml", "--on", "slurm", "--dry-run", *TWO_BY_TWO)
+    assert "sbatch --parsable --job-name=own --nodes=2 --ntasks-per-node=2" in shown
+    assert (Path(__file__).parents[2] / "slurm" / "train.sbatch").read_text() in shown
+    assert not (user.folder / "runs").exists()

@@ -1,0 +1,443 @@
+"""The watch over a gang against a naive reading of its rule, stacks against real dumps, and real ranks that hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.config import LaunchConfig
+from launcher.hang import FACTOR, KNOWN_STAYS, WINDOW, Beat, GangWatch, Hang, HangLimits, innermost_call
+from launcher.job import JobSpec
+from launcher.local import LocalJob, LocalLauncher
+from tests.support.processes import assert_no_process, wait_for
+
+SECONDS = 60.0
+SECTIONS = ("data", "forward", "backward")
+
+
+def at(step: int, section: str = "forward", since: float = 0.0) -> Beat:
+    return Beat(step, SECTIONS.index(section), section, since)
+
+
+class Life:
+    """One rank under a watch, whose stays in a section are followed by short ones in another."""
+
+    def __init__(self, watch: GangWatch, rank: int = 0) -> None:
+        self.watch, self.rank, self.now, self.step = watch, rank, 0.0, 0
+
+    def stay(self, *stays: float, section: str = "forward") -> None:
+        for seconds in stays:
+            for name, time in ((section, seconds), ("backward", 0.125)):
+                assert self.watch.look({self.rank: at(self.step, name, self.now)}, self.now) is None
+                self.now, self.step = self.now + time, self.step + 1
+        self.watch.look({self.rank: at(self.step, "backward", self.now)}, self.now)
+
+
+# --- the rule ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"minimum_seconds": 0.0},
+        {"start_seconds": -1.0},
+        {"minimum_seconds": float("nan")},
+        {"start_seconds": float("inf")},
+        {"allowances": {"data": 0.0}},
+    ],
+)
+def test_a_limit_that_is_no_time_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="positive number of seconds"):
+        HangLimits(**wrong)
+
+
+def test_a_gang_of_which_nothing_was_heard_does_not_hang() -> None:
+    assert GangWatch(HangLimits()).look({}, 1e9) is None
+
+
+def test_the_start_has_a_limit_of_its_own() -> None:
+    watch = GangWatch(HangLimits(minimum_seconds=10.0, start_seconds=600.0))
+    assert watch.look({0: at(1)}, 600.0) is None
+    assert watch.look({0: at(1)}, 600.5) == Hang(0, 1, "forward", 600.5, 600.0)
+    assert GangWatch(HangLimits(minimum_seconds=700.0, start_seconds=600.0)).limit("forward") == 700.0
+
+
+@pytest.mark.parametrize(
+    ("beats", "hindmost"),
+    [
+        ({0: at(5, "data", 9.0), 1: at(4, "backward", 8.0)}, 1),  # the lowest step
+        ({0: at(5, "backward", 1.0), 1: at(5, "data", 8.0)}, 1),  # there the earliest section
+        ({0: at(5, "data", 3.0), 1: at(5, "data", 2.0), 2: at(5, "data", 2.5)}, 1),  # there the oldest sign of life
+        ({0: at(5, "data", 3.0), 3: at(4, "forward", 2.0), 2: at(4, "forward", 7.0)}, 3),
+    ],
+)
+def test_the_hindmost_rank_is_the_one_to_judge(beats: dict[int, Beat], hindmost: int) -> None:
+    watch = GangWatch(HangLimits(minimum_seconds=1.0, start_seconds=100.0))
+    hang = watch.look(beats, 1000.0)
+    assert hang is not None
+    assert (hang.rank, hang.seconds) == (hindmost, 1000.0 - beats[hindmost].since)
+
+
+def test_those_who_wait_for_the_hindmost_do_not_hang() -> None:
+    """They outstay every limit, and it does not: a slow rank is no hang."""
+    watch = GangWatch(HangLimits(minimum_seconds=1.0, start_seconds=100.0))
+    assert watch.look({0: at(5, "backward", 0.0), 1: at(5, "data", 950.0)}, 1000.0) is None
+
+
+def test_a_known_section_may_take_thrice_its_usual_time() -> None:
+    watch = GangWatch(HangLimits(minimum_seconds=2.0, start_seconds=600.0))
+    life = Life(watch)
+    life.stay(100.0, 4.0, 5.0)
+    assert watch.limit("forward") == 600.0, "the first stay is not counted, and two say little"
+    life.stay(4.0)
+    assert watch.limit("forward") == FACTOR * 5.0
+    assert watch.limit("data") == 600.0, "of this one nothing is known"
+    assert watch.limit("backward") == 2.0, "never less than the minimum"
+
+
+def test_the_first_stay_of_every_rank_is_not_counted() -> None:
+    watch = GangWatch(HangLimits(minimum_seconds=1.0))
+    lives = [Life(watch, rank) for rank in range(KNOWN_STAYS)]
+    for life in lives:
+        life.stay(100.0)
+    assert watch.limit("forward") == 600.0
+    for life in lives:
+        life.stay(7.0)
+    assert watch.limit("forward") == FACTOR * 7.0
+
+
+def test_one_outlier_in_a_hundred_is_forgiven_and_old_stays_are_forgotten() -> None:
+    watch = GangWatch(HangLimits(minimum_seconds=1.0))
+    life = Life(watch)
+    life.stay(1.0, *[2.0] * 99, 50.0)
+    assert watch.limit("forward") == FACTOR * 2.0
+    life.stay(50.0)
+    assert watch.limit("forward") == FACTOR * 50.0, "two in a hundred are no outliers"
+    life.stay(*[3.0] * (WINDOW - 3))
+    assert watch.limit("forward") == FACTOR * 3.0, "two in 256 are"
+    life.stay(*[60.0] * WINDOW, *[3.0] * (WINDOW - 3))
+    assert watch.limit("forward") == FACTOR * 60.0
+    life.stay(3.0)
+    assert watch.limit("forward") == FACTOR * 3.0
+
+
+def test_an_allowance_is_added_to_its_section_alone() -> None:
+    watch = GangWatch(HangLimits(minimum_seconds=1.0, start_seconds=9.0, allowances={"data": 60.0}))
+    assert (watch.limit("data"), watch.limit("forward")) == (69.0, 9.0)
+    Life(watch).stay(*[1.0] * 5, section="data")
+    assert watch.limit("data") == FACTOR * 1.0 + 60.0
+
+
+def test_a_sign_of_life_within_the_same_section_starts_its_time_anew() -> None:
+    watch = GangWatch(HangLimits(minimum_seconds=1.0, start_seconds=10.0))
+    for now in (0.0, 9.0):
+        assert watch.look({0: at(3, "data", now)}, now + 9.0) is None
+    assert watch.look({0: at(3, "data", 9.0)}, 19.5) == Hang(0, 3, "data", 10.5, 10.0)
+
+
+def test_a_hang_is_described_in_one_clause() -> None:
+    assert Hang(3, 41, "backward", 31.26, 30.0).describe() == (
+        "rank 3 did not move for 31.3 s at step 41, section backward (limit 30.0 s)"
+    )
+
+
+# --- the rule, naively ---------------------------------------------------------------------------------------
+
+Look = tuple[Mapping[int, Beat], float]
+
+
+@dataclass
+class Naive:
+    """The rule of the docstrings, worked out anew from all that was seen whenever it is asked."""
+
+    limits: HangLimits
+    looks: list[Look] = field(default_factory=list)
+
+    def look(self, beats: Mapping[int, Beat], now: float) -> Hang | None:
+        self.looks.append((dict(beats), now))
+        if not beats:
+            return None
+        lowest = min(beat.step for beat in beats.values())
+        there = {rank: beat for rank, beat in beats.items() if beat.step == lowest}
+        earliest = min(beat.section_id for beat in there.values())
+        there = {rank: beat for rank, beat in there.items() if beat.section_id == earliest}
+        oldest = min(beat.since for beat in there.values())
+        rank = next(rank for rank, beat in there.items() if beat.since == oldest)
+        limit, seconds = self.limit(beats[rank].section), now - oldest
+        return Hang(rank, lowest, beats[rank].section, seconds, limit) if seconds > limit else None
+
+    def limit(self, section: str) -> float:
+        stays = self.stays(section)
+        seconds = self.limits.minimum_seconds
+        if len(stays) < 3:
+            seconds = max(seconds, self.limits.start_seconds)
+        else:  # the least of them that 99 of 100 do not exceed
+            usual = min(s for s in stays if 100 * sum(other <= s for other in stays) >= 99 * len(stays))
+            seconds = max(seconds, 3.0 * usual)
+        return seconds + self.limits.allowances.get(section, 0.0)
+
+    def stays(self, section: str) -> list[float]:
+        counted = []
+        for rank in {rank for beats, _ in self.looks for rank in beats}:
+            seen = [beats[rank] for beats, _ in self.looks if rank in beats]
+            moves = [(a, b) for a, b in pairwise(seen) if a != b and a.section == section]
+            counted += [b.since - a.since for a, b in moves[1:]]
+        return counted
+
+
+@st.composite
+def lives(draw: st.DrawFn) -> list[Look]:
+    """What is seen of a gang: each rank stands still, or moves on by some sections, or is not heard of."""
+    ranks = draw(st.integers(1, 4))
+    places = dict.fromkeys(range(ranks), 0)
+    since = dict.fromkeys(range(ranks), 0.0)
+    now, looks = 0.0, []
+    for _ in range(draw(st.integers(1, 40))):
+        beats = {}
+        before, now = now, now + draw(st.sampled_from([0.25, 1.0, 4.0, 30.0]))
+        for rank in range(ranks):
+            what = draw(st.integers(-1, 4))
+            if what > 0:
+                places[rank] += what
+                since[rank] = draw(st.sampled_from([before, (before + now) / 2, now]))
+            if what >= 0:
+                step, number = divmod(places[rank], len(SECTIONS))
+                beats[rank] = Beat(step, number, SECTIONS[number], since[rank])
+        looks.append((beats, now))
+    return looks
+
+
+@given(
+    lives(),
+    st.sampled_from([0.5, 3.0, 20.0]),
+    st.sampled_from([1.0, 10.0, 100.0]),
+    st.dictionaries(st.sampled_from(SECTIONS), st.sampled_from([0.5, 8.0])),
+)
+def test_every_look_says_what_the_naive_rule_says(
+    looks: list[Look], minimum: float, start: float, allowances: dict[str, float]
+) -> None:
+    limits = HangLimits(minimum, start, allowances)
+    watch, naive = GangWatch(limits), Naive(limits)
+    for beats, now in looks:
+        assert watch.look(beats, now) == naive.look(beats, now)
+    assert {name: watch.limit(name) for name in SECTIONS} == {name: naive.limit(name) for name in SECTIONS}
+
+
+# --- where it was --------------------------------------------------------------------------------------------
+
+# Threads that wait, some of them started last; the main thread sits in a function of its own and is asked by a signal.
+DUMPED = """
+import faulthandler, signal, sys, threading, time
+faulthandler.register(signal.SIGQUIT, all_threads=True)
+def waits_elsewhere():
+    time.sleep(600)
+for _ in range(3):
+    threading.Thread(target=waits_elsewhere, daemon=True).start()
+def sits_here():
+    print("ready", flush=True)
+    time.sleep(600)
+def calls_it():
+    sits_here()
+calls_it()
+"""
+
+
+def test_the_innermost_call_is_that_of_the_main_thread(tmp_path: Path) -> None:
+    script = tmp_path / 'a folder in "quotes"' / "a file in here.py"
+    script.parent.mkdir()
+    script.write_text(DUMPED)
+    log = tmp_path / "log"
+    with log.open("wb") as output, subprocess.Popen([sys.executable, script], stdout=output, stderr=output) as child:
+        try:
+            wait_for(lambda: "ready" in log.read_text(), deadline=SECONDS, what="it sits")
+            child.send_signal(signal.SIGQUIT)
+            wait_for(lambda: log.read_text().endswith("in <module>\n"), deadline=SECONDS, what="a whole dump")
+        finally:
+            child.kill()
+    dump = log.read_text()
+    line = DUMPED.splitlines().index('    print("ready", flush=True)') + 2
+    assert dump.count("waits_elsewhere") == 3
+    assert innermost_call(dump) == f"sits_here ({script}:{line})"
+    assert innermost_call(f"as it printed before\n{dump}and after\n") == f"sits_here ({script}:{line})"
+
+
+def test_the_newest_dump_counts() -> None:
+    dump = 'Current thread 0x1 (most recent call first):\n  File "/x.py", line 3 in {}\n'
+    assert innermost_call(dump.format("before") + dump.format("after")) == "after (/x.py:3)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no dump\n",
+        "Current thread 0x1 (most recent call first):",
+        "Current thread 0x1 (most recent call first):\n  <no Python frame>\n",
+        'Current thread 0x1 (most recent call first):\n  File "/x.py", line ',
+        'Current thread 0x1 (most recent call first):\n  File "/x.py", line 3',
+    ],
+)
+def test_without_a_whole_dump_there_is_no_call(text: str) -> None:
+    assert innermost_call(text) is None
+
+
+# --- real ranks ----------------------------------------------------------------------------------------------
+
+# Some steps, then rank 1 stops at step 5 in its own way, while rank 0 waits for it one section further on.
+RANK = """
+import faulthandler, os, re, signal, struct, sys, threading, time, zlib
+from pathlib import Path
+faulthandler.register(signal.SIGQUIT, all_threads=True)
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+folder, how = Path(sys.argv[1]), sys.argv[2]
+rank, attempt = int(os.environ["RANK"]), int(os.environ["SOLOMONOV_ATTEMPT"])
+file = os.open(os.environ["SOLOMONOV_HEARTBEAT"], os.O_RDWR | os.O_CREAT)
+
+def beat(step, number, name):
+    body = struct.pack("<8sQqII24s", b"SOLOHB01", time.monotonic_ns(), step, number, os.getpid(), name)
+    os.pwrite(file, body + struct.pack("<Q", zlib.crc32(body)), 0)
+
+def sleeps_for_ever():
+    (folder / "there").touch()
+    time.sleep(600)
+
+def holds_the_lock_of_the_interpreter():
+    (folder / "there").touch()
+    re.compile("(a+)+b").match("a" * 99)
+
+def is_stopped_by_another():
+    (folder / "there").touch()
+    while True:
+        time.sleep(0.01)
+
+def waits_for_its_peer():
+    while not (folder / "never").exists():
+        time.sleep(0.01)
+
+for step in range(5):
+    beat(step, 1, b"data")
+    beat(step, 2, b"forward")
+    if how == "is_slow":
+        time.sleep(0.4)
+if attempt > 1 or how == "is_slow":
+    sys.exit(0)
+if rank == 0:
+    beat(5, 2, b"forward")
+    waits_for_its_peer()
+beat(5, 1, b"data")
+globals()[how]()
+"""
+
+
+@dataclass
+class Watched:
+    """A job of two ranks under a watch."""
+
+    folder: Path
+    how: str
+    limit_seconds: float
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    job: LocalJob = field(init=False)
+
+    def __post_init__(self) -> None:
+        (self.folder / "rank.py").write_text(RANK)
+        limits = HangLimits(minimum_seconds=self.limit_seconds, start_seconds=self.limit_seconds)
+        command = [sys.executable, str(self.folder / "rank.py"), str(self.folder), self.how]
+        spec = JobSpec(command, self.folder / "logs", ranks=2, hang=limits)
+        config = LaunchConfig(restart_backoff_seconds=0.0)
+        self.job = LocalLauncher(config, on_event=self.note).submit(spec)
+
+    def note(self, kind: str, /, **fields: object) -> None:
+        self.events.append((kind, fields))
+
+    def found(self, kind: str) -> list[dict[str, Any]]:
+        return [fields for name, fields in self.events if name == kind]
+
+    def there(self) -> int:
+        """Wait until rank 1 has got to where it stops; its process id."""
+        wait_for((self.folder / "there").exists, deadline=SECONDS, what=f"rank 1 {self.how}")
+        return self.job.attempts[0].pids[1]
+
+    def logs(self) -> list[str]:
+        """What the ranks of the first attempt wrote."""
+        return [path.read_text() for path in self.job.attempts[0].logs]
+
+
+HANGS = ("sleeps_for_ever", "is_stopped_by_another", "holds_the_lock_of_the_interpreter")
+
+
+@pytest.fixture(scope="module")
+def hung(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Watched]]:
+    """Three jobs that hang, all at once, at their ends."""
+    jobs = {how: Watched(tmp_path_factory.mktemp(how), how, limit_seconds=4.0) for how in HANGS}
+    try:
+        os.kill(jobs["is_stopped_by_another"].there(), signal.SIGSTOP)
+        for watched in jobs.values():
+            watched.job.wait(SECONDS)
+        yield jobs
+    finally:
+        for watched in jobs.values():
+            watched.job.cancel(now=True)
+            with suppress(TimeoutError):
+                watched.job.wait(SECONDS)
+
+
+@pytest.mark.parametrize("how", HANGS)
+def test_a_rank_that_hangs_is_found_and_the_job_goes_on(hung: dict[str, Watched], how: str) -> None:
+    watched = hung[how]
+    assert (watched.job.exit_code, len(watched.job.attempts)) == (0, 2)
+    assert [kind for kind, _ in watched.events] == [
+        *("attempt_started", "hang", "rank_exited", "rank_exited", "restart"),
+        *("attempt_started", "rank_exited", "rank_exited", "finished"),
+    ]
+    hang = watched.found("hang")[0]
+    assert {name: hang[name] for name in ("attempt", "rank", "step", "section", "limit_seconds")} == {
+        "attempt": 1,
+        "rank": 1,
+        "step": 5,
+        "section": "data",
+        "limit_seconds": 4.0,
+    }
+    assert hang["seconds"] > 4.0
+    assert watched.found("restart")[0]["cause"].startswith("rank 1 did not move for ")
+    first = watched.job.attempts[0]
+    assert {(end.rank, end.code, end.killed) for end in first.exits} == {(0, -9, True), (1, -9, True)}
+    assert first.cause is not None
+    assert first.cause.rank == 1, "not the one that waited for it"
+    assert_no_process(str(watched.folder))
+
+
+@pytest.mark.parametrize("how", ["sleeps_for_ever", "holds_the_lock_of_the_interpreter"])
+def test_both_ranks_tell_where_they_were(hung: dict[str, Watched], how: str) -> None:
+    for log, function in zip(hung[how].logs(), ("waits_for_its_peer", how), strict=True):
+        assert log.count("Current thread") == 1
+        assert f"in {function}\n" in log
+    line = RANK.splitlines().index(f"def {how}():") + 3
+    assert hung[how].found("hang")[0]["call"] == f"{how} ({hung[how].folder / 'rank.py'}:{line})"
+
+
+def test_a_rank_that_is_stopped_tells_nothing_and_its_peer_does(hung: dict[str, Watched]) -> None:
+    watched = hung["is_stopped_by_another"]
+    waiting, stopped = watched.logs()
+    assert "in waits_for_its_peer\n" in waiting
+    assert stopped == ""
+    assert watched.found("hang")[0]["call"] is None
+
+
+def test_a_slow_gang_raises_no_alarm(tmp_path: Path) -> None:
+    watched = Watched(tmp_path, "is_slow", limit_seconds=30.0)
+    assert watched.job.wait(SECONDS) == 0
+    assert [kind for kind, _ in watched.events] == ["attempt_started", "rank_exited", "rank_exited", "finished"]
+    assert watched.logs() == ["", ""], "nobody asked for stacks"

@@ -1,0 +1,47 @@
+"""The allocation that a process runs in, against the variables that Slurm's manual names."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.errors import LaunchConfigurationError
+from launcher.slurm_step import Allocation
+
+GIVEN = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-3]", "SLURM_JOB_NUM_NODES": "3"}
+
+
+def test_the_first_start_has_no_count() -> None:
+    assert Allocation.from_environment(GIVEN) == Allocation("77", 0, 3, "node[1-3]")
+
+
+def test_a_requeued_job_knows_its_count() -> None:
+    found = Allocation.from_environment({**GIVEN, "SLURM_RESTART_COUNT": "4"})
+    assert found == Allocation("77", 4, 3, "node[1-3]")
+    assert found.name == "77"
+
+
+def test_the_older_name_of_the_number_of_nodes() -> None:
+    older = {name: value for name, value in GIVEN.items() if name != "SLURM_JOB_NUM_NODES"}
+    found = Allocation.from_environment({**older, "SLURM_NNODES": "5"})
+    assert found is not None
+    assert found.nodes == 5
+
+
+def test_an_element_of_an_array_is_called_by_its_number() -> None:
+    """Its own id, where it is not the last element, is one that Slurm gave out on the side."""
+    found = Allocation.from_environment({**GIVEN, "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "2"})
+    assert found is not None
+    assert (found.job_id, found.name) == ("77", "70_2")
+
+
+@pytest.mark.parametrize("missing", ["SLURM_JOB_ID", "SLURM_JOB_NODELIST"])
+def test_outside_an_allocation_there_is_none(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in GIVEN.items():
+        monkeypatch.setenv(name, value)
+    assert Allocation.require() == Allocation.from_environment() is not None
+    monkeypatch.delenv(missing)
+    assert Allocation.from_environment() is None
+    with pytest.raises(LaunchConfigurationError, match="not in a Slurm job") as caught:
+        Allocation.require()
+    assert caught.value.exit_code == 78
+    assert "--on slurm" in caught.value.remedy
