@@ -34,6 +34,8 @@ class HangLimits:
     """For a section of which too little is known: imports, the first compilation, the first save."""
     allowances: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     """Seconds more for a section that may wait for something else by design."""
+    every_step: tuple[str, ...] = ()
+    """Sections that each step has: where steps are quicker than looks, a step that was done tells of all of them."""
 
     def __post_init__(self) -> None:
         for seconds in (self.minimum_seconds, self.start_seconds, *self.allowances.values()):
@@ -98,6 +100,9 @@ class GangWatch:
             before = self._last.get(rank)
             if before is not None and before != beat:
                 self._left(rank, before, beat.since - before.since)
+                if beat.step - before.step >= 2:  # so a whole step lies between
+                    for section in self._limits.every_step:
+                        self._know(section, beat.since - before.since)
             self._last[rank] = beat
         if not beats:
             return None
@@ -117,8 +122,11 @@ class GangWatch:
     def _left(self, rank: int, beat: Beat, seconds: float) -> None:
         """A stay is over. The first one of each rank is not typical (caches, compilation): it is not counted."""
         if (rank, beat.section) in self._been_in:
-            self._stays.setdefault(beat.section, deque(maxlen=WINDOW)).append(seconds)
+            self._know(beat.section, seconds)
         self._been_in.add((rank, beat.section))
+
+    def _know(self, section: str, seconds: float) -> None:
+        self._stays.setdefault(section, deque(maxlen=WINDOW)).append(seconds)
 
 
 def innermost_call(dump: str) -> str | None:

@@ -135,7 +135,7 @@ class JobSpec:
         given["working_directory"] = Path(folder) if folder is not None else None
         given["request_file"] = Path(request) if request is not None else None
         given["sidecars"] = [Sidecar(**sidecar) for sidecar in given["sidecars"]]
-        given["hang"] = HangLimits(**hang) if hang is not None else None
+        given["hang"] = HangLimits(**{**hang, "every_step": tuple(hang["every_step"])}) if hang is not None else None
         return cls(**given)
 
     @property

@@ -14,6 +14,9 @@ import zlib
 SECTIONS = ("start", "data", "forward_backward", "update", "log", "evaluate", "save", "leave")
 """What a rank can be busy with, in the order of a step."""
 
+EVERY_STEP = ("data", "forward_backward", "update", "log")
+"""Those of them that each step has."""
+
 _LAYOUT = struct.Struct("<8sQqII24s")
 
 

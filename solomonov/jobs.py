@@ -390,7 +390,7 @@ def cancel(options: argparse.Namespace) -> int:
     if job is not None and job.cancel(now=options.now):
         print(f"{run.path}: asked Slurm's job {job.job_id} to {'end at once' if options.now else 'save and leave'}")
         return exits.DONE
-    if _ray_job(run) is not None:
+    if options.now or _ray_job(run) is not None:
         write_request(request_file(run), now=options.now)
         print(f"{run.path}: asked its supervisor to {'end at once' if options.now else 'save and leave'}")
         return exits.DONE
@@ -402,12 +402,9 @@ def cancel(options: argparse.Namespace) -> int:
             rule="a run that no scheduler knows is cancelled on its own machine",
             remedy=f"run this command on {holder.get('host')}",
         )
-    # A second interrupt means: at once.
-    for number in (signal.SIGINT, signal.SIGINT) if options.now else (signal.SIGTERM,):
-        if is_locked(run):
-            os.kill(int(holder["pid"]), number)
-            time.sleep(0.1)  # two equal signals that meet become one
-    print(f"{run.path}: asked process {holder['pid']} to {'end at once' if options.now else 'save and leave'}")
+    if is_locked(run):
+        os.kill(int(holder["pid"]), signal.SIGTERM)
+    print(f"{run.path}: asked process {holder['pid']} to save and leave")
     return exits.DONE
 
 

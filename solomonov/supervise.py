@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from solomonov import exits
 from solomonov.config import Config, Loaded, configuration_mistakes, load_config, parse_config
 from solomonov.errors import ConfigurationError, SolomonovError
+from solomonov.heartbeat import EVERY_STEP
 from solomonov.host import visible_gpus
 from solomonov.plan import plan_batch
 from solomonov.runfolder import LockOwner, RunFolder, run_folder, run_lock
@@ -447,7 +448,7 @@ def hang_limits(config: Config) -> HangLimits:
     if config.data.workers.backend == "ray":
         allowances["data"] = config.data.workers.patience_seconds + DATA_MARGIN_SECONDS
     limits = config.resilience
-    return HangLimits(limits.hang_minimum_seconds, limits.hang_start_seconds, allowances)
+    return HangLimits(limits.hang_minimum_seconds, limits.hang_start_seconds, allowances, EVERY_STEP)
 
 
 def _with_data_service(spec: JobSpec, prepared: PreparedRun, ray: RayAccess) -> JobSpec:

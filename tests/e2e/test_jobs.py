@@ -70,8 +70,10 @@ def test_what_is_submitted_is_the_code_of_that_moment(user: User) -> None:
 
 def test_a_rank_that_stands_still_is_a_hang_with_stacks_of_all(user: User, undisturbed: User) -> None:
     """SIGSTOP to one rank: its peer waits in a collective. Both stacks, one sentence, and the run goes on."""
-    step = sampler("a rank that stands still").randrange(6, 40)
-    with user.command("train", "own.yaml", "resilience.hang_minimum_seconds=4") as program:
+    # Between a save and an evaluation: of those it knows too little after so short a time.
+    step = sampler("a rank that stands still").randrange(22, 27)
+    settings = ("resilience.hang_minimum_seconds=4", "checkpoint.every_steps=20")
+    with user.command("train", "own.yaml", *settings) as program:
         program.wait_for(lambda: user.steps_done() >= step, deadline=120, what="a step")
         os.kill(user.journal("attempt_started")[-1]["pids"][1], signal.SIGSTOP)
         assert program.wait(deadline=240) == 0, program.output()
@@ -81,12 +83,11 @@ def test_a_rank_that_stands_still_is_a_hang_with_stacks_of_all(user: User, undis
     [incident] = user.journal("incident")
     assert incident["what"].startswith(f"rank {hang['rank']} did not move for ")
     assert f"incident {incident['what']}" in shown
-    assert incident["steps_lost"] is not None
-    assert 0 <= incident["steps_lost"] <= 5
+    assert 0 < incident["steps_lost"] < 20
     # The one that stands still cannot write; the one that waits for it does.
     assert "(most recent call first)" in (user.run() / "logs/attempt-1/rank-0.log").read_text()
     first, second = user.journal("resumed")
     assert (first["step"], second["attempt"]) == (0, 2)
-    assert second["step"] > 0
+    assert second["step"] == 20
     assert user.metrics() == undisturbed.metrics()
     assert not unexpected(user.journal(), "hang")

@@ -441,3 +441,26 @@ def test_a_slow_gang_raises_no_alarm(tmp_path: Path) -> None:
     assert watched.job.wait(SECONDS) == 0
     assert [kind for kind, _ in watched.events] == ["attempt_started", "rank_exited", "rank_exited", "finished"]
     assert watched.logs() == ["", ""], "nobody asked for stacks"
+
+
+def test_steps_that_are_quicker_than_a_look_are_known_all_the_same() -> None:
+    """Seen in one section only, at every other step: the sections that each step has are known after three of these."""
+    limits = HangLimits(minimum_seconds=5.0, start_seconds=600.0, every_step=("data", "update"))
+    watch = GangWatch(limits)
+    for look in range(4):
+        assert watch.limit("update") == 600.0
+        assert watch.look({0: Beat(2 * look, 1, "data", 2.5 * look)}, 2.5 * look) is None
+    assert watch.limit("update") == pytest.approx(7.5)
+    assert watch.limit("save") == 600.0, "it is not in every step"
+    stopped = Beat(7, 3, "update", 8.0)
+    assert watch.look({0: stopped}, 15.4) is None
+    hang = watch.look({0: stopped}, 15.6)
+    assert hang is not None
+    assert (hang.rank, hang.section, hang.limit_seconds) == (0, "update", pytest.approx(7.5))
+
+
+def test_one_step_between_two_looks_is_not_a_whole_one() -> None:
+    watch = GangWatch(HangLimits(every_step=("update",)))
+    for step in range(9):
+        watch.look({0: Beat(step, 1, "data", float(step))}, float(step))
+    assert watch.limit("update") == 600.0

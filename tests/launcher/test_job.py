@@ -230,7 +230,10 @@ specs = st.builds(
     first_attempt=st.integers(1, 10**6),
     sidecars=st.lists(sidecars, max_size=3, unique_by=lambda sidecar: sidecar.name),
     request_file=st.none() | folders.map(Path.absolute),
-    hang=st.none() | st.builds(HangLimits, seconds, seconds, st.dictionaries(passable, seconds, max_size=3)),
+    hang=st.none()
+    | st.builds(
+        HangLimits, seconds, seconds, st.dictionaries(passable, seconds, max_size=3), st.tuples(passable, passable)
+    ),
 )
 
 
