@@ -96,14 +96,25 @@ class RayLauncher:
         """
         require_ray()
         dashboard = check_cluster(request.address, {})
-        if dashboard is None:
+        problem = "no dashboard" if dashboard is None else self._problem(dashboard)
+        if dashboard is None or problem is not None:
             raise LaunchConfigurationError(
                 "the Ray cluster takes no jobs",
-                got=f"{request.address}: no dashboard",
+                got=f"{request.address}: {problem}",
                 rule="jobs are submitted through the dashboard of the head, which `ray[default]` serves",
                 remedy="pip install 'ray[default]' on the head, and start it with --include-dashboard=true",
             )
         return dashboard
+
+    def _problem(self, dashboard: str) -> str | None:
+        """Why no jobs can be submitted there; None where they can."""
+        from launcher.ray_door import JobsClient
+
+        try:
+            JobsClient(dashboard)
+        except (ConnectionError, RuntimeError) as error:
+            return f"{dashboard}: {str(error).strip().splitlines()[0]}"
+        return None
 
     def submit(self, request: RayRequest) -> RayJob:
         """Check a request and hand it to the cluster.

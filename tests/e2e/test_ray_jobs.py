@@ -42,7 +42,7 @@ def ranks_of(user: User) -> list[psutil.Process]:
     found = []
     for process in processes_of(Path("solomonov.rank")):
         with contextlib.suppress(psutil.Error):
-            if Path(process.cwd()) == user.folder:
+            if process.cmdline()[1:3] == ["-m", "solomonov.rank"] and Path(process.cwd()) == user.folder:
                 found.append(process)
     return found
 
