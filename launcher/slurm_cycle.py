@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
+from launcher.errors import SlurmError
 from launcher.exits import ExitCode, Outcome, classify, describe
 from launcher.slurm_commands import JobRecord, require_node_name, run_slurm, show_job
 from launcher.slurm_step import Allocation
@@ -22,6 +24,10 @@ NO_PROGRESS = 1
 """What a job leaves with that was stopped by the brake."""
 
 
+T = TypeVar("T")
+
+PAUSES_SECONDS = (1.0, 5.0, 15.0, 30.0)
+"""Between the questions to a controller that does not answer."""
 SUSPICIOUS_CRASHES = 2
 """From so many on, crashes that all began on one node speak against the node."""
 
@@ -197,13 +203,13 @@ def requeue(
     """
     job = allocation.name
     record = CycleRecord.read(folder, job)
-    shown = show_job(job)
+    shown = _patiently(lambda: show_job(job))
     decision = decide(_facts(code, record, shown, allocation, max_no_progress, cancel_mark(folder, job).exists()))
     on_decision(decision)
     if not decision.requeue:
         return decision.exit_code
     if decision.exclude is None:
-        run_slurm(["scontrol", "requeue", job])
+        _patiently(lambda: run_slurm(["scontrol", "requeue", job]))
     else:
         record = replace(record, excluded=(*record.excluded, decision.exclude))
         record.write(folder, job)
@@ -218,6 +224,17 @@ def requeue(
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     while True:  # Slurm ends this script
         time.sleep(60.0)
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """The answer of a controller that may be busy or away for a moment: without it a saved job would be lost."""
+    for pause in PAUSES_SECONDS:
+        try:
+            return ask()
+        except SlurmError as error:
+            print(f"{error.what}: {error.got}; asking again in {pause:g} s", flush=True)
+            time.sleep(pause)
+    return ask()
 
 
 def _facts(

@@ -86,12 +86,12 @@ class TrainingDisplay:
 
     def incident(self, fields: Mapping[str, Any]) -> None:
         """The report of a fault, two lines."""
-        where = f"rank {fields['rank']}" if fields["rank"] is not None else "unknown rank"
-        where += f" on {fields['host']}" if fields["host"] else ""
-        where += f", in {fields['section']}" if fields["section"] else ""
-        where += f", {fields['call']}" if fields["call"] else ""
+        where = [f"on {fields['host']}"] if fields["host"] else []
+        where += [f"in {fields['section']}"] if fields["section"] else []
+        where += [fields["call"]] if fields["call"] else []
+        where.append(f"at step {fields['step']}")
         lost = "" if fields["steps_lost"] is None else f", {fields['steps_lost']} updates to train again"
-        self._say(f"incident {fields['what']}: {where}, at step {fields['step']}")
+        self._say(f"incident {fields['what']}: {', '.join(where)}")
         self._say(f"         step {fields['durable_step']} is kept{lost}; {fields['done']}")
 
     def verdict(self, code: int, tail: Sequence[str]) -> None:

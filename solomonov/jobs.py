@@ -56,7 +56,7 @@ class Submission:
 
 
 def submit(options: argparse.Namespace) -> int:
-    """`solomonov submit CONFIG --on local|slurm`."""
+    """`solomonov submit CONFIG --on local|slurm|ray`."""
     given = [f"launch.nodes={options.nodes}"] if options.nodes is not None else []
     loaded = load_config(Path(options.config), [*given, *options.overrides])
     return _submit(plan_submission(loaded, options.on), options)
@@ -94,8 +94,9 @@ def plan_submission(loaded: Loaded, backend: str) -> Submission:
         if backend == "local" and launch.nodes > 1:
             raise one_machine(launch.nodes)
     # What was derived here is decided: the supervisor, on another machine, shall not derive something else.
-    decided = [f"launch.ranks_per_node={ranks}"]
-    loaded = parse_config(loaded.text, [*loaded.overrides, *decided], where="the configuration")
+    decided = "launch.ranks_per_node="
+    given = [override for override in loaded.overrides if not override.startswith(decided)]
+    loaded = parse_config(loaded.text, [*given, f"{decided}{ranks}"], where="the configuration")
     prepared = prepare_run(
         loaded,
         nodes=launch.nodes,
@@ -198,8 +199,9 @@ def _supervisor(run: RunFolder) -> list[str]:
 
 
 def _code_environment(code: Path) -> dict[str, str]:
-    """Our code comes from there, and not from where a process happens to start."""
-    return {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
+    """Our code comes from there, and not from where a process happens to start; the user's own places come after."""
+    own = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{code}{os.pathsep}{own}" if own else str(code), "PYTHONSAFEPATH": "1"}
 
 
 def _submit_here(submission: Submission, code: Path) -> str:

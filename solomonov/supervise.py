@@ -200,11 +200,15 @@ class Place:
 
     def is_current(self) -> bool:
         """Slurm has not started the job anew meanwhile."""
+        from launcher.errors import SlurmError
         from launcher.slurm_commands import show_job
 
         if self.allocation is None:
             return True
-        shown = show_job(self.allocation.name)
+        try:
+            shown = show_job(self.allocation.name)
+        except SlurmError:
+            return True  # nothing says otherwise; srun asks the same controller
         return shown is None or shown.restarts == self.allocation.restart
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-from pathlib import Path
+import subprocess
+import sys
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.support.processes import assert_no_process, wait_for
@@ -60,9 +62,11 @@ def test_what_is_submitted_is_the_code_of_that_moment(user: User) -> None:
     [code] = [path for path in (user.run() / "code").iterdir() if not path.name.startswith(".")]
     assert user.journal("submitted")[-1]["code"] == code.name
     for pid in user.journal("attempt_started")[-1]["pids"]:
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        assert f"PYTHONPATH={code}".encode() in environment
-        assert str(code / "solomonov") in Path(f"/proc/{pid}/maps").read_text() or (code / "solomonov").is_dir()
+        environment = psutil.Process(pid).environ()
+        assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(code)
+    asked = [sys.executable, "-c", "import solomonov.rank as rank; print(rank.__file__)"]
+    done = subprocess.run(asked, env=environment, cwd=user.folder, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(code / "solomonov" / "rank.py")
     user.must("cancel", "own", "--now")
     assert user.command("wait", "own").wait(deadline=60) == 130
     assert status(user)["state"] == "cancelled"

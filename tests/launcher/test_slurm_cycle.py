@@ -242,13 +242,16 @@ def test_an_end_for_good_leaves_with_its_code(code: int, tmp_path: Path) -> None
 class Slurm:
     """A scontrol that knows one job, and ends whoever has it queued again, as Slurm does."""
 
-    def __init__(self, folder: Path, *, restarts: int = 0, state: str = "RUNNING") -> None:
+    def __init__(self, folder: Path, *, restarts: int = 0, state: str = "RUNNING", away: int = 0) -> None:
         self.folder = folder
         self.logs = folder / "logs"
         self.logs.mkdir()
         self.bin = folder / "bin"
         answer = f"JobState={state} Reason=None\\n   Restarts={restarts} ExitCode=0:0\\n   Partition=main\\n"
         scontrol = f"""
+            if [ $(ls {folder} | grep -c away) -lt {away} ]; then
+                : > {folder}/away-$$; echo "Unable to contact slurm controller" >&2; exit 1
+            fi
             case $1 in
                 show) printf 'JobId=7 JobName=own\\n   {answer}' ;;
                 requeuehold) kill $PPID ;;
@@ -265,7 +268,7 @@ class Slurm:
         command = [sys.executable, "-m", "launcher", "requeue", str(self.folder), str(code)]
         with Program(command, log=self.folder / "requeue.log", env=environment) as program:
             ended = program.wait(deadline=SECONDS)
-            return ended, json.loads(program.output())
+            return ended, json.loads(program.output().splitlines()[-1])
 
     def changes(self) -> list[list[str]]:
         """What scontrol was asked to change."""
@@ -306,3 +309,11 @@ def test_a_saved_job_ends_where_it_should_not_go_on(why: str, tmp_path: Path) ->
     code, said = slurm.requeue(75)
     assert (code, said["event"]) == (NO_PROGRESS if why == "idle" else 75, "leave")
     assert slurm.changes() == []
+
+
+def test_a_controller_that_is_away_for_a_moment_is_asked_again(tmp_path: Path) -> None:
+    slurm = Slurm(tmp_path, away=1)
+    CycleRecord(starts=(0,), step=5).write(slurm.logs, "7")
+    code, said = slurm.requeue(75)
+    assert (code, said["event"]) == (-9, "requeue")
+    assert slurm.changes() == [["requeue", "7"]]
