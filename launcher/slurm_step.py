@@ -33,6 +33,8 @@ class Allocation:
     """How often it was requeued."""
     nodes: int
     node_list: str
+    tasks_per_node: int | None = None
+    """As asked of sbatch; None: nothing was."""
     array_job: str | None = None
     array_task: str | None = None
 
@@ -47,9 +49,16 @@ class Allocation:
             restart=int(given.get("SLURM_RESTART_COUNT", "0")),  # unset at the first start
             nodes=int(given.get("SLURM_JOB_NUM_NODES", given.get("SLURM_NNODES", "1"))),
             node_list=given["SLURM_JOB_NODELIST"],
+            tasks_per_node=int(given["SLURM_NTASKS_PER_NODE"]) if "SLURM_NTASKS_PER_NODE" in given else None,
             array_job=given.get("SLURM_ARRAY_JOB_ID"),
             array_task=given.get("SLURM_ARRAY_TASK_ID"),
         )
+
+    @property
+    def as_overrides(self) -> list[str]:
+        """What it says of the launch section, as `key=value`."""
+        tasks = [f"launch.ranks_per_node={self.tasks_per_node}"] if self.tasks_per_node is not None else []
+        return [f"launch.nodes={self.nodes}", *tasks]
 
     @classmethod
     def require(cls) -> Allocation:

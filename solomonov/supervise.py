@@ -95,7 +95,7 @@ def supervise(folder: Path) -> int:
     from launcher.slurm_step import Allocation
 
     allocation = Allocation.from_environment()
-    loaded = submitted(folder, allocation.nodes if allocation is not None else None)
+    loaded = submitted(folder, allocation.as_overrides if allocation is not None else ())
     return _train(loaded, launch_section(loaded), Place(allocation, os.environ.get(ADDRESS)))
 
 
@@ -113,7 +113,7 @@ def requeue(folder: Path, code: int) -> int:
     from launcher.slurm_step import Allocation
 
     allocation = Allocation.require()
-    loaded = submitted(folder, allocation.nodes)
+    loaded = submitted(folder, allocation.as_overrides)
     run = run_folder(loaded.config)
 
     def note(decision: CycleDecision) -> None:
@@ -126,15 +126,15 @@ def requeue(folder: Path, code: int) -> int:
     return decide_and_requeue(run.logs, code, allocation, limit, note)
 
 
-def submitted(folder: Path, nodes: int | None) -> Loaded:
+def submitted(folder: Path, given: Sequence[str]) -> Loaded:
     """The configuration of a submitted run, as it was submitted; in the working folder from which it was.
 
     Args:
         folder: of the run, or a configuration file.
-        nodes: those of the allocation, which stand for `launch.nodes` where a file is given.
+        given: overrides for a configuration file: what the allocation is. A run's folder knows what it asked for.
     """
     if folder.is_file():
-        return load_config(folder, [f"launch.nodes={nodes}"] if nodes is not None else [])
+        return load_config(folder, given)
     run = RunFolder(folder)
     record = run.resolved()
     loaded = parse_config(

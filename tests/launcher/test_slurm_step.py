@@ -45,3 +45,13 @@ def test_outside_an_allocation_there_is_none(missing: str, monkeypatch: pytest.M
         Allocation.require()
     assert caught.value.exit_code == 78
     assert "--on slurm" in caught.value.remedy
+
+
+def test_what_an_allocation_says_of_the_launch_section() -> None:
+    given = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    found = Allocation.from_environment(given)
+    assert found is not None
+    assert found.as_overrides == ["launch.nodes=2"]
+    found = Allocation.from_environment({**given, "SLURM_NTASKS_PER_NODE": "8"})
+    assert found is not None
+    assert found.as_overrides == ["launch.nodes=2", "launch.ranks_per_node=8"]
