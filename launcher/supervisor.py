@@ -10,6 +10,7 @@ READY -> RUNNING -> DONE                        every rank left with 0
          RUNNING, STOPPING -> KILLING           told to leave at once
          RUNNING -> KILLING -> FAILED           a companion of the ranks failed for good
          STOPPING -> FAILED                     the same, and the ranks did not save after it
+         RESIZING -> FAILED                     the same: what they save is kept, and they are not started again
          READY, WAITING -> SAVED or CANCELLED   asked, or told, while nothing runs
          READY, WAITING -> FAILED               a companion failed while nothing runs
          READY, WAITING -> SAVED                another supervisor has taken the job over
@@ -166,7 +167,7 @@ class Supervisor:
             self._companion_end(code, reason)
             return False
         self._companion = self._companion or (code, reason)
-        if self.state is SupervisorState.STOPPING:
+        if self.state in (SupervisorState.STOPPING, SupervisorState.RESIZING):
             return False
         self.state = SupervisorState.KILLING
         return True
@@ -197,6 +198,8 @@ class Supervisor:
         if outcome is Outcome.DONE:
             return self._end(SupervisorState.DONE, ExitCode.DONE, "done")
         if outcome is Outcome.AGAIN and self.state is SupervisorState.RESIZING:
+            if self._companion is not None:
+                return self._companion_end(*self._companion)
             self.state = SupervisorState.WAITING
             return Decision(Action.RESTART, int(ExitCode.AGAIN), "saved, to go on with another number of ranks")
         if outcome is Outcome.AGAIN:

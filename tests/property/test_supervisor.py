@@ -30,6 +30,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         self.asked = False
         self.companion_failed = False
         self.crashes_since_progress = 0
+        self.resizes = 0
 
     @initialize(policy=policies, step=steps)
     def submit(self, policy: RestartPolicy, step: int | None) -> None:
@@ -45,12 +46,18 @@ class SupervisorMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.supervisor.state.has_ranks)
     @rule(code=codes, step=steps)
     def end(self, code: int, step: int | None) -> None:
+        before = self.supervisor.state
+        decision = self.supervisor.attempt_ended(code, step)
+        assert 0 <= decision.exit_code <= 255
+        if before is SupervisorState.RESIZING and code == 75:
+            assert (decision.action is Action.RESTART) != self.companion_failed, "it goes on in another number"
+            assert decision.backoff_seconds == 0.0
+            self.resizes += 1
+            return
         if step is not None and step > self.best:
             self.best, self.crashes_since_progress = step, 0
         else:
             self.crashes_since_progress += 1
-        decision = self.supervisor.attempt_ended(code, step)
-        assert 0 <= decision.exit_code <= 255
         if decision.action is Action.RESTART:
             assert classify(code).name == "CRASH"
             assert not self.asked, "a job that was asked to leave does not start again"
@@ -67,6 +74,17 @@ class SupervisorMachine(RuleBasedStateMachine):
     def ask(self) -> None:
         self.asked = True
         self.supervisor.stop_requested()
+
+    @rule()
+    def resize(self) -> None:
+        before = self.supervisor.state
+        assert self.supervisor.resize_requested() == (before is SupervisorState.RUNNING), "only ranks at work resize"
+
+    @precondition(lambda self: self.supervisor.state in (SupervisorState.READY, SupervisorState.WAITING))
+    @rule()
+    def lose(self) -> None:
+        self.supervisor.taken_over()
+        assert (self.supervisor.state, self.supervisor.exit_code) == (SupervisorState.SAVED, 75)
 
     @rule()
     def tell(self) -> None:
@@ -98,7 +116,7 @@ class SupervisorMachine(RuleBasedStateMachine):
     def budgets_hold(self) -> None:
         policy = self.supervisor.policy
         assert self.supervisor.restarts <= policy.max_restarts
-        assert self.attempts <= policy.max_restarts + 1
+        assert self.attempts <= policy.max_restarts + self.resizes + 1
         assert self.supervisor.without_progress <= policy.max_no_progress
 
     @invariant()
