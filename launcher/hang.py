@@ -82,6 +82,8 @@ class GangWatch:
 
     def __init__(self, limits: HangLimits) -> None:
         self._limits = limits
+        self._since: float | None = None
+        """The first look."""
         self._last: dict[int, Beat] = {}
         self._stays: dict[str, deque[float]] = {}
         self._been_in: set[tuple[int, str]] = set()
@@ -94,8 +96,9 @@ class GangWatch:
             now: `time.monotonic()`.
 
         Returns:
-            The hindmost rank, if it hangs.
+            The hindmost rank, if it hangs; rank 0, if none has ever given a sign of life.
         """
+        self._since = now if self._since is None else self._since
         for rank, beat in beats.items():
             before = self._last.get(rank)
             if before is not None and before != beat:
@@ -105,7 +108,10 @@ class GangWatch:
                         self._know(section, beat.since - before.since)
             self._last[rank] = beat
         if not beats:
-            return None
+            waited = now - self._since
+            if self._last or waited <= self._limits.start_seconds:
+                return None
+            return Hang(0, 0, "before its start", waited, self._limits.start_seconds)
         rank, beat = min(beats.items(), key=lambda item: (item[1].step, item[1].section_id, item[1].since))
         seconds, limit = now - beat.since, self.limit(beat.section)
         return Hang(rank, beat.step, beat.section, seconds, limit) if seconds > limit else None

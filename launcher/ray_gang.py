@@ -99,7 +99,7 @@ class RayGang:
         self._beats: dict[int, Beat] = {}
         self._world: int | None = None
         self._living: set[int] = set()
-        self._killed = self._stopping = self._over = False
+        self._killed = self._stopping = self._started = self._over = False
         self._started_at = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._selector.register(wake_fd, selectors.EVENT_READ)
@@ -163,7 +163,9 @@ class RayGang:
                 self._hear(self._connections[key.fd])
         now = time.monotonic()
         for connection in list(self._connections.values()):
-            if now - connection.heard > SILENCE_SECONDS:
+            # Who has said hello waits for the others without a word.
+            waits = connection.rank is not None and not self._started
+            if not waits and now - connection.heard > SILENCE_SECONDS:
                 self._lost(connection)
         if self._holder.exit_code() is not None and not self._over:
             self._holder_ended()
@@ -201,8 +203,10 @@ class RayGang:
         connection.pid = message["pid"]
         self._ranks[message["rank"]] = connection
         if len(self._ranks) == self._world:
+            self._started = True
             first = self._ranks[0]
             for each in self._ranks.values():
+                each.heard = time.monotonic()
                 each.say({"kind": "start", "master_addr": first.host, "master_port": first.port})
             if self._stopping:
                 self.terminate()

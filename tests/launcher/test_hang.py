@@ -464,3 +464,16 @@ def test_one_step_between_two_looks_is_not_a_whole_one() -> None:
     for step in range(9):
         watch.look({0: Beat(step, 1, "data", float(step))}, float(step))
     assert watch.limit("update") == 600.0
+
+
+def test_a_gang_that_never_starts_is_given_up_after_the_limit_of_a_start() -> None:
+    """As where a scheduler finds no place for it. A gang that has begun, and ends, is none."""
+    watch = GangWatch(HangLimits(start_seconds=100.0))
+    assert watch.look({}, 5.0) is None
+    assert watch.look({}, 105.0) is None
+    hang = watch.look({}, 105.5)
+    assert hang is not None
+    assert (hang.rank, hang.seconds, hang.limit_seconds) == (0, 100.5, 100.0)
+    begun = GangWatch(HangLimits(start_seconds=100.0))
+    assert begun.look({0: Beat(1, 1, "data", 1.0)}, 1.0) is None
+    assert begun.look({}, 500.0) is None
