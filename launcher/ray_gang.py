@@ -78,6 +78,7 @@ class RayGang:
 
     Args:
         room: what is asked of the cluster.
+        holder: the command that holds the workers, which is given the plan as its last word.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class RayGang:
         master_port: int,
         wake_fd: int,
         room: RayRoom,
+        holder: Sequence[str] = (sys.executable, "-m", "launcher", "hold"),
     ) -> None:
         self.resize_reason: str | None = None
         """See `Gang.resize_reason`: there is room for more ranks, or a node is about to leave."""
@@ -116,7 +118,7 @@ class RayGang:
         }
         reader, writer = os.pipe()
         environment = {**os.environ, **spec.environment, **room.environment, SECRET: self._secret}
-        command = [sys.executable, "-m", "launcher", "hold", json.dumps(plan)]
+        command = [*holder, json.dumps(plan)]
         try:
             self._holder: Child = start_child(
                 ChildCommand(command, environment, folder / "holder.log", spec.working_directory, output_fd=writer)
@@ -376,7 +378,7 @@ def run_agent(place: RankEnvironment, plan: Mapping[str, Any], host: str, secret
 
         say("hello", secret=secret, rank=place.rank, host=host, port=free_port(), pid=os.getpid())
         orders = _Lines(connection.fileno())
-        start = _first(orders)
+        start, *early = _first(orders)
         place = dataclasses.replace(place, master_addr=start["master_addr"], master_port=start["master_port"])
         attempt, port = plan["attempt"], place.master_port
         mailbox = Mailbox()
@@ -384,6 +386,8 @@ def run_agent(place: RankEnvironment, plan: Mapping[str, Any], host: str, secret
             contextlib.closing(mailbox),
             LocalGang(spec, folder, attempt=attempt, master_port=port, wake_fd=mailbox.fd, places=[place]) as gang,
         ):
+            for order in early:
+                obey(gang, order["kind"])
             said: Beat | None = None
             while True:
                 for end in gang.wait(REPORT_SECONDS, also=[orders.fd]):
@@ -401,14 +405,14 @@ def run_agent(place: RankEnvironment, plan: Mapping[str, Any], host: str, secret
                     say("beat", **of_beat(beat))
 
 
-def _first(orders: _Lines) -> dict[str, Any]:
-    """The first order, which comes when all agents are there."""
+def _first(orders: _Lines) -> list[dict[str, Any]]:
+    """The first order, which comes when all agents are there, and those that came with it."""
     with selectors.DefaultSelector() as selector:
         selector.register(orders.fd, selectors.EVENT_READ)
         while True:
             selector.select()
             if found := orders.messages():
-                return found[0]
+                return found
             if orders.closed:
                 raise ConnectionError("the supervisor is gone, or does not know the secret")
 
