@@ -1,0 +1,88 @@
+"""How many ranks an attempt on Ray takes, from the room that there is; that of a real cluster is met in tests/e2e."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher import ray_door
+from launcher.ray_gang import RayRoom
+
+
+@given(st.sets(st.integers(1, 40), min_size=1), st.integers(0, 50))
+def test_the_largest_world_that_there_is_room_for(worlds: set[int], slots: int) -> None:
+    fitting = [world for world in worlds if world <= slots]
+    found = ray_door._largest(RayRoom("host:1", sorted(worlds)), slots)
+    assert found == (max(fitting) if fitting else None)
+
+
+@pytest.mark.parametrize(
+    ("slots", "world"),
+    [
+        ([4], 4),  # all of it: at once
+        ([0, 0, 4], 4),  # it comes
+        ([3], 2),  # less: after a moment, the largest legal number
+        ([2, 4], 4),  # more comes in that moment
+        ([1], None),  # never enough
+    ],
+)
+def test_an_attempt_takes_what_there_is(slots: list[int], world: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`slots` is the room at each look; the last one stays."""
+    looks = iter(slots)
+    last = slots[-1]
+    monkeypatch.setattr(ray_door, "_slots", lambda room: next(looks, last))
+    monkeypatch.setattr(ray_door, "SETTLE_SECONDS", 0.5)
+    assert ray_door._find_room(RayRoom("host:1", [2, 4], start_seconds=1.0)) == world
+
+
+def told(
+    free: list[int], draining: list[set[str]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> list[dict[str, str]]:
+    """What is said of two ranks under way, by the free room and the leaving nodes at each look; then all is over."""
+    over = threading.Event()
+    rooms, leaving = iter(free), iter(draining)
+
+    def slots(room: RayRoom) -> int:
+        found = next(rooms, None)
+        if found is None:
+            over.set()
+            return 0
+        return found
+
+    monkeypatch.setattr(ray_door, "_slots", slots)
+    monkeypatch.setattr(ray_door, "_draining", lambda: dict.fromkeys(next(leaving, draining[-1]), 0))
+    monkeypatch.setattr(ray_door, "REPORT_SECONDS", 0.01)
+    ray_door._watch_room(RayRoom("host:1", [2, 4]), 2, over)
+    return [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+
+
+def test_more_room_is_told_when_it_has_lasted(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_door, "STEADY_SECONDS", 0.05)
+    said = told([1, 2, *[2] * 100], [set()], monkeypatch, capfd)
+    assert said == [{"kind": "resize", "reason": "there is room for 4 ranks instead of 2"}]
+
+
+def test_room_that_comes_and_goes_is_not_told(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_door, "STEADY_SECONDS", 3600.0)
+    assert told([2, 0, 2, 1, 2], [set()], monkeypatch, capfd) == []
+
+
+def test_a_node_that_is_about_to_leave_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Those that were leaving before the attempt began are no news."""
+    said = told([0] * 20, [{"a"}, {"a"}, {"a", "b"}], monkeypatch, capfd)
+    assert said == [{"kind": "resize", "reason": "1 Ray node(s) are about to leave"}]
+
+
+def test_a_dashboard_that_is_not_there() -> None:
+    with pytest.raises(ConnectionError):
+        ray_door.JobsClient("http://127.0.0.1:9")
