@@ -86,7 +86,7 @@ def plan_submission(loaded: Loaded, backend: str) -> Submission:
             raise _private_ray_on_one_node(launch.nodes)
         gpus = _slurm_gpus(launch)
         ranks = launch.ranks_per_node or gpus or 1
-        slurm = launch.slurm.model_copy(update={"gpus_per_node": min(gpus, ranks)})
+        slurm = launch.slurm.model_copy(update={"gpus_per_node": gpus})
         launch = launch.model_copy(update={"slurm": slurm, "ranks_per_node": ranks})
     else:
         gpus = visible_gpus()

@@ -90,13 +90,18 @@ def test_preempted_saved_queued_again_and_finished(user: User, undisturbed: User
 
 
 def test_saved_before_the_time_limit_and_queued_again(user: User, cluster: SlurmCluster) -> None:
-    """Slurm counts in minutes, and warns up to a minute early: with 50 s to spare the warning comes within the first
-    seconds of each start, so the run must have come further than before each time."""
-    limit = ("launch.slurm.time_minutes=1", "launch.slurm.save_seconds=30")
+    """Slurm counts in minutes, and warns some 20 s earlier than it was asked to."""
+    limit = ("launch.slurm.time_minutes=1", "launch.slurm.save_seconds=5", "launch.max_no_progress=9")
     job = submit(user, *LONG, *limit, "launch.slurm.gpus_per_node=0")
-    wait_for(lambda: len(user.journal("requeued")) >= 1, deadline=240, what="it was queued again")
-    wait_for(lambda: len(user.journal("resumed")) >= 2, deadline=240, what="it goes on")
-    (requeued, *_), (_, second, *_) = user.journal("requeued"), user.journal("resumed")
+
+    def kept() -> list[dict[str, Any]]:
+        """The requeues that kept something: on a busy machine the first starts may not get to a step."""
+        return [event for event in user.journal("requeued") if event["step"]]
+
+    wait_for(lambda: len(kept()) >= 1, deadline=400, what="it was queued again")
+    requeued = kept()[0]
+    wait_for(lambda: user.journal("resumed")[-1]["time"] > requeued["time"], deadline=240, what="it goes on")
+    second = user.journal("resumed")[-1]
     assert requeued["reason"] == "saved before the time limit"
     assert 0 < requeued["step"] == second["step"]
     user.must("cancel", "own")
@@ -168,7 +173,10 @@ def test_a_lost_node_is_replaced_and_its_orphans_are_fenced_off(user: User, clus
     ("words", "message"),
     [
         (("launch.partition=nowhere",), "there is no such partition"),
-        (("--nodes", "9", "training.micro_batch_sequences=1"), "fewer nodes than the run wants"),
+        (
+            ("--nodes", "8", "launch.ranks_per_node=1", "training.micro_batch_sequences=1"),
+            "fewer nodes than the run wants",
+        ),
         (("launch.slurm.gpus_per_node=3",), "fewer GPUs than the run wants"),
         (("run.folder=/dev/shm/solomonov-runs",), "the run's folder is not on shared storage"),
         (("launch.slurm.setup_script=nowhere.sh",), "the setup script cannot be read"),
