@@ -305,13 +305,17 @@ class JobsClient:
         dashboard: http address of the cluster's dashboard.
 
     Raises:
-        ConnectionError: it does not answer.
+        ConnectionError: it does not answer, or does not take this process's token.
     """
 
     def __init__(self, dashboard: str) -> None:
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
-        self._client = JobSubmissionClient(dashboard)
+        try:
+            self._client = JobSubmissionClient(dashboard)
+        except AuthenticationError as error:  # Ray reads how to authenticate once a process
+            raise ConnectionError(str(error)) from error
 
     def submit(self, job: str, command: str, environment: Mapping[str, str]) -> None:
         """Start a command line (of a shell) on the head; RuntimeError where the cluster refuses."""

@@ -77,10 +77,10 @@ def test_it_takes_the_lock_counts_the_attempt_and_goes_on(user: User, tmp_path: 
 
 
 def test_under_a_supervisor_that_holds_the_lock_it_trains_to_its_end(user: User, tmp_path: Path) -> None:
-    """This process is its parent and holds the lock, as a supervisor does."""
+    """This process holds the lock and says which attempt it is, as a supervisor does."""
     run = begun(user, "training.total_steps=2", "run.deterministic=true")
     run.journal.write("attempt_started", attempt=7)
-    with run_lock(run), rank(tmp_path, run.path) as program:
+    with run_lock(run), rank(tmp_path, run.path, SOLOMONOV_ATTEMPT="7") as program:
         assert program.wait(deadline=120) == exits.DONE, program.output()
     assert [event["attempt"] for event in run.journal.events("attempt_started")] == [7], "it counted one itself"
     finished = run.journal.last("training_finished")
