@@ -30,6 +30,8 @@ PREFIX = "\x1esolomonov "
 """Begins each line of ours, so that what others print there is not taken for one."""
 REPORT_SECONDS = 1.0
 """Between two reports of a sign of life."""
+NODE_VARIABLE = "SOLOMONOV_NODE"
+"""Environment variable that tells the rank what its machine is called."""
 ORDERS = ("terminate", "stacks", "kill")
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -44,6 +46,7 @@ def main(arguments: list[str]) -> int:
     place = RankEnvironment.from_environment()
     spec = JobSpec(command, Path(folder))
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    os.environ[NODE_VARIABLE] = host
     orders = Orders(sys.stdin.fileno())
     with LocalGang(
         spec, Path(folder), attempt=int(attempt), master_port=place.master_port, wake_fd=mailbox.fd, places=[place]

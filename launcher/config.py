@@ -38,6 +38,8 @@ class SlurmConfig(Section):
     """Nodes to avoid."""
     dependency: Line | None = None
     """What must have happened before it starts, for instance `afterok:123` or `singleton`."""
+    array_at_once: int | None = Field(default=None, ge=1)
+    """Runs of a sweep (`solomonov submit --sweep`) that may run at a time; null: as many as there is room for."""
     save_seconds: int = Field(default=120, ge=1)
     """How long before the time limit the ranks are asked to save (`--signal`); it may come up to a minute earlier."""
     setup_script: Line | None = None

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from launcher.agent import Orders, beat_of, end_of, obey, of_beat
+from launcher.agent import NODE_VARIABLE, Orders, beat_of, end_of, obey, of_beat
 from launcher.child import Child, ChildCommand, start_child
 from launcher.errors import LaunchConfigurationError
 from launcher.exits import RankExit, order_of_death
@@ -368,6 +368,7 @@ def run_agent(place: RankEnvironment, plan: Mapping[str, Any], host: str, secret
     """
     spec = JobSpec.from_json(plan["spec"])
     folder = Path(plan["folder"])
+    os.environ[NODE_VARIABLE] = host
     with socket.create_connection((supervisor, plan["port"]), timeout=SILENCE_SECONDS) as connection:
         connection.settimeout(None)
 

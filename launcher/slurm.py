@@ -72,6 +72,10 @@ class SlurmRequest:
     """The module whose `supervise FOLDER` and `requeue FOLDER CODE` the batch script runs."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Added to the environment that the job gets."""
+    elements: int | None = None
+    """Of an array; `%a` in both folders is then the number of the element, from 0."""
+    at_once: int | None = None
+    """Elements of the array that may run at a time; None: all."""
 
     def __post_init__(self) -> None:
         texts = {
@@ -93,12 +97,19 @@ class SlurmRequest:
         """The sbatch command line."""
         slurm, config = self.config.slurm, self.config
         # A backslash anywhere in the pattern would switch the replacement of %j off.
-        pattern = f"{str(self.log_folder.absolute()).replace('%', '%%')}/slurm-%j.log"
+        folder, number, array = str(self.log_folder.absolute()), "%j", None
+        if self.elements is not None:
+            limit = f"%{self.at_once}" if self.at_once is not None else ""
+            number, array = "%A_%a", f"0-{self.elements - 1}{limit}"
+            pattern = "%a".join(part.replace("%", "%%") for part in folder.split("%a"))
+        else:
+            pattern = folder.replace("%", "%%")
         options: list[tuple[str, object]] = [
             ("job-name", self.name),
             ("nodes", config.nodes),
             ("ntasks-per-node", self.ranks_per_node),
-            ("output", pattern),
+            ("output", f"{pattern}/slurm-{number}.log"),
+            ("array", array),
             ("open-mode", "append"),
             ("signal", f"B:USR1@{slurm.save_seconds}"),
             ("export", "ALL"),
@@ -233,9 +244,21 @@ class SlurmLauncher:
             LaunchConfigurationError: it cannot work.
             SlurmError: Slurm refuses it, or does not answer.
         """
+        return SlurmJob(self._submit(request), request.log_folder)
+
+    def submit_array(self, request: SlurmRequest) -> list[SlurmJob]:
+        """The same for an array; returns the jobs of its elements."""
+        assert request.elements is not None, "an array"
+        number = self._submit(request)
+        folder = str(request.log_folder)
+        return [
+            SlurmJob(f"{number}_{element}", Path(folder.replace("%a", str(element))))
+            for element in range(request.elements)
+        ]
+
+    def _submit(self, request: SlurmRequest) -> str:
         check_request(request, partitions())
-        answer = run_slurm(request.command, environment=request.job_environment)
-        return SlurmJob(answer.strip().partition(";")[0], request.log_folder)
+        return run_slurm(request.command, environment=request.job_environment).strip().partition(";")[0]
 
 
 class SlurmJob:

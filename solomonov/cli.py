@@ -123,6 +123,9 @@ def _add_job_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -
     submit.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, YAML values")
     submit.add_argument("--on", choices=("local", "slurm", "ray"), required=True, help="where its ranks run")
     submit.add_argument("--nodes", type=_at_least_one, help="machines (launch.nodes)")
+    submit.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=V,V", help="a run for each value; again for combinations"
+    )
     resume = verbs.add_parser("resume", help="submit a run again, as it was submitted")
     resume.add_argument("run", metavar="RUN")
     resume.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, YAML values")

@@ -78,6 +78,9 @@ class ResilienceConfig(Section):
     hang_start_seconds: float = Field(default=600.0, gt=0.0)
     """The same for a section of which fewer than three stays are known: imports, compilation, the first saves."""
 
+    preflight: Literal["auto", "always", "never"] = "auto"
+    """Look at the machines of the run before the first step of each attempt: devices, versions, clocks, the run's
+    folder, the network between them. auto: where its ranks are on several machines."""
     max_skipped_updates: int = Field(default=10, ge=0)
     """Consecutive updates that may be skipped for a non-finite gradient before the run ends with exit code 70."""
 

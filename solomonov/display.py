@@ -163,6 +163,8 @@ def _sentence(record: Mapping[str, Any]) -> str | None:
         return f"held-out loss {record['loss']:.4f} ({bits}) at step {record['step']}"
     if kind.startswith("data_"):
         return _data_sentence(kind, record)
+    if kind == "preflight":
+        return f"hosts   {', '.join(node['host'] for node in record['nodes'])}: {record['verdict']}"
     if kind == "checkpoint_failed":
         return f"no checkpoint at step {record['step']}, training goes on: {record['message']} ({record['path']})"
     if kind in ("checkpoint_damaged", "replay_mismatch", "tensorboard_failed", "metrics_failed"):

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from solomonov.errors import ConfigurationError
 
@@ -32,7 +34,12 @@ class RankInfo:
 
     rank: int
     local_rank: int
+    """Number on this machine."""
     world: int
+    local_world: int
+    """Ranks on this machine."""
+    node: int = 0
+    """Number of this machine."""
 
     @staticmethod
     def from_environment() -> RankInfo:
@@ -49,7 +56,14 @@ class RankInfo:
                 rule=f"a rank is given {', '.join(TORCHRUN_VARIABLES)}",
                 remedy="start it with `solomonov train`, or with torchrun",
             )
-        return RankInfo(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+        rank, local_rank, world = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        return RankInfo(rank, local_rank, world, local_world, int(os.environ.get("GROUP_RANK", "0")))
+
+    @property
+    def several_machines(self) -> bool:
+        """Whether the world is more than this machine."""
+        return self.local_world < self.world
 
 
 def pick_device(info: RankInfo) -> torch.device:
@@ -61,13 +75,22 @@ def pick_device(info: RankInfo) -> torch.device:
     return torch.device("cpu")
 
 
-def start_process_group(info: RankInfo, device: torch.device, *, init_method: str = "env://") -> None:
+def meet(info: RankInfo, init_method: str = "env://") -> Store:
+    """The store by which the ranks of a run find each other, where the torchrun variables say."""
+    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
+    store, _, _ = next(rendezvous(init_method, info.rank, info.world, timeout=timeout))
+    store.set_timeout(timeout)
+    found: Store = store
+    return found
+
+
+def start_process_group(info: RankInfo, device: torch.device, store: Store) -> None:
     """Join the run's process group: NCCL for CUDA devices, gloo otherwise."""
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
     options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=init_method,
+        store=PrefixStore("run", store),
         rank=info.rank,
         world_size=info.world,
         timeout=timeout,

@@ -13,10 +13,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from solomonov import exits
 from solomonov.commands import answer, table
@@ -24,11 +25,12 @@ from solomonov.config import Loaded, load_config, parse_config
 from solomonov.errors import ConfigurationError
 from solomonov.host import visible_gpus
 from solomonov.logs import follow, show
-from solomonov.runfolder import RunFolder, all_runs, find_run, is_locked, lock_holder, run_lock
+from solomonov.runfolder import RunFolder, all_runs, find_run, is_locked, lock_holder, run_lock, submission_lock
 from solomonov.snapshot import snapshot
 from solomonov.start import PreparedRun, prepare_run
 from solomonov.status import Live, RunStatus, read_status
 from solomonov.supervise import launch_section, one_machine, request_file, slurm_scripts
+from solomonov.sweep import combinations
 
 if TYPE_CHECKING:
     from launcher.config import LaunchConfig
@@ -58,8 +60,27 @@ class Submission:
 def submit(options: argparse.Namespace) -> int:
     """`solomonov submit CONFIG --on local|slurm|ray`."""
     given = [f"launch.nodes={options.nodes}"] if options.nodes is not None else []
-    loaded = load_config(Path(options.config), [*given, *options.overrides])
-    return _submit(plan_submission(loaded, options.on), options)
+    given += options.overrides
+    loaded = load_config(Path(options.config), given)
+    if not options.sweep:
+        return _submit([plan_submission(loaded, options.on)], options)
+    if options.on == "local":
+        raise ConfigurationError(
+            "this machine trains one run at a time",
+            got=f"--on local --sweep {' --sweep '.join(options.sweep)}",
+            rule="the runs of a sweep are jobs of a cluster",
+            remedy="--on slurm (one array) or --on ray; here, submit one run after the other",
+        )
+    name = loaded.config.run.name
+    return _submit(
+        [
+            plan_submission(
+                load_config(Path(options.config), [*given, *words, f"run.name={name}-{number}"]), options.on
+            )
+            for number, words in enumerate(combinations(options.sweep))
+        ],
+        options,
+    )
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -71,7 +92,7 @@ def resume(options: argparse.Namespace) -> int:
     text = (run.path / "config.yaml").read_text(encoding="utf-8")
     os.chdir(record["working_folder"])
     loaded = parse_config(text, [*record["overrides"], *options.overrides], where=str(run.path / "config.yaml"))
-    return _submit(plan_submission(loaded, backend), options)
+    return _submit([plan_submission(loaded, backend)], options)
 
 
 def plan_submission(loaded: Loaded, backend: str) -> Submission:
@@ -129,8 +150,46 @@ def _slurm_gpus(launch: LaunchConfig) -> int:
     return min(most, launch.ranks_per_node or most)
 
 
-def _submit(submission: Submission, options: argparse.Namespace) -> int:
+def _submit(submissions: Sequence[Submission], options: argparse.Namespace) -> int:
+    """Submit one run, or the runs of a sweep."""
+    for submission in submissions:
+        _refuse_again(submission.run)
+    _check(submissions)
+    if options.dry_run:
+        _show_plan(submissions)
+        return exits.DONE
+    with ExitStack() as stack:
+        for submission in submissions:
+            submission.prepared.make_folder()
+            stack.enter_context(submission_lock(submission.run))
+            _refuse_again(submission.run)  # another command may have submitted it since
+        codes = [_write(submission) for submission in submissions]
+        start = {"slurm": _submit_to_slurm, "ray": _submit_to_ray, "local": _submit_here}[submissions[0].backend]
+        jobs = start(submissions, codes)
+    rows = [
+        {"run": str(submission.run.path), "backend": submission.backend, "job": job, "code": code.name}
+        for submission, job, code in zip(submissions, jobs, codes, strict=True)
+    ]
+    if len(rows) > 1:
+        table(options, rows)
+        return exits.DONE
+    run = submissions[0].run.path
+    answer(options, rows[0])
+    if not options.json:
+        print(f"\nsolomonov status {run}    solomonov logs {run} -f    solomonov cancel {run}")
+    return exits.DONE
+
+
+def _write(submission: Submission) -> Path:
+    """The run's record and its copy of the code."""
     run = submission.run
+    with run_lock(run, wait_seconds=1.0):
+        submission.prepared.write()
+        return snapshot(Path(__file__).resolve().parent.parent, slurm_scripts(), run.path / "code")
+
+
+def _refuse_again(run: RunFolder) -> None:
+    """Refuse a run that is under way or done."""
     status = look(run) if run.resolved_path.exists() else None
     if status is not None and (status.is_live or status.state == "done"):
         raise ConfigurationError(
@@ -141,54 +200,38 @@ def _submit(submission: Submission, options: argparse.Namespace) -> int:
             if status.is_live
             else "raise training.total_steps under a new run.name to train longer",
         )
-    _check(submission)
-    if options.dry_run:
-        _show_plan(submission)
-        return exits.DONE
-    submission.prepared.make_folder()
-    with run_lock(run, wait_seconds=1.0):
-        submission.prepared.write()
-        code = snapshot(Path(__file__).resolve().parent.parent, slurm_scripts(), run.path / "code")
-    start = {"slurm": _submit_to_slurm, "ray": _submit_to_ray, "local": _submit_here}[submission.backend]
-    job = start(submission, code)
-    _answer(options, {"run": str(run.path), "backend": submission.backend, "job": job, "code": code.name}, run)
-    return exits.DONE
 
 
-def _answer(options: argparse.Namespace, fields: Mapping[str, Any], run: RunFolder) -> None:
-    answer(options, fields)
-    if not options.json:
-        print(f"\nsolomonov status {run.path}    solomonov logs {run.path} -f    solomonov cancel {run.path}")
-
-
-def _check(submission: Submission) -> None:
-    """Ask who would run it whether they can."""
-    if submission.backend == "slurm":
+def _check(submissions: Sequence[Submission]) -> None:
+    """Ask who would run them whether they can."""
+    if submissions[0].backend == "slurm":
         from launcher.slurm import check_request
         from launcher.slurm_commands import partitions
 
-        check_request(_slurm_request(submission, Path("code")), partitions())
-    elif submission.backend == "ray":
+        check_request(_slurm_request(submissions, Path("code")), partitions())
+    elif submissions[0].backend == "ray":
         from launcher.ray_jobs import RayLauncher
 
-        RayLauncher().check(_ray_request(submission, Path("code")))
+        RayLauncher().check(_ray_request(submissions[0], Path("code")))
 
 
-def _show_plan(submission: Submission) -> None:
+def _show_plan(submissions: Sequence[Submission]) -> None:
     """What would be done."""
-    prepared, launch = submission.prepared, submission.launch
-    print(f"run      {submission.run.path}")
-    print(f"ranks    {launch.nodes} x {submission.ranks_per_node} on {submission.backend}")
+    first = submissions[0]
+    prepared, launch = first.prepared, first.launch
+    for submission in submissions:
+        print(f"run      {submission.run.path}")
+    print(f"ranks    {launch.nodes} x {first.ranks_per_node} on {first.backend}")
     print(f"batch    {prepared.plan.describe()}")
     print(f"model    {prepared.derived['parameters']:,} parameters")
-    if submission.backend == "slurm":
-        request = _slurm_request(submission, Path("code"))
+    if first.backend == "slurm":
+        request = _slurm_request(submissions, Path("code"))
         print(f"command  {shlex.join(request.command)}")
         print(f"\n{request.script}:\n{request.script.read_text(encoding='utf-8')}")
-    elif submission.backend == "ray":
-        print(f"command  {_ray_request(submission, Path('code')).command}")
+    elif first.backend == "ray":
+        print(f"command  {_ray_request(first, Path('code')).command}")
     else:
-        print(f"command  {shlex.join(_supervisor(submission.run))}")
+        print(f"command  {shlex.join(_supervisor(first.run))}")
 
 
 # --- here ------------------------------------------------------------------------------------------------------------
@@ -204,8 +247,9 @@ def _code_environment(code: Path) -> dict[str, str]:
     return {"PYTHONPATH": f"{code}{os.pathsep}{own}" if own else str(code), "PYTHONSAFEPATH": "1"}
 
 
-def _submit_here(submission: Submission, code: Path) -> str:
+def _submit_here(submissions: Sequence[Submission], codes: Sequence[Path]) -> list[str]:
     """Start the supervisor as a process that outlives this one; returns its number."""
+    [submission], [code] = submissions, codes
     run = submission.run
     log = run.logs / "supervisor.log"
     with log.open("ab") as output:
@@ -228,35 +272,51 @@ def _submit_here(submission: Submission, code: Path) -> str:
                 raise SystemExit(process.returncode)
             break
         time.sleep(0.05)
-    return str(process.pid)
+    return [str(process.pid)]
 
 
 # --- Slurm -----------------------------------------------------------------------------------------------------------
 
 
-def _slurm_request(submission: Submission, code: Path) -> SlurmRequest:
+def _slurm_request(submissions: Sequence[Submission], code: Path) -> SlurmRequest:
+    """One job, or the array of a sweep, whose runs differ in nothing that Slurm is asked for."""
     from launcher.slurm import SlurmRequest
 
-    run = submission.run
+    first = submissions[0]
+    several = len(submissions) > 1
+    folder = first.run.path
+    if several:
+        if "%a" in str(folder.absolute()):
+            raise ConfigurationError(
+                "the folder of a sweep cannot be told to Slurm",
+                got=str(folder.absolute()),
+                rule="%a in a path stands for the number of a run",
+                remedy="choose another run.folder",
+            )
+        folder = folder.with_name(f"{folder.name.removesuffix('-0')}-%a")
     return SlurmRequest(
-        name=run.path.name,
-        folder=run.path,
-        log_folder=run.logs,
-        config=submission.launch,
-        ranks_per_node=submission.ranks_per_node,
+        name=folder.name.removesuffix("-%a") if several else folder.name,
+        folder=folder,
+        log_folder=RunFolder(folder).logs,
+        config=first.launch,
+        ranks_per_node=first.ranks_per_node,
         script=(code / "slurm" if code.is_absolute() else slurm_scripts()) / "train.sbatch",
         environment=_code_environment(code),
+        elements=len(submissions) if several else None,
+        at_once=first.launch.slurm.array_at_once if several else None,
     )
 
 
-def _submit_to_slurm(submission: Submission, code: Path) -> str:
+def _submit_to_slurm(submissions: Sequence[Submission], codes: Sequence[Path]) -> list[str]:
     from launcher.slurm import SlurmLauncher
 
-    run = submission.run
-    request = _slurm_request(submission, code)
-    job = SlurmLauncher().submit(request)
-    run.journal.write("submitted", backend="slurm", job=job.job_id, code=code.name, command=request.command)
-    return job.job_id
+    request = _slurm_request(submissions, codes[0])
+    launcher = SlurmLauncher()
+    jobs = [launcher.submit(request)] if request.elements is None else launcher.submit_array(request)
+    for submission, job, code in zip(submissions, jobs, codes, strict=True):
+        fields = {"job": job.job_id, "code": code.name, "command": request.command}
+        submission.run.journal.write("submitted", backend="slurm", **fields)
+    return [job.job_id for job in jobs]
 
 
 def _slurm_job(run: RunFolder) -> SlurmJob | None:
@@ -292,15 +352,17 @@ def passed_on() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
 
 
-def _submit_to_ray(submission: Submission, code: Path) -> str:
+def _submit_to_ray(submissions: Sequence[Submission], codes: Sequence[Path]) -> list[str]:
     from launcher.ray_jobs import RayLauncher
 
-    run = submission.run
-    request = _ray_request(submission, code)
-    job = RayLauncher().submit(request)
-    fields = {"command": request.command, "address": request.address, "dashboard": job.dashboard}
-    run.journal.write("submitted", backend="ray", job=job.name, code=code.name, **fields)
-    return job.name
+    jobs = []
+    for submission, code in zip(submissions, codes, strict=True):
+        request = _ray_request(submission, code)
+        job = RayLauncher().submit(request)
+        fields = {"command": request.command, "address": request.address, "dashboard": job.dashboard}
+        submission.run.journal.write("submitted", backend="ray", job=job.name, code=code.name, **fields)
+        jobs.append(job.name)
+    return jobs
 
 
 def _ray_job(run: RunFolder) -> RayJob | None:

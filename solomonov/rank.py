@@ -1,8 +1,8 @@
 """One rank of a run: `python -m solomonov.rank RUN_DIR`. Its answer is its exit code.
 
 It needs the torchrun variables and reads no others, but for SOLOMONOV_HEARTBEAT, the file of its sign of life,
-SOLOMONOV_ATTEMPT, the number that its supervisor counts it under, and SOLOMONOV_RAY_ADDRESS and
-SOLOMONOV_RAY_NAMESPACE, where its data workers are.
+SOLOMONOV_ATTEMPT, the number that its supervisor counts it under, SOLOMONOV_NODE, what its machine is called, and
+SOLOMONOV_RAY_ADDRESS and SOLOMONOV_RAY_NAMESPACE, where its data workers are.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ def _run(run: RunFolder, stop: StopRequest, heartbeat: Heartbeat, stack: ExitSta
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    from solomonov.distributed import Control, RankInfo, pick_device, start_process_group, stop_process_group
+    from solomonov.distributed import Control, RankInfo, meet, pick_device, start_process_group, stop_process_group
     from solomonov.feed import ClusterPlace
+    from solomonov.preflight import Preflight
     from solomonov.train import train
 
     info = RankInfo.from_environment()
@@ -72,9 +73,16 @@ def _run(run: RunFolder, stop: StopRequest, heartbeat: Heartbeat, stack: ExitSta
         _own_the_run(run, stack)
     torch.use_deterministic_algorithms(config.run.deterministic)
     device = pick_device(info)
-    start_process_group(info, device)
+    store, look = meet(info), None
+    if config.resilience.preflight == "always" or (config.resilience.preflight == "auto" and info.several_machines):
+        look = Preflight(run, info, device, store)
+        look.exchange()
+    start_process_group(info, device, store)
+    control = Control()
+    if look is not None:
+        look.measure(control)
     attempt = int(given) if given is not None else None
-    code = train(run, Control(), device, stop, heartbeat, ClusterPlace.from_environment(), attempt)
+    code = train(run, control, device, stop, heartbeat, ClusterPlace.from_environment(), attempt)
     stop_process_group()
     return code
 

@@ -318,6 +318,20 @@ def _lock(run: RunFolder, path: Path, wait_seconds: float, owner: LockOwner | No
     return fd
 
 
+@contextmanager
+def submission_lock(run: RunFolder) -> Iterator[None]:
+    """One command at a time submits a run; others wait for it, which takes seconds."""
+    try:
+        fd = os.open(run.path / ".submitting", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise unwritable(run.path, error) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 def is_locked(run: RunFolder) -> bool:
     """Whether some live process holds the run's lock now."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import xxhash
@@ -23,19 +24,9 @@ def snapshot(root: Path, scripts: Path, folder: Path) -> Path:
     Returns:
         The copy, absolute; to be put on PYTHONPATH.
     """
-    files = {
-        path.relative_to(root): path
-        for package in PACKAGES
-        for path in sorted((root / package).rglob("*"))
-        if path.suffix in SUFFIXES and path.is_file()
-    }
+    files = _package_files(root)
     files |= {Path("slurm") / path.name: path for path in sorted(scripts.iterdir()) if path.suffix in SCRIPTS}
-    digest = xxhash.xxh3_64()
-    for name, path in files.items():
-        data = path.read_bytes()
-        digest.update(f"{name}\0{len(data)}\0".encode())
-        digest.update(data)
-    target = folder.absolute() / digest.hexdigest()
+    target = folder.absolute() / _digest(files)
     if target.exists():
         return target
     aside = target.with_name(f".{target.name}.tmp")
@@ -45,3 +36,26 @@ def snapshot(root: Path, scripts: Path, folder: Path) -> Path:
         shutil.copy(path, aside / name)
     aside.rename(target)
     return target
+
+
+def code_digest(root: Path) -> str:
+    """A name for what is in the packages of a folder; equal where the code is."""
+    return _digest(_package_files(root))
+
+
+def _package_files(root: Path) -> dict[Path, Path]:
+    return {
+        path.relative_to(root): path
+        for package in PACKAGES
+        for path in sorted((root / package).rglob("*"))
+        if path.suffix in SUFFIXES and path.is_file()
+    }
+
+
+def _digest(files: Mapping[Path, Path]) -> str:
+    digest = xxhash.xxh3_64()
+    for name, path in files.items():
+        data = path.read_bytes()
+        digest.update(f"{name}\0{len(data)}\0".encode())
+        digest.update(data)
+    return digest.hexdigest()

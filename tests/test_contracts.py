@@ -67,4 +67,5 @@ def test_rank_reads_the_environment_that_the_launcher_writes(monkeypatch: pytest
     for name, value in given.to_environment().items():
         monkeypatch.setenv(name, value)
     info = RankInfo.from_environment()
-    assert (info.rank, info.local_rank, info.world) == (5, 1, 8), "the torchrun variables carry the rank's place"
+    place = (info.rank, info.local_rank, info.world, info.local_world, info.node)
+    assert place == (5, 1, 8, 4, 1), "the torchrun variables carry the rank's place"

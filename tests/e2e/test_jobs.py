@@ -55,6 +55,24 @@ def test_submitted_here_followed_cancelled_resumed_and_finished(user: User, undi
     assert_no_process(f"supervise {user.folder}")
 
 
+def test_of_two_submissions_at_once_one_is_refused(user: User) -> None:
+    words = ("submit", "own.yaml", "--on", "local", "training.total_steps=400")
+    with user.command(*words) as first, user.command(*words) as second:
+        codes = sorted([first.wait(deadline=120), second.wait(deadline=120)])
+        assert codes == [0, 78], first.output() + second.output()
+        assert ("the run is " in first.output()) != ("the run is " in second.output())
+    assert len(user.journal("submitted")) == 1
+    user.must("cancel", "own", "--now")
+    assert user.command("wait", "own").wait(deadline=60) == 130
+
+
+def test_a_sweep_wants_a_cluster(user: User) -> None:
+    code, output = user.solomonov("submit", "own.yaml", "--on", "local", "--sweep", "run.seed=1,2")
+    assert code == 78
+    assert "this machine trains one run at a time" in output
+    assert not user.run("own-0").exists()
+
+
 def test_what_is_submitted_is_the_code_of_that_moment(user: User) -> None:
     """The supervisor and its ranks run from the copy in the run's folder."""
     user.must("submit", "own.yaml", "--on", "local", "training.total_steps=400")

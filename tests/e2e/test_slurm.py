@@ -73,6 +73,10 @@ def test_preempted_saved_queued_again_and_finished(user: User, undisturbed: User
     reached(user, sampler("preemption by Slurm").randrange(3, 15))
     cluster.urgent(nodes=4)
     assert user.command("wait", "own").wait(deadline=240) == 0
+    for looked in user.journal("preflight"):
+        assert (looked["verdict"], looked["ranks"], len(looked["nodes"])) == ("good", 4, 2)
+        assert looked["slowest_links_bytes_per_second"]["0-1"] > 0
+    assert len(user.journal("preflight")) == len(user.journal("resumed")), "before each attempt"
     first, second = user.journal("resumed")
     (requeued,) = user.journal("requeued")
     assert (requeued["job"], requeued["reason"]) == (job, "preempted")
@@ -169,6 +173,33 @@ def test_a_lost_node_is_replaced_and_its_orphans_are_fenced_off(user: User, clus
     nothing_left(user.folder)
 
 
+def test_a_sweep_is_an_array_of_runs(user: User, undisturbed: User, cluster: SlurmCluster) -> None:
+    """One at a time; the second one is cancelled, its element alone, and resumed as a job of its own."""
+    words = ("--sweep", "run.seed=5,6", "launch.slurm.array_at_once=1", "launch.slurm.gpus_per_node=0")
+    output = user.must("submit", "own.yaml", "--on", "slurm", "--json", *words)
+    first, second = (json.loads(line) for line in output.splitlines() if line.startswith("{"))
+    assert (first["run"], second["run"]) == ("runs/own-0", "runs/own-1")
+    array = first["job"].removesuffix("_0")
+    assert second["job"] == f"{array}_1"
+    wait_for(lambda: user.steps_done("own-1") >= 3, deadline=240, what="the second run trains")
+    assert user.steps_done("own-0") == 60, "one at a time"
+    user.must("cancel", "own-1")
+    assert user.command("wait", "own-1").wait(deadline=120) == 75
+    assert user.command("wait", "own-0").wait(deadline=60) == 0
+    [left] = user.journal("left", name="own-1")
+    assert (left["job"], left["reason"]) == (second["job"], "cancelled")
+    assert (user.run("own-1") / "logs" / f"slurm-{second['job']}.log").exists()
+    user.must("resume", "own-1")
+    assert user.command("wait", "own-1").wait(deadline=240) == 0
+    assert [event["step"] for event in user.journal("resumed", name="own-1")] == [0, left["step"]]
+    seeds = [[line["data_digest"] for line in user.metrics(name)] for name in ("own-0", "own-1")]
+    assert seeds[0] == [digest for _, digest in digests(undisturbed)], "seed 5"
+    assert len(seeds[1]) == 60
+    assert not set(seeds[0]) & set(seeds[1]), "seed 6"
+    assert not unexpected(user.journal(name="own-0") + user.journal(name="own-1"))
+    nothing_left(user.folder)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -177,6 +208,8 @@ def test_a_lost_node_is_replaced_and_its_orphans_are_fenced_off(user: User, clus
             ("--nodes", "8", "launch.ranks_per_node=1", "training.micro_batch_sequences=1"),
             "fewer nodes than the run wants",
         ),
+        (("--sweep", "launch.nodes=1,2"), "this is no sweep"),
+        (("--sweep", "run.seed=1,2", "run.folder=runs-%a"), "the folder of a sweep cannot be told to Slurm"),
         (("launch.slurm.gpus_per_node=3",), "fewer GPUs than the run wants"),
         (("run.folder=/dev/shm/solomonov-runs",), "the run's folder is not on shared storage"),
         (("launch.slurm.setup_script=nowhere.sh",), "the setup script cannot be read"),

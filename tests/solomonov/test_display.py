@@ -66,6 +66,7 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
         empty.journal.write("checkpoint_failed", step=12, cause="ENOSPC", message="no space", path="step-12")
         empty.journal.write("metrics_failed", attempt=1, message="[Errno 28]")
         empty.journal.write("checkpoint_durable", step=12)  # not news either
+        empty.journal.write("preflight", verdict="good", nodes=[{"host": "one"}, {"host": "two"}])
         workers = [{"worker": number, "worker_node": "one"} for number in range(2)]
         empty.journal.write("data_service_started", namespace="n", workers=workers)
         empty.journal.write("data_worker_died", worker=1, cause="ActorDiedError", seconds=3.0)
@@ -83,6 +84,7 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
         "no checkpoint at step 12, training goes on: no space (step-12)",
         'metrics failed: {"message": "[Errno 28]"}',
         "step 12/60 loss 2.500",
+        "hosts one, two: good",
         "rows from 2 data workers on 1 Ray node",
         "data worker 1 died: starting it again; its requests go to others",
         "data worker 0 holds still (process 7 on far): ending it",

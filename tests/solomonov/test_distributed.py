@@ -15,6 +15,7 @@ from solomonov.distributed import (
     COLLECTIVE_TIMEOUT_SECONDS,
     Control,
     RankInfo,
+    meet,
     pick_device,
     start_process_group,
     stop_process_group,
@@ -49,7 +50,7 @@ def test_collectives() -> None:
     answers = run_ranks(talk, WORLD)
     for rank, answer in enumerate(answers):
         assert answer["place"] == (rank, WORLD)
-        assert answer["info"] == RankInfo(rank=rank, local_rank=rank, world=WORLD)
+        assert answer["info"] == RankInfo(rank=rank, local_rank=rank, world=WORLD, local_world=WORLD)
         assert answer["gathered"] == [{"rank": 0}, {"rank": 1}]
         assert answer["from_0"] == "said by 0"
         assert answer["from_1"] == "said by 1"
@@ -62,7 +63,7 @@ def test_a_process_that_is_no_rank_is_told_what_is_missing(monkeypatch: pytest.M
     given = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert RankInfo.from_environment() == RankInfo(rank=3, local_rank=1, world=8)
+    assert RankInfo.from_environment() == RankInfo(rank=3, local_rank=1, world=8, local_world=8)
     for name in ("LOCAL_RANK", "MASTER_PORT"):
         monkeypatch.delenv(name)
     with pytest.raises(ConfigurationError, match="not started as a rank") as caught:
@@ -71,7 +72,8 @@ def test_a_process_that_is_no_rank_is_told_what_is_missing(monkeypatch: pytest.M
 
 
 def test_a_group_is_joined_and_left(tmp_path: Path) -> None:
-    start_process_group(RankInfo(0, 0, 1), torch.device("cpu"), init_method=f"file://{tmp_path / 'meet'}")
+    info = RankInfo(0, 0, 1, 1)
+    start_process_group(info, torch.device("cpu"), meet(info, f"file://{tmp_path / 'meet'}"))
     try:
         assert dist.get_backend() == "gloo"
         assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
@@ -88,6 +90,6 @@ def test_a_rank_that_lives_but_does_not_come_is_waited_for_ten_minutes() -> None
 
 @pytest.mark.gpu
 def test_the_device_is_that_of_the_local_rank() -> None:
-    device = pick_device(RankInfo(rank=5, local_rank=0, world=8))
+    device = pick_device(RankInfo(rank=5, local_rank=0, world=8, local_world=1))
     assert device == torch.device("cuda", 0)
     assert torch.cuda.current_device() == 0

@@ -1,0 +1,82 @@
+"""Machines that ask each other for the time, over real sockets of this one."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import struct
+import threading
+import time
+
+import pytest
+
+from solomonov import reach
+from solomonov.reach import Address, TimeServer, ask, ask_all
+
+
+def test_a_machine_is_reached_and_its_clock_is_read() -> None:
+    with TimeServer("127.0.0.1") as server:
+        assert server.address.host == "127.0.0.1"
+        answer = ask(server.address)
+    assert answer.problem is None
+    assert 0.0 < answer.round_trip_seconds < 60.0
+    # One clock, so what it seems to differ by is the method's error, half of the round trip at most.
+    assert abs(answer.offset_seconds) <= answer.round_trip_seconds / 2 + 1e-4
+
+
+def test_a_clock_that_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = time.time_ns
+    ahead = 90 * 10**9
+    answering = threading.local()
+
+    def receive(peer: socket.socket, size: int) -> bytes:
+        answering.yes = size == reach.KEY_BYTES  # the side that reads a key is the server
+        return original(peer, size)
+
+    original = reach._receive
+    monkeypatch.setattr(reach, "_receive", receive)
+    monkeypatch.setattr(time, "time_ns", lambda: clock() + (ahead if getattr(answering, "yes", False) else 0))
+    with TimeServer("127.0.0.1") as server:
+        answer = ask(server.address)
+    assert abs(answer.offset_seconds - 90.0) <= answer.round_trip_seconds / 2 + 1e-3
+
+
+def test_many_are_asked_at_once() -> None:
+    servers = [TimeServer("127.0.0.1") for _ in range(5)]
+    try:
+        answers = ask_all({number: server.address for number, server in enumerate(servers)})
+    finally:
+        for server in servers:
+            server.__exit__(None, None, None)
+    assert sorted(answers) == [0, 1, 2, 3, 4]
+    assert all(answer.problem is None for answer in answers.values())
+
+
+def test_a_closed_port_is_refused() -> None:
+    with TimeServer("127.0.0.1") as server:
+        address = server.address
+    assert ask(address).problem == f"127.0.0.1:{address.port}: Connection refused"
+
+
+def test_a_machine_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach, "REACH_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        assert ask(Address("127.0.0.1", port, "00" * reach.KEY_BYTES)).problem == f"127.0.0.1:{port}: no answer"
+
+
+def test_another_program_on_the_port_is_told_from_ours() -> None:
+    with TimeServer("127.0.0.1") as server:
+        wrong = dataclasses.replace(server.address, key="00" * reach.KEY_BYTES)
+        problem = ask(wrong).problem
+    assert problem is not None
+    assert problem.startswith(f"127.0.0.1:{wrong.port}"), problem
+
+
+def test_a_server_says_nothing_to_those_who_do_not_know_its_key() -> None:
+    with (
+        TimeServer("127.0.0.1") as server,
+        socket.create_connection(("127.0.0.1", server.address.port), timeout=10.0) as peer,
+    ):
+        peer.sendall(struct.pack("16s", b"x"))
+        assert peer.recv(64) == b""
