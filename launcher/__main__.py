@@ -2,6 +2,7 @@
 
 agent FOLDER ATTEMPT COMMAND ...   stands beside one rank (see launcher/agent.py)
 supervise FOLDER                   runs the job that FOLDER/job.json describes, in the Slurm allocation around it
+ray-node ADDRESS FOLDER CPUS BYTES a node of a private Ray, beside its head on another machine (see ray_door.node)
 requeue FOLDER CODE                what follows the end of that: leave, or be queued again
 """
 
@@ -48,6 +49,10 @@ def _run(arguments: list[str]) -> int:
             from launcher.ray_door import hold
 
             return hold(json.loads(plan))
+        case ["ray-node", address, folder, cpus, size]:
+            from launcher.ray_door import node
+
+            return node(address, Path(folder), float(cpus), int(size))
         case ["supervise", folder] if ADDRESS in os.environ:
             return _supervise_on_ray(Path(folder), os.environ[ADDRESS])
         case ["supervise", folder]:

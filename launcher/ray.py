@@ -77,6 +77,24 @@ def client_environment() -> dict[str, str]:
     }
 
 
+def access_by(token: Path) -> dict[str, str]:
+    """What a process needs in its environment to show a token.
+
+    Empty counts as unset, and a token of the user's would win over the file.
+    """
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_TOKEN": ""}
+
+
+def server_environment(token: Path) -> dict[str, str]:
+    """What the processes of a private Ray itself are given.
+
+    They should leave soon after the head, and so keep Ray's short patience.
+    """
+    found = client_environment() | access_by(token) | {MARKER: str(token.parent)}
+    del found["RAY_gcs_rpc_server_reconnect_timeout_s"]
+    return found
+
+
 class PrivateRay:
     """A Ray of our own on this machine, as a context manager: when it is left, no process of it remains.
 
@@ -87,10 +105,18 @@ class PrivateRay:
         cpus: what its workers may reserve together.
         object_store_bytes: shared memory for what they hand over.
         dashboard: serve Ray's dashboard on 127.0.0.1.
+        host: the address of this machine that it listens on; None: the one by which others reach it, so that it may
+            get nodes on other machines (`launcher.slurm_ray`).
     """
 
-    def __init__(self, cpus: int, object_store_bytes: int = 256 << 20, dashboard: bool = False) -> None:
-        self._settings = {"cpus": cpus, "object_store_bytes": object_store_bytes, "dashboard": dashboard}
+    def __init__(
+        self,
+        cpus: int,
+        object_store_bytes: int = 256 << 20,
+        dashboard: bool = False,
+        host: str | None = HOST,
+    ) -> None:
+        self._settings = {"cpus": cpus, "object_store_bytes": object_store_bytes, "dashboard": dashboard, "host": host}
         self._scratch: ScratchFolder | None = None
         self._head: Child | None = None
         self.address = ""
@@ -132,12 +158,9 @@ class PrivateRay:
         descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w", encoding="ascii") as file:
             file.write(secrets.token_hex(32))
-        # Empty counts as unset, and a token of the user's would win over the file.
-        access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_TOKEN": ""}
+        access = access_by(token)
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_THE_HEAD}
-        environment |= client_environment() | access | {MARKER: str(folder)}
-        # Its own processes should leave soon after the head: they keep Ray's short patience.
-        del environment["RAY_gcs_rpc_server_reconnect_timeout_s"]
+        environment |= server_environment(token)
         log = folder / "head.log"
         settings = json.dumps({**self._settings, "folder": str(folder / TEMPORARY)})
         self._head, reader = _start_ours(["head", settings], environment, log)

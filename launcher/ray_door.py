@@ -8,6 +8,8 @@ import ipaddress
 import json
 import os
 import platform
+import select
+import shutil
 import signal
 import sys
 import threading
@@ -21,8 +23,10 @@ import psutil
 
 from launcher.child import tell_parents_end
 from launcher.rank_env import RankEnvironment
-from launcher.ray import END_SECONDS, HOST, PASSED_ON, end_all
+from launcher.ray import END_SECONDS, PASSED_ON, end_all, server_environment
 from launcher.ray_gang import REPORT_SECONDS, SECRET, RayRoom, no_room, run_agent
+from launcher.scratch import lock_folder
+from launcher.slurm_ray import host_address
 
 STEADY_SECONDS = 10.0
 """Room for more ranks that has been there for so long will stay: a node that just came may go again."""
@@ -47,7 +51,9 @@ def _say(writer: int, **answer: object) -> None:
     os.close(writer)
 
 
-def _head(writer: int, parent: int, *, cpus: int, object_store_bytes: int, dashboard: bool, folder: str) -> int:
+def _head(
+    writer: int, parent: int, *, cpus: int, object_store_bytes: int, dashboard: bool, host: str | None, folder: str
+) -> int:
     """The process that starts a private Ray, and ends it on SIGTERM or when its parent dies."""
     os.set_inheritable(writer, False)  # the parent sees our end by the end of the pipe
     with _left_by_sigterm():
@@ -64,13 +70,61 @@ def _head(writer: int, parent: int, *, cpus: int, object_store_bytes: int, dashb
             log_to_driver=False,
             logging_level="ERROR",
             _temp_dir=folder,
-            _node_ip_address=HOST,
+            _node_ip_address=host,
         )
         signal.signal(signal.SIGTERM, _leave)  # Ray has put its own there
         url = f"http://{context.dashboard_url}" if context.dashboard_url else None
         _say(writer, address=context.address_info["gcs_address"], dashboard_url=url)
         while True:
             signal.pause()
+    return 0
+
+
+def node(address: str, folder: Path, cpus: float, object_store_bytes: int) -> int:
+    """One more node of a private Ray, on this machine, until stdin ends; says `ready` when it has joined.
+
+    Args:
+        address: host:port of the head.
+        folder: the head's, under the same name on each machine: with the token, whose first line is read from stdin.
+        cpus: what its workers may reserve together.
+    """
+    token = folder / "token"
+    said = sys.stdin.readline().strip()
+    lock = None
+    with contextlib.suppress(FileExistsError):  # on the head's machine
+        folder.mkdir(mode=0o700)
+        lock = lock_folder(folder)
+        with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+            file.write(said)
+    os.environ |= server_environment(token)
+    try:
+        with _left_by_sigterm():
+            from ray._private.node import Node
+            from ray._private.parameter import RayParams
+            from ray._private.services import get_node_ip_address
+
+            joined = Node(
+                RayParams(
+                    gcs_address=address,
+                    node_ip_address=host_address() or get_node_ip_address(address),
+                    num_cpus=cpus,
+                    num_gpus=0,
+                    object_store_memory=object_store_bytes,
+                    include_log_monitor=False,
+                ),
+                head=False,
+                shutdown_at_exit=False,
+                spawn_reaper=True,
+            )
+            signal.signal(signal.SIGTERM, _leave)
+            print("ready", flush=True)
+            while not select.select([sys.stdin], [], [], 1.0)[0]:
+                if joined.dead_processes():
+                    return 1
+    finally:
+        end_all(psutil.Process().children(recursive=True))
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 

@@ -220,9 +220,10 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 def prepare(options: argparse.Namespace) -> int:
     """`solomonov prepare CONFIG [key=value ...]`, on Ray where the configuration says so."""
+    from launcher.ray_access import ray_access
     from solomonov import commands
     from solomonov.config import load_config
-    from solomonov.supervise import launch_section, ray_access
+    from solomonov.supervise import launch_section
 
     loaded = load_config(Path(options.config), options.overrides)
     with ExitStack() as stack:
@@ -236,8 +237,9 @@ def prepare(options: argparse.Namespace) -> int:
 def quickstart(options: argparse.Namespace) -> int:
     """`solomonov quickstart`: on a private Ray where Ray is installed."""
     from launcher.ray import PrivateRay
+    from launcher.ray_access import RayAccess
     from solomonov.quickstart import quickstart as run_quickstart
-    from solomonov.supervise import RayAccess, train
+    from solomonov.supervise import train
 
     @contextmanager
     def private_ray(cpus: int) -> Iterator[RayAccess]:

@@ -103,8 +103,6 @@ def plan_submission(loaded: Loaded, backend: str) -> Submission:
     """
     launch = launch_section(loaded)
     if backend == "slurm":
-        if launch.nodes > 1 and loaded.config.data.workers.backend == "ray" and launch.ray_address is None:
-            raise _private_ray_on_one_node(launch.nodes)
         gpus = _slurm_gpus(launch)
         ranks = launch.ranks_per_node or gpus or 1
         slurm = launch.slurm.model_copy(update={"gpus_per_node": gpus})
@@ -126,15 +124,6 @@ def plan_submission(loaded: Loaded, backend: str) -> Submission:
         gpus_per_node=gpus,
     )
     return Submission(prepared, launch, backend, ranks)
-
-
-def _private_ray_on_one_node(nodes: int) -> ConfigurationError:
-    return ConfigurationError(
-        "a private Ray for the data workers does not span nodes",
-        got=f"data.workers.backend = ray, launch.nodes = {nodes}, no launch.ray_address",
-        rule="ranks on several nodes get rows inline, or from a Ray that has a node on each of their machines",
-        remedy="set data.workers.backend: inline (the same rows), or launch.ray_address to such a cluster",
-    )
 
 
 def _slurm_gpus(launch: LaunchConfig) -> int:

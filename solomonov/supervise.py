@@ -9,9 +9,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from launcher.gang import StartGang
     from launcher.hang import HangLimits
     from launcher.job import JobSpec
+    from launcher.ray_access import RayAccess
     from launcher.slurm_cycle import Cycle
     from launcher.slurm_step import Allocation
     from solomonov.start import PreparedRun
@@ -37,33 +38,6 @@ SLOW_SAVE_SECONDS = 60.0
 """A save may take so much longer than its like before it counts as a hang: storage has its bad minutes."""
 DATA_MARGIN_SECONDS = 10.0
 """What a rank needs beyond its patience to build the rows by itself."""
-
-
-@dataclass(frozen=True)
-class RayAccess:
-    """A Ray cluster that may be joined."""
-
-    address: str
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """What a process needs in its environment before it imports Ray."""
-    dashboard_url: str | None = None
-
-
-@contextmanager
-def ray_access(launch: LaunchConfig, *, cpus: int) -> Iterator[RayAccess]:
-    """The cluster at launch.ray_address, looked at first; without one, a private Ray on this machine.
-
-    Raises:
-        LaunchConfigurationError: it cannot be joined, or Ray is not installed or cannot be started.
-    """
-    from launcher.ray import PrivateRay, check_cluster, client_environment
-
-    if launch.ray_address is not None:
-        check_cluster(launch.ray_address, {})
-        yield RayAccess(launch.ray_address, client_environment())
-        return
-    with PrivateRay(cpus) as ray:
-        yield RayAccess(ray.address, ray.environment)
 
 
 def train(
@@ -255,7 +229,11 @@ def _train(
             return exits.DONE
         workers = loaded.config.data.workers
         if workers.backend == "ray" and ray is None:
-            ray = stack.enter_context(ray_access(launch, cpus=math.ceil(workers.count * workers.cpus)))
+            from launcher.ray_access import ray_access
+
+            cpus = math.ceil(math.ceil(workers.count / launch.nodes) * workers.cpus)
+            log = run.logs / "ray-nodes.log"
+            ray = stack.enter_context(ray_access(launch, cpus=cpus, allocation=place.allocation, log=log))
         session = Session(prepared, launch, place, lock, ray if workers.backend == "ray" else None, cycle)
         return session.run()
 

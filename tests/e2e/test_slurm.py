@@ -173,6 +173,27 @@ def test_a_lost_node_is_replaced_and_its_orphans_are_fenced_off(user: User, clus
     nothing_left(user.folder)
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_data_workers_on_a_private_ray_of_the_job(
+    nodes: int, user: User, undisturbed: User, cluster: SlurmCluster
+) -> None:
+    """A Ray in the allocation, a node of it on each of its machines; torn down with the job."""
+    words = ("--nodes", "2", "training.micro_batch_sequences=2") if nodes == 2 else ()
+    job = submit(user, *words, "launch.slurm.gpus_per_node=0", "data.workers.backend=ray", "data.workers.count=2")
+    assert user.command("wait", "own").wait(deadline=240) == 0
+    assert digests(user) == digests(undisturbed)
+    [started] = user.journal("data_service_started")
+    assert len({worker["worker_node"] for worker in started["workers"]}) == nodes, "a data worker on each machine"
+    served = user.journal("data_served")
+    assert len({int(pid) for event in served for pid in event["rows_by_pid"]}) == 2
+    assert not any(event["rows_inline"] for event in served)
+    assert not unexpected(user.journal())
+    assert wait_for_state(job, "COMPLETED") == "COMPLETED"
+    nothing_left(user.folder)
+    assert not list(Path("/tmp").glob("sol-ray-*"))
+
+
 def test_a_sweep_is_an_array_of_runs(user: User, undisturbed: User, cluster: SlurmCluster) -> None:
     """One at a time; the second one is cancelled, its element alone, and resumed as a job of its own."""
     words = ("--sweep", "run.seed=5,6", "launch.slurm.array_at_once=1", "launch.slurm.gpus_per_node=0")
@@ -213,7 +234,6 @@ def test_a_sweep_is_an_array_of_runs(user: User, undisturbed: User, cluster: Slu
         (("launch.slurm.gpus_per_node=3",), "fewer GPUs than the run wants"),
         (("run.folder=/dev/shm/solomonov-runs",), "the run's folder is not on shared storage"),
         (("launch.slurm.setup_script=nowhere.sh",), "the setup script cannot be read"),
-        (("--nodes", "2", "data.workers.backend=ray"), "a private Ray for the data workers does not span nodes"),
         (("launch.slurm.options=[--reservation=nowhere]",), "sbatch failed"),
     ],
 )
