@@ -328,14 +328,22 @@ def _find_room(room: RayRoom) -> int | None:
         time.sleep(0.2)
 
 
+def _our_nodes() -> set[str]:
+    """Nodes with a worker of this attempt: this driver has no other actors but those, and what controls them."""
+    import ray
+    from ray._private.state import state
+
+    job = ray.get_runtime_context().job_id
+    return {actor["Address"]["NodeID"] for actor in state.actor_table(None, job, "ALIVE").values()}
+
+
 def _watch_room(room: RayRoom, world: int, over: threading.Event) -> None:
-    """Tell when there has been room for more ranks for a while, and when a node is about to leave."""
-    time.sleep(REPORT_SECONDS)
-    known = set(_draining())
+    """Tell when there has been room for more ranks for a while, and when a node of ours is about to leave."""
     since: float | None = None
     told = False
     while not over.wait(REPORT_SECONDS) and not told:
-        leaving = set(_draining()) - known
+        leaving = set(_draining())
+        leaving = leaving & _our_nodes() if leaving else leaving
         larger = _largest(room, world + _slots(room)) or world
         if leaving:
             _tell("resize", reason=f"{len(leaving)} Ray node(s) are about to leave")

@@ -7,17 +7,19 @@ has what only concerns the supervisor, which is the same one everywhere.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
 from launcher.__main__ import write_job
 from launcher.config import LaunchConfig
 from launcher.job import Job, JobSpec, JobState
-from launcher.local import LocalLauncher
+from launcher.local import LocalJob, LocalLauncher
 from launcher.ray_jobs import RayLauncher, RayRequest, request_file
 from launcher.slurm import SlurmJob, SlurmLauncher, SlurmRequest
 from tests.support.processes import ROOT, wait_for
@@ -27,7 +29,18 @@ from tests.support.slurm import SlurmCluster, nothing_left
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 SECONDS = 240.0
 HOSTILE = "a 'b' \"c\" $(touch gotcha) `touch gotcha` ; touch gotcha # \\ % ü \t"
-Submit = Callable[..., Job]
+
+
+class Submit(Protocol):
+    """Starts a shell script as a job of two ranks, on two nodes where there are nodes; `$1` is the test's folder."""
+
+    place: str
+
+    def __call__(self, script: str, *, options: dict[str, object] | None = None, **fields: object) -> Job: ...
+
+    def preempt(self, job: Job) -> None:
+        """Have the place take the job's machines away, as it does with those who may be preempted."""
+
 
 READY = ': > "$1/ready-$RANK"; while :; do sleep 0.05; done'
 TRAP = f'trap "echo saved > \\"$1/saved-$RANK\\"; exit 75" TERM USR1; {READY}'
@@ -46,7 +59,6 @@ def ray() -> Iterator[RayCluster]:
     params=["local", pytest.param("slurm", marks=pytest.mark.slurm), pytest.param("ray", marks=pytest.mark.ray)]
 )
 def submit(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Submit]:
-    """Starts a shell script as a job of two ranks, on two nodes where there are nodes; `$1` is the test's folder."""
     place = request.param
     folder = tmp_path / "the job's folder"
     (folder / "logs").mkdir(parents=True)
@@ -78,10 +90,21 @@ def submit(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Submit]:
         common["config"] = config.model_copy(update={"ray_address": address})
         return RayLauncher().submit(RayRequest(name, folder, folder / "logs", python=sys.executable, **common))  # type: ignore[arg-type]
 
+    def preempt(job: Job) -> None:
+        if place == "local":
+            assert isinstance(job, LocalJob)
+            for pid in job.attempts[-1].pids:
+                os.kill(pid, signal.SIGUSR1)
+        elif place == "slurm":
+            slurm.urgent(nodes=4)
+        else:
+            request.getfixturevalue("ray").drain_node(1)
+
     with ExitStack() as stack:
         if place == "slurm":
-            stack.enter_context(SlurmCluster(tmp_path))
-        yield start
+            slurm = stack.enter_context(SlurmCluster(tmp_path))
+        start.place, start.preempt = place, preempt  # type: ignore[attr-defined]
+        yield start  # type: ignore[misc]
     nothing_left(tmp_path)
     assert not list(Path.cwd().glob("gotcha"))
 
@@ -159,6 +182,28 @@ def test_cancel_now_does_not(submit: Submit, tmp_path: Path) -> None:
     assert job.wait(SECONDS) == 130
     assert job.state is JobState.CANCELLED
     assert not names(tmp_path, "saved-*")
+
+
+def test_preempted_it_saves_and_goes_on_where_there_is_a_place(submit: Submit, tmp_path: Path) -> None:
+    """A signal to the ranks here; the partition that goes first on Slurm; a node that is drained on Ray. On a cluster
+    the job is started again by itself, on Ray with the ranks that there is room for.
+
+    The last one of this module: the node stays drained.
+    """
+    places: dict[str, dict[str, object]] = {
+        "local": {},
+        "slurm": {"partition": "low"},
+        "ray": {"ray": {"min_ranks": 1}},
+    }
+    again = f'[ -e "$1/saved-$RANK" ] && {{ echo $WORLD_SIZE >> "$1/again"; exit 0; }}; {TRAP}'
+    job = submit(again, options=places[submit.place])
+    ready(tmp_path)
+    submit.preempt(job)
+    assert job.wait(SECONDS) == (75 if submit.place == "local" else 0)
+    assert names(tmp_path, "saved-*") == ["saved-0", "saved-1"], "both ranks, whichever was told"
+    ranks = (tmp_path / "again").read_text().split() if submit.place != "local" else []
+    assert ranks == {"local": [], "slurm": ["2", "2"], "ray": ["1"]}[submit.place]
+    assert job.state is (JobState.SAVED if submit.place == "local" else JobState.DONE)
 
 
 @pytest.mark.slurm

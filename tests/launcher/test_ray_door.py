@@ -58,6 +58,7 @@ def told(
 
     monkeypatch.setattr(ray_door, "_slots", slots)
     monkeypatch.setattr(ray_door, "_draining", lambda: dict.fromkeys(next(leaving, draining[-1]), 0))
+    monkeypatch.setattr(ray_door, "_our_nodes", lambda: {"a", "b"})
     monkeypatch.setattr(ray_door, "REPORT_SECONDS", 0.01)
     ray_door._watch_room(RayRoom("host:1", [2, 4]), 2, over)
     return [json.loads(line) for line in capfd.readouterr().out.splitlines()]
@@ -81,9 +82,10 @@ def test_room_that_comes_and_goes_is_not_told(
 def test_a_node_that_is_about_to_leave_is_told_once(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Those that were leaving before the attempt began are no news."""
-    said = told([0] * 20, [{"a"}, {"a"}, {"a", "b"}], monkeypatch, capfd)
+    """Those that hold no rank of ours are no news."""
+    said = told([0] * 20, [set(), {"other"}, {"other"}, {"other", "a"}], monkeypatch, capfd)
     assert said == [{"kind": "resize", "reason": "1 Ray node(s) are about to leave"}]
+    assert told([0] * 20, [{"other"}], monkeypatch, capfd) == []
 
 
 NO_DASHBOARD = """

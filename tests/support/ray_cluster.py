@@ -22,6 +22,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -123,6 +124,10 @@ class RayCluster:
         self._ask("kill", index)
         del self._raylets[index]
 
+    def drain_node(self, index: int) -> None:
+        """Tells the cluster that a node is about to be preempted, as an autoscaler does."""
+        self._ask("drain", index)
+
     def processes(self, index: int) -> list[psutil.Process]:
         """The processes of a node that lives: its raylet, then what that started, workers among it."""
         raylet = psutil.Process(self._raylets[index])
@@ -142,7 +147,7 @@ class RayCluster:
             if self._process.running:
                 self._ask("close")
                 self._process.wait(deadline=END_SECONDS)
-            alive = [process for process in left if process.is_running()] + processes_with(str(self.folder))
+            alive = [process for process in left if _runs(process)] + processes_with(str(self.folder))
             assert not alive, f"of the Ray in {self.folder} there are left: {alive}"
         finally:
             for process in left:
@@ -163,6 +168,13 @@ class RayCluster:
             raise AssertionError(f"Ray: no answer to {words}: {error}\n{self._process.output()}") from None
         assert reply, f"Ray: ended at {words}\n{self._process.output()}"
         return json.loads(reply)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """It is there, and more than what is left of one that nobody has waited for."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _title(process: psutil.Process) -> str:
@@ -186,6 +198,7 @@ class _Owner:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._cluster = Cluster()
         self._raylets: list[int] = []
+        self._ids: list[str] = []
         self._common = {"include_dashboard": False, "temp_dir": folder, "object_store_memory": OBJECT_STORE_BYTES}
 
     def head(self, host: str, dashboard: bool) -> str:
@@ -201,7 +214,18 @@ class _Owner:
         node = self._cluster.add_node(num_cpus=cpus, node_ip_address=host, **self._common)
         [raylet] = node.all_processes["raylet"]
         self._raylets.append(raylet.process.pid)
+        self._ids.append(node.node_id)
         return self._raylets[-1]
+
+    def drain(self, index: int) -> None:
+        from ray._raylet import GcsClient
+        from ray.core.generated import autoscaler_pb2
+
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int((time.time() + 3600) * 1000)
+        client = GcsClient(address=self._cluster.address)
+        accepted, why = client.drain_node(self._ids[index], reason, "the test's", deadline_ms)
+        assert accepted, why
 
     def kill(self, index: int) -> None:
         end([psutil.Process(self._raylets[index])])
@@ -218,9 +242,9 @@ def end(roots: list[psutil.Process]) -> None:
         # Stopped first: what holds still starts nothing more.
         process = waiting.pop()
         with suppress(psutil.NoSuchProcess):
+            doomed.append(process)
             process.suspend()
             waiting += process.children()
-            doomed.append(process)
     for process in doomed:
         with suppress(psutil.NoSuchProcess):
             process.kill()
