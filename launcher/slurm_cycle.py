@@ -46,6 +46,8 @@ class CycleRecord:
     """The node on which every crash of the last cycle began."""
     excluded: tuple[str, ...] = ()
     """Nodes that the job was asked to avoid."""
+    ended: bool = False
+    """The supervisor of the newest cycle ended by itself: what it left with is its ranks' end, and not its own."""
 
     @classmethod
     def read(cls, folder: Path, job: str) -> CycleRecord:
@@ -98,6 +100,8 @@ class CycleFacts:
     preempted: bool
     idle_cycles: int
     max_no_progress: int
+    ended: bool = True
+    """The supervisor ended by itself."""
     suspect: str | None = None
     spare_nodes: int = 0
     """Nodes of the partition beyond those that the job needs and avoids."""
@@ -131,7 +135,7 @@ def decide(facts: CycleFacts) -> CycleDecision:
         return CycleDecision(True, facts.code, "preempted" if facts.preempted else "saved before the time limit")
     if facts.idle_cycles >= facts.max_no_progress:  # the next start would be refused
         return CycleDecision(False, facts.code, describe(facts.code))
-    if facts.code in (128 + 9, 128 + 6, 128 + 11):  # the supervisor itself, by the system
+    if facts.code in (128 + 9, 128 + 6, 128 + 11) and not facts.ended:
         return CycleDecision(True, facts.code, f"the supervisor was {describe(128 - facts.code)}")
     if outcome is Outcome.CRASH and facts.suspect is not None and facts.spare_nodes > 0:
         reason = f"every crash began on {facts.suspect}: again without it"
@@ -161,7 +165,8 @@ class Cycle:
         record = CycleRecord.read(self.folder, job)
         idle = record.idle_cycles(step)
         starts = (*record.starts, step)
-        replace(record, starts=starts, restart=self.allocation.restart, step=step, suspect=None).write(self.folder, job)
+        restart = self.allocation.restart
+        replace(record, starts=starts, restart=restart, step=step, suspect=None, ended=False).write(self.folder, job)
         if idle >= max_no_progress:
             return f"Slurm has started the job {idle} times without a checkpoint newer than step {step}"
         return None
@@ -181,7 +186,7 @@ class Cycle:
         # One crash may have any cause; two in a row on the same one of several nodes have one that is there.
         several = self.allocation.nodes > 1 and len(hosts) >= SUSPICIOUS_CRASHES
         suspect = hosts[0] if several and len(set(hosts)) == 1 else None
-        replace(CycleRecord.read(self.folder, job), step=step, suspect=suspect).write(self.folder, job)
+        replace(CycleRecord.read(self.folder, job), step=step, suspect=suspect, ended=True).write(self.folder, job)
 
 
 def requeue(
@@ -254,6 +259,7 @@ def _facts(
         preempted=shown is not None and shown.preempted,
         idle_cycles=record.idle_cycles(record.step),
         max_no_progress=max_no_progress,
+        ended=record.ended,
         suspect=record.suspect,
         spare_nodes=shown.partition_nodes - allocation.nodes - len(record.excluded) if shown is not None else 0,
     )

@@ -14,9 +14,14 @@ from typing import Any
 
 import pytest
 
+from launcher.__main__ import write_job
+from launcher.config import LaunchConfig
+from launcher.job import JobSpec
+from launcher.slurm import SlurmLauncher, SlurmRequest
+from launcher.slurm_commands import parse_job
 from solomonov.proof import prove_record
 from solomonov.runfolder import RunFolder
-from tests.support.processes import wait_for
+from tests.support.processes import ROOT, wait_for
 from tests.support.sampling import sampler
 from tests.support.slurm import (
     SlurmCluster,
@@ -171,6 +176,31 @@ def test_a_lost_node_is_replaced_and_its_orphans_are_fenced_off(user: User, clus
     assert_no_row_lost(user)
     assert not unexpected(user.journal(), "superseded")
     nothing_left(user.folder)
+
+
+def test_a_node_on_which_ranks_crash_is_avoided(tmp_path: Path, cluster: SlurmCluster) -> None:
+    """The job is two ranks on two nodes; the first rank names its node, and from then on ranks crash there."""
+    script = """
+        [ $RANK = 0 ] && [ ! -e "$1/bad" ] && echo "$SOLOMONOV_NODE" > "$1/bad"
+        while [ ! -e "$1/bad" ]; do sleep 0.05; done
+        echo "$SOLOMONOV_NODE" >> "$1/nodes"
+        [ "$SOLOMONOV_NODE" = "$(cat "$1/bad")" ] && kill -9 $$
+        sleep 2
+    """
+    (tmp_path / "logs").mkdir()
+    config = LaunchConfig(nodes=2, partition="main", restart_backoff_seconds=0.1, max_no_progress=2)
+    spec = JobSpec(["sh", "-c", script, "sh", str(tmp_path)], tmp_path / "logs", nodes=2)
+    write_job(tmp_path, spec, config, ROOT / "slurm" / "rank.sh")
+    script_file = ROOT / "slurm" / "train.sbatch"
+    request = SlurmRequest("bad node", tmp_path, tmp_path / "logs", config, 1, script_file, module="launcher")
+    job = SlurmLauncher().submit(request)
+    assert job.wait(240.0) == 0, (tmp_path / "logs" / f"slurm-{job.job_id}.log").read_text()
+    bad = (tmp_path / "bad").read_text().strip()
+    log = (tmp_path / "logs" / f"slurm-{job.job_id}.log").read_text()
+    assert f"every crash began on {bad}: again without it" in log
+    shown = parse_job(slurm("scontrol", "show", "job", job.job_id))
+    assert (shown["Restarts"], shown["ExcNodeList"]) == ("1", bad)
+    assert bad not in (tmp_path / "nodes").read_text().split()[-2:]
 
 
 @pytest.mark.ray

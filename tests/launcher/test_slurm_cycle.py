@@ -55,17 +55,19 @@ def facts(code: int, **changes: object) -> CycleFacts:
         (facts(75, cancelled=True), False, 75, "cancelled"),
         (facts(75, ours=False), False, 75, "anew"),
         (facts(75, ending=True), False, 75, "Slurm ends the job"),
-        (facts(137, ending=True), False, 137, "Slurm ends the job"),
+        (facts(137, ended=False, ending=True), False, 137, "Slurm ends the job"),
         (facts(0), False, 0, "exit code 0"),
         (facts(0, preempted=True), False, 0, "exit code 0"),
         (facts(78), False, 78, "the configuration is wrong"),
         (facts(130), False, 130, "cancelled"),
         (facts(130, suspect="node7", spare_nodes=1), False, 130, "cancelled"),
-        (facts(137), True, 137, "the supervisor was killed by SIGKILL"),
-        (facts(134), True, 134, "SIGABRT"),
-        (facts(139), True, 139, "SIGSEGV"),
-        (facts(137, idle_cycles=3), False, 137, "exit code 137"),
-        (facts(137, cancelled=True), False, 137, "cancelled"),
+        (facts(137, ended=False), True, 137, "the supervisor was killed by SIGKILL"),
+        (facts(137), False, 137, "exit code 137"),  # its ranks were, again and again
+        (facts(137, suspect="node7", spare_nodes=1), True, 137, "every crash began on node7"),
+        (facts(134, ended=False), True, 134, "SIGABRT"),
+        (facts(139, ended=False), True, 139, "SIGSEGV"),
+        (facts(137, ended=False, idle_cycles=3), False, 137, "exit code 137"),
+        (facts(137, ended=False, cancelled=True), False, 137, "cancelled"),
         (facts(143), False, 143, "exit code 143"),
         (facts(1), False, 1, "exit code 1"),
         (facts(1, suspect="node7"), False, 1, "exit code 1"),
@@ -80,7 +82,7 @@ def test_what_follows_the_end(given_facts: CycleFacts, again: bool, code: int, r
     decision = decide(given_facts)
     assert (decision.requeue, decision.exit_code) == (again, code)
     assert reason in decision.reason
-    assert decision.exclude == ("node7" if again and given_facts.code == 1 else None)
+    assert decision.exclude == ("node7" if again and given_facts.suspect is not None else None)
 
 
 codes = st.one_of(st.sampled_from([0, 1, 75, 128, 130, 134, 137, 139, 143, *VERDICTS]), st.integers(0, 255))
@@ -97,6 +99,7 @@ codes = st.one_of(st.sampled_from([0, 1, 75, 128, 130, 134, 137, 139, 143, *VERD
         preempted=st.booleans(),
         idle_cycles=st.integers(0, 6),
         max_no_progress=st.integers(1, 4),
+        ended=st.booleans(),
         suspect=st.none() | st.just("node7"),
         spare_nodes=st.integers(-2, 3),
     )
@@ -127,6 +130,7 @@ records = st.builds(
     step=st.integers(0, 10**12),
     suspect=st.none() | st.text(),
     excluded=st.lists(st.text()).map(tuple),
+    ended=st.booleans(),
 )
 
 
@@ -166,7 +170,7 @@ def test_the_start_and_the_end_of_a_cycle_are_noted(tmp_path: Path) -> None:
     for attempt in (1, 2):
         first.note("rank_exited", {"attempt": attempt, "killed_by_launcher": False, "exit_code": 1, "host": "node2"})
     first.end(40)
-    assert CycleRecord.read(tmp_path, NO_JOB) == CycleRecord(starts=(0,), step=40, suspect="node2")
+    assert CycleRecord.read(tmp_path, NO_JOB) == CycleRecord(starts=(0,), step=40, suspect="node2", ended=True)
     second = Cycle(tmp_path, again(1))
     assert second.begin(40, 3) is None
     found = CycleRecord.read(tmp_path, NO_JOB)
