@@ -55,7 +55,17 @@ def to_tensors(rows: RowBatch, device: torch.device) -> TokenBatch:
     )
 
 
-def empty_batch(sequence_tokens: int, device: torch.device) -> TokenBatch:
-    """A micro-batch of one row of padding: loss 0, weight 0. Keeps a rank without rows in step with the others."""
-    ids = torch.zeros((1, sequence_tokens), dtype=torch.int64, device=device)
-    return TokenBatch(torch.zeros(1, dtype=torch.int64), ids, torch.full_like(ids, -100), torch.full_like(ids, -1))
+def empty_batch(sequence_tokens: int, device: torch.device, rows: int = 1) -> TokenBatch:
+    """A micro-batch of padding: loss 0, weight 0. Keeps a rank without rows in step with the others."""
+    ids = torch.zeros((rows, sequence_tokens), dtype=torch.int64, device=device)
+    return TokenBatch(torch.zeros(rows, dtype=torch.int64), ids, torch.full_like(ids, -100), torch.full_like(ids, -1))
+
+
+def padded(batch: TokenBatch, rows: int) -> TokenBatch:
+    """The same micro-batch with so many rows: those that are missing are padding."""
+    missing = rows - len(batch.row_ids)
+    if missing <= 0:
+        return batch
+    more = empty_batch(batch.input_ids.shape[1], batch.input_ids.device, missing)
+    names = ("row_ids", "input_ids", "labels", "document_ids")
+    return TokenBatch(*(torch.cat([getattr(batch, name), getattr(more, name)]) for name in names))

@@ -10,12 +10,14 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
-from solomonov.batch import TokenBatch
+from solomonov.batch import TokenBatch, padded
 from solomonov.checkpoint.fragments import Fragment
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.config import OptimizerConfig
@@ -24,7 +26,7 @@ from solomonov.host import cpu_model
 from solomonov.model.config import ModelConfig
 from solomonov.model.loss import pipeline_loss
 from solomonov.model.naming import canonical, layer_names
-from solomonov.model.pipeline import pipeline_layers
+from solomonov.model.pipeline import BlockStage, pipeline_layers
 from solomonov.model.transformer import Transformer, compile_blocks
 from solomonov.optim import make_optimizer
 from solomonov.partition import (
@@ -196,7 +198,15 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batch: TokenBatch) -> float:
-        """Sum of cross-entropy (nats) over the predicted tokens of one micro-batch of this rank."""
+        """Sum of cross-entropy (nats) over the predicted tokens of one micro-batch of this rank; in a pipeline a share
+        such that the sum over all ranks is that over all micro-batches. All ranks call it together."""
+        if self.spec.pipeline > 1:
+            # The stages have agreed on the size of what travels between them: short micro-batches are filled up.
+            full = padded(batch, self.spec.plan.micro_rows)
+            one = torch.ones(1, dtype=torch.float32, device=self.device)
+            micro = [((full.input_ids, full.document_ids), (full.labels, one))] if self.needs_rows else []
+            mean = self._ds.eval_batch(iter(micro), num_micro_batches=1)  # over the data-parallel ranks
+            return float(mean) / self.spec.pipeline
         self._ds.eval()
         return float(self._ds(batch.input_ids, batch.document_ids, batch.labels))
 
@@ -227,13 +237,6 @@ class Engine:
         from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
         spec = self.spec
-        if spec.zero_stage != 1:
-            raise ConfigurationError(
-                "a pipeline needs ZeRO stage 1",
-                got=f"parallel.zero_stage: {spec.zero_stage} with {spec.pipeline} stages",
-                rule="DeepSpeed's pipeline excludes stages 2 and 3, and stage 0 has no norm over stages",
-                remedy="set parallel.zero_stage to 1",
-            )
         layers = []
         for layer in pipeline_layers(spec.model, spec.vocab_size, spec.seed):
             if layer.tied_key is None:
@@ -246,8 +249,12 @@ class Engine:
             num_stages=spec.pipeline,
             loss_fn=lambda outputs, labels: pipeline_loss(outputs, labels[0]) * labels[1][0],
             partition_method="parameters",
-            activation_checkpoint_interval=0,
+            activation_checkpoint_interval=int(spec.activation_checkpointing == "full"),
+            activation_checkpoint_func=partial(checkpoint, use_reentrant=False),
+            checkpointable_layers=[BlockStage.__name__],
         )
+        if spec.compile:
+            compile_blocks(module)
         return module
 
     def _pipeline_batch(self, batches: Sequence[TokenBatch], scale: float) -> torch.Tensor:
@@ -261,9 +268,24 @@ class Engine:
         return torch.tensor(total / dist.get_world_size(), dtype=torch.float64)
 
     @property
+    def data_rank(self) -> int:
+        """Which of the `plan.data_parallel` shares of a batch is this rank's."""
+        return dist.get_rank() if self.spec.pipeline == 1 else int(self._ds.grid.get_data_parallel_rank())
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether sums over rows count this rank's: one rank of each share does, of a pipeline the first stage's."""
+        return self.spec.pipeline == 1 or bool(self._ds.is_first_stage())
+
+    @property
+    def takes_loss(self) -> bool:
+        """Whether losses are computed on this rank: in a pipeline, on the last stage."""
+        return self.spec.pipeline == 1 or bool(self._ds.is_last_stage())
+
+    @property
     def needs_rows(self) -> bool:
         """Whether this rank computes from rows: in a pipeline, the first stage from tokens, the last from labels."""
-        return self.spec.pipeline == 1 or bool(self._ds.is_first_stage() or self._ds.is_last_stage())
+        return self.counts_rows or self.takes_loss
 
     def _writes(self, name: str) -> bool:
         """A tied weight lives on two pipeline stages: the first one writes it, all read it."""

@@ -17,31 +17,33 @@ class ParallelConfig(Section):
     """What DeepSpeed partitions over the data-parallel ranks: 0 nothing, 1 optimizer state, 2 and gradients,
     3 and parameters."""
     pipeline: int = Field(default=1, ge=1)
-    """Pipeline stages. Only 1 can be asked for in this release."""
+    """Pipeline stages: each holds consecutive layers; the ranks of one stage are data-parallel."""
     sequence: int = Field(default=1, ge=1)
     """Ranks that share one row (sequence parallel). Only 1 can be asked for in this release."""
     offload: Literal["none"] = "none"
     """Where optimizer state lives; only the device's own memory in this release."""
 
 
-def check_layout(parallel: ParallelConfig, *, precision: str, world: int) -> int:
+def check_layout(parallel: ParallelConfig, *, precision: str, world: int, layers: int) -> int:
     """Data-parallel ranks of a legal layout.
 
     Args:
         precision: the resolved precision: fp32, bf16 or bf16_autocast.
         world: number of ranks.
+        layers: of the model, embedding and head not counted.
 
     Raises:
         ConfigurationError: the layout is illegal; the message names the nearest legal one.
     """
-    for key, degree in (("pipeline", parallel.pipeline), ("sequence", parallel.sequence)):
-        if degree != 1:
-            raise ConfigurationError(
-                f"parallel.{key} cannot be more than 1 in this release",
-                got=f"parallel.{key}: {degree}",
-                rule=f"parallel.{key} must be 1",
-                remedy=f"remove parallel.{key}, or set it to 1, and let the ranks be data-parallel",
-            )
+    if parallel.sequence != 1:
+        raise ConfigurationError(
+            "parallel.sequence cannot be more than 1 in this release",
+            got=f"parallel.sequence: {parallel.sequence}",
+            rule="parallel.sequence must be 1",
+            remedy="remove parallel.sequence, or set it to 1, and let the ranks be data-parallel",
+        )
+    if parallel.pipeline > 1:
+        _check_pipeline(parallel, precision=precision, world=world, layers=layers)
     if precision == "bf16" and parallel.zero_stage == 0:
         raise ConfigurationError(
             "bf16 parameters need ZeRO stage 1 or higher",
@@ -49,4 +51,38 @@ def check_layout(parallel: ParallelConfig, *, precision: str, world: int) -> int
             rule="at stage 0 DeepSpeed takes a hidden optimizer step at start, which changes the run's numbers",
             remedy="set parallel.zero_stage to 1 (right on one rank as well), or training.precision to bf16_autocast",
         )
-    return world
+    return world // parallel.pipeline
+
+
+def _check_pipeline(parallel: ParallelConfig, *, precision: str, world: int, layers: int) -> None:
+    stages = parallel.pipeline
+    if parallel.zero_stage != 1:
+        raise ConfigurationError(
+            "a pipeline needs ZeRO stage 1",
+            got=f"parallel.zero_stage: {parallel.zero_stage} with parallel.pipeline: {stages}",
+            rule="DeepSpeed's pipeline excludes stages 2 and 3, and stage 0 has no norm over pipeline stages",
+            remedy="set parallel.zero_stage to 1",
+        )
+    if precision == "bf16_autocast":
+        raise ConfigurationError(
+            "a pipeline does not autocast",
+            got=f"training.precision: {precision} with parallel.pipeline: {stages}",
+            rule="what travels between pipeline stages has the parameters' own type",
+            remedy="set training.precision to bf16 or fp32",
+        )
+    if stages > layers:
+        raise ConfigurationError(
+            "there are more pipeline stages than layers",
+            got=f"parallel.pipeline: {stages}, model.layers: {layers}",
+            rule="each stage holds at least one layer",
+            remedy=f"set parallel.pipeline to at most {layers}",
+        )
+    if world % stages:
+        legal = [count for count in range(1, min(world, layers) + 1) if world % count == 0]
+        nearest = min(legal, key=lambda count: (abs(count - stages), count))
+        raise ConfigurationError(
+            "the pipeline does not divide the ranks",
+            got=f"parallel.pipeline: {stages} on {world} ranks",
+            rule="each stage has the same number of ranks",
+            remedy=f"set parallel.pipeline to {nearest}, or use {max(1, world // stages) * stages} ranks",
+        )

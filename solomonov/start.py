@@ -70,7 +70,7 @@ def prepare_run(
     gpus = visible_gpus() if gpus_per_node is None else gpus_per_node
     if precision == "auto" and gpus:
         precision = "bf16"  # every CUDA device of the last five generations has it; the rank itself decides
-    data_parallel = check_layout(config.parallel, precision=precision, world=ranks)
+    data_parallel = check_layout(config.parallel, precision=precision, world=ranks, layers=config.model.layers)
     plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel)
     _check_schedule(config.schedule.warmup_steps, plan.total_steps)
     if gpus and ranks_per_node > gpus:

@@ -21,6 +21,7 @@ from solomonov.config import Config, Loaded, configuration_mistakes, load_config
 from solomonov.errors import ConfigurationError, SolomonovError
 from solomonov.heartbeat import EVERY_STEP
 from solomonov.host import visible_gpus
+from solomonov.parallel import check_layout
 from solomonov.plan import plan_batch
 from solomonov.runfolder import LockOwner, RunFolder, run_folder, run_lock
 
@@ -402,12 +403,14 @@ class Session:
 
 def legal_worlds(config: Config, launch: LaunchConfig) -> list[int]:
     """Numbers of ranks with which a run may go on, ascending: all that it wants, and down to `launch.ray.min_ranks`
-    those that divide the batch."""
+    those that the layout and the batch divide over."""
     most = launch.nodes * ranks_per_node(launch)
     found = []
     for ranks in range(launch.ray.min_ranks or most, most):
         try:
-            plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=ranks)
+            layers, precision = config.model.layers, config.training.precision
+            copies = check_layout(config.parallel, precision=precision, world=ranks, layers=layers)
+            plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=copies)
         except ConfigurationError:
             continue
         found.append(ranks)

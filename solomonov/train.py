@@ -96,7 +96,7 @@ def train(
             line = StepLine(step=state.step + 1)
             heartbeat.beat("data", line.step)
             batches = [to_tensors(rows, device) for rows in next(steps)]
-            line.tokens = control.sum_integers([sum(batch.valid_tokens for batch in batches)])[0]
+            line.tokens = control.sum_integers([_tokens(trainer.engine, batches)])[0]
             line.lap("data_wait")
 
             heartbeat.beat("forward_backward")
@@ -116,10 +116,13 @@ def train(
             line.loss = control.sum_floats([float(loss_sum)])[0] / max(1, line.tokens)
             line.grad_norm, line.skipped = update.grad_norm, update.skipped
             flags = [int(stop.requested), int(record.superseded())]
-            digest, stopping, superseded, *faults = control.sum_integers([_digest(batches), *flags, *feed.faults()])
+            digests = _digests(trainer.engine, batches)
+            digest, of_losses, stopping, superseded, *faults = control.sum_integers([*digests, *flags, *feed.faults()])
             if superseded:  # its files are another attempt's now
                 record.event("superseded", step=state.step)
                 return AGAIN
+            if digest != of_losses:
+                raise _stages_differ(line.step, digest, of_losses)
             line.data_digest = f"{digest:016x}"
             line.data_reissued, line.data_workers_lost = faults
             line.padding = 1.0 - line.tokens / (plan.batch_rows * plan.sequence_tokens)
@@ -177,7 +180,8 @@ def build(
     """Make all parts of a run and bring them to the newest checkpoint that verifies, or to the start."""
     config = run.config()
     precision = resolve_precision(config.training.precision, device)
-    data_parallel = check_layout(config.parallel, precision=precision, world=control.size)
+    layers = config.model.layers
+    data_parallel = check_layout(config.parallel, precision=precision, world=control.size, layers=layers)
     plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel)
     dataset = stack.enter_context(Dataset.open(run.data_folder()))
     stream = make_stream(config, dataset)
@@ -200,6 +204,7 @@ def build(
         gradient_clipping=config.training.gradient_clipping,
         activation_checkpointing=config.training.activation_checkpointing,
         compile=compile_blocks,
+        pipeline=config.parallel.pipeline,
     )
     engine = Engine(spec, device)
     checkpointer = Checkpointer(
@@ -277,7 +282,7 @@ def evaluate_held_out(trainer: Trainer) -> None:
         return
     rows = min(len(held_out), trainer.config.evaluation.rows)
     chosen = [index * len(held_out) // rows for index in range(rows)]
-    mine = chosen[trainer.control.rank :: plan.data_parallel]
+    mine = chosen[trainer.engine.data_rank :: plan.data_parallel]
     forwards = math.ceil(math.ceil(rows / plan.data_parallel) / plan.micro_rows)
     total, tokens = 0.0, 0
     indices = iter(mine)
@@ -289,7 +294,7 @@ def evaluate_held_out(trainer: Trainer) -> None:
             else empty_batch(plan.sequence_tokens, trainer.device)
         )
         total += trainer.engine.evaluate(batch)
-        tokens += batch.valid_tokens
+        tokens += batch.valid_tokens * trainer.engine.counts_rows
     tokens = trainer.control.sum_integers([tokens])[0]
     loss = trainer.control.sum_floats([total])[0] / max(1, tokens)
     nats_to_bits_per_byte = held_out.tokens / max(1, held_out.text_bytes) / math.log(2)
@@ -303,7 +308,7 @@ def _feed(trainer: Trainer, place: ClusterPlace | None) -> AbstractContextManage
         trainer.config,
         trainer.plan,
         trainer.stream,
-        rank=trainer.control.rank,
+        rank=trainer.engine.data_rank,
         first_step=trainer.state.step,
         place=place,
         on_event=trainer.record.rank_event,
@@ -311,8 +316,25 @@ def _feed(trainer: Trainer, place: ClusterPlace | None) -> AbstractContextManage
     )
 
 
-def _digest(batches: Sequence[TokenBatch]) -> int:
-    return sum(batch.digest() for batch in batches) % 2**64
+def _tokens(engine: Engine, batches: Sequence[TokenBatch]) -> int:
+    """This rank's part of the tokens that an update predicts."""
+    return sum(batch.valid_tokens for batch in batches) * engine.counts_rows
+
+
+def _digests(engine: Engine, batches: Sequence[TokenBatch]) -> tuple[int, int]:
+    """This rank's parts of the digest of the step's rows: as counted, and as the losses were taken from them. In a
+    pipeline the first stage and the last one build the same rows, each for itself."""
+    mine = sum(batch.digest() for batch in batches) % 2**64
+    return mine * engine.counts_rows, mine * engine.takes_loss
+
+
+def _stages_differ(step: int, first: int, last: int) -> SolomonovError:
+    return SolomonovError(
+        "the first and the last pipeline stage were given different rows",
+        got=f"step {step}: digest {first:016x} on the first stage, {last:016x} on the last",
+        rule="both compute on the same rows of a step",
+        remedy="start the run again: it goes on from the newest checkpoint; tell its makers",
+    )
 
 
 def _refuse_endless_skipping(trainer: Trainer, line: StepLine) -> None:

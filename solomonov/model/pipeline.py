@@ -72,14 +72,20 @@ class HeadStage(Head):
 
     def forward(self, carry: Carry) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(hidden, document_ids) -> (hidden, weight (V, D))."""
-        return carry[0], self.weight
+        return carry[0], _handed_over(self.weight)
 
 
 def tied_head(embedding: nn.Module, carry: Carry) -> tuple[Tensor, Tensor]:
     """`HeadStage` with the embedding's matrix: (hidden, document_ids) -> (hidden, weight (V, D))."""
     weight = embedding.weight
     assert isinstance(weight, Tensor), "a tied head needs a module with a weight"
-    return carry[0], weight
+    return carry[0], _handed_over(weight)
+
+
+def _handed_over(weight: Tensor) -> Tensor:
+    """The same values as a tensor of their own: DeepSpeed clears gradients when the first one of an output of the
+    module comes, and in bf16 that of a parameter which is itself an output would be there already, and be lost."""
+    return weight.view_as(weight)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from data_pipeline.rows import RowBatch
-from solomonov.batch import TokenBatch, empty_batch, to_tensors
+from solomonov.batch import TokenBatch, empty_batch, padded, to_tensors
 
 CPU = torch.device("cpu")
 FIRST_ROW, ROWS, LENGTH = 2**40 + 5, 3, 7
@@ -88,3 +88,17 @@ def test_tensors_on_a_cuda_device_hold_the_rows() -> None:
     assert batch.row_ids.device == CPU
     assert batch.digest() == expected_digest(given)
     assert empty_batch(LENGTH, device).labels.device == device
+
+
+def test_a_short_micro_batch_is_filled_up_with_padding() -> None:
+    short = to_tensors(rows(), CPU)
+    full = padded(short, ROWS + 2)
+    for name in ("row_ids", "input_ids", "labels", "document_ids"):
+        assert torch.equal(getattr(full, name)[:ROWS], getattr(short, name))
+        assert getattr(full, name).dtype == torch.int64
+    assert full.labels[ROWS:].unique().tolist() == [-100]
+    assert full.document_ids[ROWS:].unique().tolist() == [-1]
+    assert full.input_ids.shape == (ROWS + 2, LENGTH)
+    assert full.valid_tokens == short.valid_tokens
+    assert padded(short, ROWS) is short
+    assert padded(short, 1) is short

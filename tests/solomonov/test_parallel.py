@@ -2,26 +2,68 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from solomonov.errors import ConfigurationError
 from solomonov.parallel import ParallelConfig, check_layout
 
 
+def check(world: int = 4, precision: str = "fp32", layers: int = 12, **keys: Any) -> int:
+    return check_layout(ParallelConfig.model_validate(keys), precision=precision, world=world, layers=layers)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_all_ranks_are_data_parallel(stage: int) -> None:
-    parallel = ParallelConfig.model_validate({"zero_stage": stage})
-    assert check_layout(parallel, precision="fp32", world=6) == 6
+    assert check(world=6, zero_stage=stage) == 6
 
 
 def test_bf16_needs_stage_1() -> None:
-    parallel = ParallelConfig(zero_stage=0)
-    assert check_layout(parallel, precision="bf16_autocast", world=2) == 2
+    assert check(world=2, precision="bf16_autocast", zero_stage=0) == 2
     with pytest.raises(ConfigurationError, match=r"zero_stage to 1"):
-        check_layout(parallel, precision="bf16", world=2)
+        check(world=2, precision="bf16", zero_stage=0)
 
 
-@pytest.mark.parametrize("key", ["pipeline", "sequence"])
-def test_degrees_that_are_not_offered_are_refused(key: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"parallel.{key}"):
-        check_layout(ParallelConfig.model_validate({key: 2}), precision="fp32", world=2)
+def test_sequence_parallel_is_not_offered() -> None:
+    with pytest.raises(ConfigurationError, match=r"parallel.sequence"):
+        check(sequence=2)
+
+
+@pytest.mark.parametrize(("world", "stages", "copies"), [(2, 2, 1), (4, 2, 2), (12, 4, 3), (12, 12, 1)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
+def test_the_ranks_of_a_stage_are_data_parallel(world: int, stages: int, copies: int, precision: str) -> None:
+    assert check(world=world, precision=precision, pipeline=stages) == copies
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"zero_stage": 0}, "set parallel.zero_stage to 1"),
+        ({"zero_stage": 2}, "set parallel.zero_stage to 1"),
+        ({"zero_stage": 3}, "set parallel.zero_stage to 1"),
+        ({"precision": "bf16_autocast"}, "set training.precision to bf16 or fp32"),
+        ({"layers": 1}, "set parallel.pipeline to at most 1"),
+        ({"world": 5}, "set parallel.pipeline to 1, or use 4 ranks"),
+        ({"world": 1}, "set parallel.pipeline to 1, or use 2 ranks"),
+    ],
+)
+def test_what_a_pipeline_excludes(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        check(pipeline=2, **keys)
+    assert caught.value.remedy == said
+
+
+@given(st.integers(1, 64), st.integers(2, 16), st.integers(1, 40))
+def test_what_is_refused_names_something_legal(world: int, stages: int, layers: int) -> None:
+    try:
+        assert check(world=world, pipeline=stages, layers=layers) * stages == world
+    except ConfigurationError as error:
+        assert stages > layers or world % stages
+        numbers = [int(word.rstrip(",")) for word in error.remedy.split() if word.rstrip(",").isdigit()]
+        assert numbers
+        if stages <= layers:
+            assert check(world=world, pipeline=numbers[0], layers=layers) * numbers[0] == world
+            assert check(world=numbers[1], pipeline=stages, layers=layers) * stages == numbers[1]

@@ -12,17 +12,20 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from solomonov.batch import TokenBatch
+from solomonov.batch import TokenBatch, empty_batch
 from solomonov.checkpoint.checkpointer import Checkpointer
 from solomonov.checkpoint.reader import digest
 from solomonov.config import OptimizerConfig
 from solomonov.distributed import Control
 from solomonov.engine import Engine, EngineSpec
 from solomonov.model.config import ModelConfig
+from solomonov.model.layers import Block
 from solomonov.plan import BatchPlan
 
 VOCAB, SEQUENCE, ROWS = 97, 16, 8
 LEARNING_RATE, CLIPPING, SEED = 1e-2, 0.5, 1
+EVALUATED_ROWS = 7
+"""No whole number of micro-batches: the last one is short, or there is none for a rank."""
 CPU = torch.device("cpu")
 
 
@@ -139,6 +142,34 @@ def run_and_tell_needs(layout: Layout, steps: int) -> tuple[Outcome, bool]:
     engine = make_engine(layout)
     losses, norms = train(engine, 0, steps)
     return Outcome(losses, norms, engine.layout, whole_state(engine)), engine.needs_rows
+
+
+def evaluate_twice(layout: Layout) -> tuple[float, float]:
+    """Sum of cross-entropy over EVALUATED_ROWS rows, all ranks together; and again after a training step on them."""
+    engine = make_engine(layout)
+    plan = engine.spec.plan
+
+    def evaluate() -> float:
+        mine = list(range(EVALUATED_ROWS))[engine.data_rank :: plan.data_parallel]
+        total = 0.0
+        for first in range(0, EVALUATED_ROWS, plan.micro_rows * plan.data_parallel):
+            part = mine[first // plan.data_parallel :][: plan.micro_rows]
+            total += engine.evaluate(batch(3, part) if part else empty_batch(SEQUENCE, CPU))
+        return Control().sum_floats([total])[0]
+
+    before = evaluate()
+    train(engine, 3, 4)
+    return before, evaluate()
+
+
+def forwards_of_a_block(layout: Layout) -> int:
+    """How often the first block of this rank's stage is computed in one update."""
+    engine = make_engine(layout)
+    block = next(module for module in engine._ds.module.modules() if isinstance(module, Block))
+    calls = []
+    block.attention_norm.register_forward_hook(lambda *arguments: calls.append(1))
+    train(engine, 0, 1)
+    return len(calls)
 
 
 def checkpointer(folder: Path, attempt: int = 1) -> Checkpointer:

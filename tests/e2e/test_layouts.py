@@ -1,0 +1,58 @@
+"""Layouts through the user's command: the same rows and losses, whatever the ranks hold."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.support.sampling import sampler
+from tests.support.user import User, unexpected
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+BOUND = 1e-5
+
+
+def assert_same_run(user: User, other: User) -> None:
+    """Every step on the same rows, losses and norms within the bound of the promise."""
+    lines, expected = user.metrics(), other.metrics()
+    assert [line["data_digest"] for line in lines] == [line["data_digest"] for line in expected]
+    assert [line["tokens"] for line in lines] == [line["tokens"] for line in expected]
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=BOUND)
+    evaluated = [(event["step"], event["loss"]) for event in user.journal("evaluated")]
+    for (step, loss), event in zip(evaluated, other.journal("evaluated"), strict=True):
+        assert step == event["step"]
+        assert loss == pytest.approx(event["loss"], rel=BOUND)
+
+
+def test_two_stages_of_two_ranks(user: User, undisturbed: User) -> None:
+    user.must("train", "own.yaml", "parallel.pipeline=2", "launch.ranks_per_node=4")
+    assert_same_run(user, undisturbed)
+    [started] = user.journal("resumed")
+    layout = started["layout"]
+    assert (layout["pipeline"], layout["data_parallel"], layout["world"]) == (2, 2, 4)
+    [whole] = undisturbed.journal("resumed")
+    assert layout["parameters_held"] < 0.6 * whole["layout"]["parameters_held"]
+    assert not unexpected(user.journal())
+
+
+def test_a_pipeline_is_killed_goes_on_and_is_left_for_another_layout(user: User, undisturbed: User) -> None:
+    """A rank of it dies; then it is asked to leave; then two ranks that share everything finish the run."""
+    draw = sampler("kill of a pipeline")
+    with user.command("train", "own.yaml", "parallel.pipeline=2", "training.micro_batch_sequences=2") as program:
+        killed_at = draw.randrange(6, 12)
+        program.wait_for(lambda: user.steps_done() >= killed_at, deadline=120, what="some steps")
+        os.kill(user.journal("attempt_started")[0]["pids"][draw.randrange(2)], signal.SIGKILL)
+        program.wait_for(lambda: len(user.journal("resumed")) == 2, deadline=120, what="it goes on")
+        target = user.journal("resumed")[-1]["step"] + 3
+        program.wait_for(lambda: user.steps_done() >= target, deadline=120, what=f"step {target}")
+        program.send(signal.SIGTERM)
+        assert program.wait(deadline=120) == 75, program.output()
+    user.must("train", "own.yaml", "parallel.zero_stage=3")
+    assert_same_run(user, undisturbed)
+    steps = [event["step"] for event in user.journal("resumed")]
+    assert 0 < steps[1] <= steps[2]
+    assert [event["layout"]["pipeline"] for event in user.journal("resumed")] == [2, 2, 1]
+    assert not unexpected(user.journal())
