@@ -31,7 +31,7 @@ check: $(TESTING)
 
 test: check
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(if $(TESTS),$(TESTS),--coverage-floors)
+	$(BIN)/coverage run -m pytest $(if $(TESTS),$(TESTS),--coverage-floors --beside=e2e)
 
 # torch goes first and alone: pinned, so that what comes after keeps it and does not fetch another build.
 $(RUNTIME): $(INPUTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import select
@@ -91,7 +92,8 @@ class SlurmRay:
             os.close(writer)
             os.close(reader)
         stack.callback(_end, srun, orders_file)
-        orders_file.write(token.read_bytes() + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # srun has ended, which its output will tell
+            orders_file.write(token.read_bytes() + b"\n")
         self._wait_until_ready(output, others)
 
     def _wait_until_ready(self, output: int, others: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import hypothesis
 import pytest
 
+from tests.support.beside import Beside
 from tests.support.coverage_floors import measure_and_check
 from tests.support.ranks import close_pools
 from tests.support.sampling import FULL, tree_seed
@@ -35,6 +36,7 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
 
 _skips: list[str] = []  # under CI, those that it refuses
 _coverage_lines: list[str] = []
+_beside: list[Beside] = []  # at most one
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,6 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
     group.addoption("--require", default="", help="comma-separated markers whose skip is a failure: ray,slurm,gpu")
     group.addoption("--coverage-floors", action="store_true", help="fail below tests/support/coverage_floors.py")
+    group.addoption(
+        "--beside", default="", metavar="MARKER", help="run the tests of a marker in a second pytest, meanwhile"
+    )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    config = session.config
+    if (marker := config.getoption("--beside")) and not config.option.collectonly:
+        _beside.append(Beside(marker, list(config.invocation_params.args), str(config.invocation_params.dir)))
 
 
 def required(config: pytest.Config) -> set[str]:
@@ -75,7 +86,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Unmarked tests first; then the layers; within `dist` by world, so that few pools live at a time."""
 
     def key(item: pytest.Item) -> tuple[int, int]:
@@ -84,6 +95,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return layer, mark.kwargs.get("world", 0) if mark else 0
 
     items.sort(key=key)
+    if _beside:
+        theirs = [item for item in items if item.get_closest_marker(_beside[0].marker)]
+        items[:] = [item for item in items if item not in theirs]
+        config.hook.pytest_deselected(items=theirs)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -107,6 +122,8 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     close_pools()
+    if _beside and not _beside[0].wait() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if _skips and os.environ.get("CI") and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if session.config.getoption("--coverage-floors"):
@@ -117,6 +134,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for other in _beside:
+        terminalreporter.section(f"the tests of {other.marker}, which ran beside")
+        terminalreporter.write_line(other.output)
     if _coverage_lines:
         terminalreporter.section("coverage of lines and branches")
         for line in _coverage_lines:

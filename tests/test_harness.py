@@ -58,6 +58,48 @@ def test_a_required_system_that_is_absent_fails(tmp_path: Path) -> None:
     assert (code == 0) == (which("sbatch") is not None), output
 
 
+TWO_PARTS = """
+import os, time
+from pathlib import Path
+import pytest
+
+HERE = Path(__file__).parent
+
+def meet(mine: str, other: str) -> None:
+    (HERE / mine).write_text(str(os.getpid()))
+    deadline = time.monotonic() + 60
+    while not (HERE / other).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+def test_here() -> None:
+    meet("here", "there")
+
+@pytest.mark.e2e
+def test_there() -> None:
+    meet("there", "here")
+    {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "ci", "code"),
+    [("pass", True, 0), ("raise ValueError('there')", False, 1), ("pytest.skip('no reason')", True, 1)],
+)
+def test_a_part_of_the_suite_runs_beside(body: str, ci: bool, code: int, tmp_path: Path) -> None:
+    """Both parts wait for each other; what fails in the second one fails the first, and is shown."""
+    (tmp_path / "test_parts.py").write_text(TWO_PARTS.format(body=body), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CI": "true" if ci else ""}
+    argv = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", str(ROOT / "pyproject.toml"), "--beside=e2e"]
+    argv += ["--rootdir", str(tmp_path), "-p", "no:cacheprovider", str(tmp_path / "test_parts.py")]
+    found, output = run_program(argv, log=tmp_path / "log.txt", deadline=120, cwd=tmp_path, env=environment)
+    assert found == code, output
+    assert (tmp_path / "here").read_text() != (tmp_path / "there").read_text(), "in two processes"
+    beside = output.split("the tests of e2e, which ran beside")[1]
+    assert ("1 passed, 1 deselected" if body == "pass" else "there" if ci is False else "no reason") in beside
+    assert "1 passed, 1 deselected" in output.splitlines()[-1], "the last line is still pytest's own"
+
+
 def test_coverage_is_by_package_over_lines_and_branches() -> None:
     def file(ran: int, of: int) -> dict[str, dict[str, int]]:
         return {"summary": {"covered_lines": ran, "num_statements": of, "covered_branches": 1, "num_branches": 2}}
@@ -108,7 +150,7 @@ def test_ci_script_and_make_are_well_formed() -> None:
     argv = ["make", "--dry-run", "TESTS=", "test", "quickstart"]
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "coverage run -m pytest --coverage-floors" in done.stdout, "make test holds the floors"
+    assert "coverage run -m pytest --coverage-floors --beside=e2e" in done.stdout, "make test holds the floors"
 
 
 @pytest.mark.parametrize(("given", "installed"), [((), ".[ray]"), (("RAY=",), ".")])

@@ -36,9 +36,6 @@ exit $code
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A short one, since sockets are put below it."""
-    done = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("this user may not make a mount namespace")
     with tempfile.TemporaryDirectory(prefix="m", dir="/tmp") as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield Path(folder)
@@ -55,6 +52,9 @@ def test_the_name_of_this_machine_may_be_on_the_loopback(monkeypatch: pytest.Mon
 
 def test_a_node_on_another_machine_joins_and_leaves(temporary: Path, tmp_path: Path) -> None:
     """It brings the token along, which only its owner can read, and takes all away when it goes."""
+    done = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("this user may not make a mount namespace")
     left = tmp_path / "left"
     with PrivateRay(1, host=HOSTS[0]) as ray:
         token = Path(ray.environment["RAY_AUTH_TOKEN_PATH"])
@@ -92,7 +92,9 @@ def _python_of(pid: int) -> int:
     return next(p.pid for p in psutil.Process(pid).children(recursive=True) if "ray-node" in p.cmdline())
 
 
-def test_nodes_that_do_not_come_are_a_clear_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_that_do_not_come_are_a_clear_refusal(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """srun is one that fails, as where the step cannot be placed."""
     (tmp_path / "srun").write_text("#!/bin/sh\necho srun: error: Unable to create step >&2\nexit 1\n")
     (tmp_path / "srun").chmod(0o755)
@@ -108,4 +110,4 @@ def test_nodes_that_do_not_come_are_a_clear_refusal(tmp_path: Path, monkeypatch:
         "0 of 2 came within 120 s",
         "srun: error: Unable to create step",
     ]
-    assert not list(Path("/tmp").glob("sol-ray-*"))
+    assert not list(temporary.iterdir())
