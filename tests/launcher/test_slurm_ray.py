@@ -34,8 +34,8 @@ exit $code
 
 
 @pytest.fixture
-def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A short one, since sockets are put below it."""
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A short one, since sockets are put below it; and beside `tmp_path`, which is made first."""
     with tempfile.TemporaryDirectory(prefix="m", dir="/tmp") as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield Path(folder)
