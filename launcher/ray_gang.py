@@ -290,6 +290,9 @@ class RayGang:
         self._holder.kill()
 
     def _say_all(self, kind: str) -> None:
+        """An order to all agents; before they have their start there is no rank to obey it."""
+        if not self._started:
+            return
         for rank in self._living & self._ranks.keys():
             self._ranks[rank].say({"kind": kind})
 

@@ -197,7 +197,9 @@ class Supervisor:
         outcome = classify(code)
         if outcome is Outcome.DONE:
             return self._end(SupervisorState.DONE, ExitCode.DONE, "done")
-        if outcome is Outcome.AGAIN and self.state is SupervisorState.RESIZING:
+        # A rank that had no handler yet when it was asked had nothing to save, either.
+        unsaved = code in _SAVE_SIGNALS and self.state is SupervisorState.RESIZING
+        if unsaved or (outcome is Outcome.AGAIN and self.state is SupervisorState.RESIZING):
             if self._companion is not None:
                 return self._companion_end(*self._companion)
             self.state = SupervisorState.WAITING

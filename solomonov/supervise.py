@@ -315,6 +315,8 @@ class Session:
         self._cause: dict[str, Any] = {}
         """The first end that was a failure, of the newest attempt."""
         self._hang: dict[str, Any] = {}
+        self._asked = False
+        """The ranks of the newest attempt were asked to leave."""
 
     def run(self) -> int:
         """Start the ranks, and the data service where there is a Ray; watch them, show their progress, say how it
@@ -367,15 +369,18 @@ class Session:
             journal.try_write(kind, **fields)
         if self._cycle is not None:
             self._cycle.note(kind, fields)
-        if kind == "rank_exited" and not self._cause and fields["exit_code"] not in (exits.DONE, exits.AGAIN):
+        self._asked = kind in ("resize", "stopping") or (self._asked and kind != "attempt_started")
+        # A rank that had no handler yet when it was asked to leave is no fault.
+        obeyed = fields.get("exit_code") in (exits.DONE, exits.AGAIN) or (
+            self._asked and fields.get("signal") == "SIGTERM"
+        )
+        if kind == "rank_exited" and not self._cause and not obeyed:
             self._cause = fields
         if kind == "hang":
             self._hang = fields
         self._display.event(kind, fields)
         if kind == "restart" and (self._cause or self._hang):  # not where the number of ranks changes
             self._incident(f"attempt {fields['attempt']} begins in {fields['backoff_seconds']:g} s", fields["cause"])
-        elif kind == "resize":
-            self._cause = {}
         elif kind == "finished" and fields["exit_code"] not in (exits.DONE, exits.AGAIN, exits.INTERRUPTED):
             self._incident("given up", fields["reason"])
 

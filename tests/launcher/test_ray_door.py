@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from types import ModuleType
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,33 @@ def test_the_largest_world_that_there_is_room_for(worlds: set[int], slots: int) 
     fitting = [world for world in worlds if world <= slots]
     found = ray_door._largest(RayRoom("host:1", sorted(worlds)), slots)
     assert found == (max(fitting) if fitting else None)
+
+
+@pytest.mark.parametrize(
+    ("free", "cpus", "gpus", "slots"),
+    [
+        ({"a": {"CPU": 8.0}, "b": {"CPU": 3.0}}, 2.0, 0.0, 5),  # what is left over on two nodes makes no rank
+        ({"a": {"CPU": 8.0, "GPU": 2.0}, "b": {"CPU": 1.0, "GPU": 8.0}}, 1.0, 1.0, 3),  # the scarcer one counts
+        ({"a": {"CPU": 8.0}}, 1.0, 1.0, 0),
+        ({"a": {"CPU": 8.0, "GPU": 2.0}}, 1.0, 0.5, 4),
+        ({"a": {"CPU": 0.3}}, 0.1, 0.0, 3),  # 0.3 / 0.1 is a little less than 3
+        ({"a": {"CPU": 1.0}, "draining": {"CPU": 8.0}, "dead": {"CPU": 8.0}, "unknown": {"CPU": 8.0}}, 1.0, 0.0, 1),
+        ({"a": {}}, 1.0, 0.0, 0),
+    ],
+)
+def test_ranks_that_could_be_started_now(
+    free: dict[str, dict[str, float]], cpus: float, gpus: float, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of Ray a module with its answers: by node, what of it is free."""
+    modules = {name: ModuleType(name) for name in ("ray", "ray._private", "ray._private.state")}
+    for name, made in modules.items():
+        monkeypatch.setitem(sys.modules, name, made)
+    nodes = [{"NodeID": name, "Alive": name != "dead"} for name in ("a", "b", "draining", "dead")]
+    monkeypatch.setattr(modules["ray"], "nodes", lambda: nodes, raising=False)
+    state = modules["ray._private.state"]
+    monkeypatch.setattr(state, "available_resources_per_node", lambda: free, raising=False)
+    monkeypatch.setattr(ray_door, "_draining", lambda: {"draining": 0})
+    assert ray_door._slots(RayRoom("host:1", [1], cpus=cpus, gpus=gpus)) == slots
 
 
 @pytest.mark.parametrize(
@@ -40,6 +68,12 @@ def test_an_attempt_takes_what_there_is(slots: list[int], world: int | None, mon
     monkeypatch.setattr(ray_door, "_slots", lambda room: next(looks, last))
     monkeypatch.setattr(ray_door, "SETTLE_SECONDS", 0.5)
     assert ray_door._find_room(RayRoom("host:1", [2, 4], start_seconds=1.0)) == world
+
+
+def test_room_that_came_in_time_may_settle_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_door, "_slots", lambda room: 3)
+    monkeypatch.setattr(ray_door, "SETTLE_SECONDS", 0.5)
+    assert ray_door._find_room(RayRoom("host:1", [2, 4], start_seconds=0.1)) == 2
 
 
 def told(

@@ -6,11 +6,15 @@ The whole on a real Ray is in tests/e2e/test_job_contract.py and tests/e2e/test_
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
+import struct
 import sys
-from collections.abc import Iterator
+import time
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,10 +22,14 @@ from typing import Any
 
 import pytest
 
-from launcher.agent import end_of
+from launcher.agent import end_of, of_beat
 from launcher.config import LaunchConfig
-from launcher.job import JobSpec
+from launcher.exits import RankExit
+from launcher.hang import Beat
+from launcher.heartbeat import FORMAT, MAGIC
+from launcher.job import JobSpec, heartbeat_path
 from launcher.local import LocalJob, LocalLauncher
+from launcher.mailbox import Mailbox
 from launcher.ray_gang import RayGang, RayRoom, no_room
 from tests.support.processes import Program, assert_no_process, program_environment, wait_for
 
@@ -116,6 +124,30 @@ def test_orders_reach_the_rank(tmp_path: Path) -> None:
         supervisor.say("kill")
         end = end_of(supervisor.hear("ended"))
         assert (end.code, end.killed) == (-signal.SIGKILL, True)
+
+
+def test_an_order_that_comes_with_the_start_is_obeyed(tmp_path: Path) -> None:
+    with supervised(tmp_path, READY) as supervisor:
+        supervisor.accept()
+        orders = [{"kind": "start", "master_addr": "node-a", "master_port": 1234}, {"kind": "kill"}]
+        supervisor.connection.sendall("".join(f"{json.dumps(order)}\n" for order in orders).encode())
+        end = end_of(supervisor.hear("ended"))
+        assert (end.code, end.killed) == (-signal.SIGKILL, True)
+
+
+def test_signs_of_life_reach_the_supervisor(tmp_path: Path) -> None:
+    """The rank's record, written here in its place."""
+    with supervised(tmp_path, READY) as supervisor:
+        supervisor.accept()
+        supervisor.start()
+        supervisor.ready()
+        record = struct.pack(FORMAT[:-1], MAGIC, time.monotonic_ns(), 7, 3, 1, b"forward")
+        heartbeat_path(tmp_path, 1).write_bytes(record + struct.pack("<Q", zlib.crc32(record)))
+        beat = supervisor.hear("beat")
+        assert (beat["step"], beat["section_id"], beat["section"]) == (7, 3, "forward")
+        assert beat["age_seconds"] >= 0.0
+        supervisor.say("kill")
+        assert end_of(supervisor.hear("ended")).step == 7
 
 
 def test_a_rank_does_not_outlive_its_supervisor(tmp_path: Path) -> None:
@@ -241,3 +273,185 @@ def test_who_does_not_know_the_secret_is_not_listened_to(tmp_path: Path) -> None
     found = job(tmp_path, ": > $1/ran", "stranger", max_restarts=0)
     assert found.wait(SECONDS) != 0
     assert not (tmp_path / "ran").exists()
+
+
+# --- the supervisor's side, word by word -----------------------------------------------------------------------------
+
+QUIET_HOLDER = r"""
+import json, os, signal, sys
+from pathlib import Path
+
+world, code, plan = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+found = Path(plan["folder"], "found")
+found.write_text(json.dumps({"port": plan["port"], "secret": os.environ["SOLOMONOV_GANG_SECRET"]}))
+found.rename(found.with_name("plan"))
+if world:
+    os.write(1, json.dumps({"kind": "world", "world": world}).encode() + b"\n")
+if code:
+    sys.exit(int(code))
+signal.pause()
+"""
+
+
+class Agent:
+    """An agent's end of the connection, after its hello."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        plan = json.loads((folder / "plan").read_text())
+        self.connection = socket.create_connection(("127.0.0.1", plan["port"]), timeout=SECONDS)
+        self.lines = self.connection.makefile("r")
+        place = {"rank": rank, "host": f"node{rank}", "port": 1000 + rank, "pid": 100 + rank}
+        self.connection.sendall(b"no line of ours\n[]\n")
+        self.say("hello", secret=plan["secret"], **place)
+
+    def say(self, kind: str, **fields: object) -> None:
+        self.connection.sendall(json.dumps({"kind": kind, **fields}).encode() + b"\n")
+
+    def hear(self) -> dict[str, Any]:
+        """The next order."""
+        message: dict[str, Any] = json.loads(self.lines.readline())
+        return message
+
+    def close(self) -> None:
+        self.lines.close()
+        self.connection.close()
+
+
+class Watched:
+    """A gang of two under a holder that starts no agents, and all that it has told."""
+
+    def __init__(self, folder: Path, gang: RayGang) -> None:
+        self.folder, self.gang = folder, gang
+        self.ends: list[RankExit] = []
+        self.agents: list[Agent] = []
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Let the gang work until something is so."""
+
+        def look() -> bool:
+            self.ends += self.gang.wait(0.02)
+            return condition()
+
+        wait_for(look, deadline=SECONDS, what=what)
+
+    def join(self, rank: int) -> Agent:
+        """An agent that has been heard."""
+        self.until(lambda: self.gang.world_size == 2, "there is room")
+        agent = Agent(self.folder, rank)
+        self.agents.append(agent)
+        self.until(lambda: rank in self.gang._ranks, f"rank {rank} is there")
+        return agent
+
+    def all_silent(self) -> None:
+        """As if nobody had said anything for an hour."""
+        for each in self.gang._connections.values():
+            each.heard -= 3600.0
+        self.ends += self.gang.wait(0.0)
+
+
+@contextmanager
+def watched(folder: Path, *, world: int = 2, code: str = "") -> Iterator[Watched]:
+    """`code`: what the holder ends with, at once."""
+    spec = JobSpec(["true"], folder, nodes=2)
+    room = RayRoom("host:1", [2], environment=program_environment())
+    holder = (sys.executable, "-c", QUIET_HOLDER, str(world), code)
+    mailbox = Mailbox()
+    with (
+        contextlib.closing(mailbox),
+        RayGang(spec, folder, attempt=1, master_port=1, wake_fd=mailbox.fd, room=room, holder=holder) as gang,
+    ):
+        found = Watched(folder, gang)
+        try:
+            yield found
+        finally:
+            gang.kill()  # the holder does not end with its agents
+            for agent in found.agents:
+                agent.close()
+    assert_no_process(str(folder))
+
+
+START = {"kind": "start", "master_addr": "node0", "master_port": 1000}
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (1, 0)])
+def test_ranks_start_together_and_meet_at_the_first(ranks: tuple[int, int], tmp_path: Path) -> None:
+    with watched(tmp_path) as found:
+        agents = [found.join(rank) for rank in ranks]
+        found.gang.dump_stacks()
+        for agent in agents:
+            assert [agent.hear(), agent.hear()] == [START, {"kind": "stacks"}], "one start, when all are there"
+
+
+def test_ranks_that_come_after_a_request_to_leave_are_asked_as_well(tmp_path: Path) -> None:
+    with watched(tmp_path) as found:
+        found.until(lambda: found.gang.world_size == 2, "there is room")
+        found.gang.terminate()
+        for agent in [found.join(rank) for rank in (0, 1)]:
+            assert [agent.hear(), agent.hear()] == [START, {"kind": "terminate"}]
+
+
+def test_an_order_waits_for_the_start(tmp_path: Path) -> None:
+    """The first thing that an agent hears is where the ranks meet: it takes anything else for that."""
+    with watched(tmp_path) as found:
+        first = found.join(0)
+        found.gang.terminate()
+        found.gang.dump_stacks()
+        second = found.join(1)
+        for agent in (first, second):
+            assert [agent.hear(), agent.hear()] == [START, {"kind": "terminate"}]
+
+
+def test_a_request_to_leave_ends_a_gang_that_waits_for_room(tmp_path: Path) -> None:
+    with watched(tmp_path, world=0) as found:
+        found.until(lambda: (tmp_path / "plan").exists(), "the holder is there")
+        found.gang.terminate()
+        found.until(lambda: not found.gang.alive, "it is over")
+        assert [(end.rank, end.code, end.killed) for end in found.ends] == [(0, -signal.SIGKILL, False)]
+
+
+def test_a_holder_that_ends_ends_all_ranks(tmp_path: Path) -> None:
+    with watched(tmp_path, code="78") as found:
+        found.until(lambda: not found.gang.alive, "it is over")
+        assert [(end.rank, end.code) for end in found.ends] == [(0, 78), (1, 78)]
+
+
+def test_who_falls_silent_is_lost_but_not_who_waits_for_the_others(tmp_path: Path) -> None:
+    with watched(tmp_path) as found:
+        first = found.join(0)
+        found.all_silent()
+        assert (found.ends, found.gang.alive) == ([], True)
+        assert [agent.hear() for agent in (found.join(1), first)] == [START, START]
+        found.all_silent()
+        assert [(end.rank, end.code, end.killed) for end in found.ends] == [
+            (0, -signal.SIGKILL, False),
+            (1, -signal.SIGKILL, False),
+        ]
+        assert not found.gang.alive
+
+
+def test_a_lost_rank_is_told_with_the_last_that_was_heard_of_it(tmp_path: Path) -> None:
+    with watched(tmp_path) as found:
+        agents = [found.join(rank) for rank in (0, 1)]
+        agents[1].say("beat", **of_beat(Beat(7, 3, "forward", time.monotonic())))
+        found.until(lambda: bool(found.gang.beats()), "a sign of life")
+        (beat,) = found.gang.beats().values()
+        assert (beat.step, beat.section_id, beat.section) == (7, 3, "forward")
+        agents[1].close()
+        found.until(lambda: bool(found.ends), "it is lost")
+        (end,) = found.ends
+        told = (end.rank, end.pid, end.code, end.killed, end.step, end.section, end.host)
+        assert told == (1, 101, -signal.SIGKILL, False, 7, "forward", "node1")
+        assert found.gang.beats() == {}, "those of living ranks"
+        found.gang.kill()
+        assert [agents[0].hear(), agents[0].hear()] == [START, {"kind": "kill"}]
+        agents[0].close()
+        found.until(lambda: not found.gang.alive, "it is over")
+        assert [(end.rank, end.killed) for end in found.ends[1:]] == [(0, True)], "by us"
+
+
+def test_what_joins_the_cluster_is_in_no_command_line(tmp_path: Path) -> None:
+    """The room's environment may hold a token, and others see the words of a process."""
+    with watched(tmp_path) as found:
+        found.until(lambda: found.gang.world_size == 2, "there is room")
+        words = Path(f"/proc/{found.gang._holder.pid}/cmdline").read_bytes().decode().split("\0")
+        assert json.loads(words[-2])["room"]["environment"] == {}

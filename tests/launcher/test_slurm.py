@@ -125,6 +125,21 @@ def test_no_gpus_are_asked_for_where_none_are_wanted() -> None:
     assert not [word for word in request(config=launch(slurm={"gpus_per_node": 0})).command if "gpu" in word]
 
 
+def test_an_array_numbers_its_elements_and_their_folders(tmp_path: Path) -> None:
+    """Slurm puts the element's number where %a is; all else in the path is the user's own."""
+    folder = tmp_path / "100%j" / "own-%a"
+    made = request(folder, elements=3)
+    escaped = f"{tmp_path}/100%%j/own-%a/logs/slurm-%A_%a.log"
+    assert [word for word in made.command if word.startswith(("--array", "--output"))] == [
+        f"--output={escaped}",
+        "--array=0-2",
+    ]
+    assert str(folder) in made.command, "the batch script knows its element by itself"
+    assert "--array=0-2%2" in replace(made, at_once=2).command
+    assert "--array=0-0" in replace(made, elements=1).command
+    assert not [word for word in request(folder, at_once=2).command if word.startswith("--array")]
+
+
 hostile = st.one_of(st.sampled_from(NAMES), st.text(st.characters(codec="utf-8"), min_size=1)).filter(str.isprintable)
 paths = st.lists(hostile.map(lambda text: text.replace("/", "_")), min_size=1, max_size=3).map("/".join)
 
@@ -284,6 +299,23 @@ def test_nothing_is_submitted_that_was_refused(tmp_path: Path, monkeypatch: pyte
     made = request()
     job = SlurmLauncher().submit(made)
     assert (job.job_id, job.log_folder) == ("77", Path("runs/own/logs"))
+    assert calls(tmp_path / "bin", "sbatch") == [made.command[1:]]
+
+
+def test_each_element_of_an_array_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sinfo = "echo 'main*|up|infinite|4|gpu:2|2'"
+    path = fake_commands(tmp_path / "bin", sinfo=sinfo, sbatch="echo '77;cluster'")["PATH"]
+    monkeypatch.setenv("PATH", path)
+    folder = Path("runs/own-%a")
+    with pytest.raises(LaunchConfigurationError, match="fewer nodes"):
+        SlurmLauncher().submit_array(request(folder, config=launch(nodes=5), elements=2))
+    assert calls(tmp_path / "bin", "sbatch") == []
+    made = request(folder, elements=2)
+    jobs = SlurmLauncher().submit_array(made)
+    assert [(job.job_id, job.log_folder) for job in jobs] == [
+        ("77_0", Path("runs/own-0/logs")),
+        ("77_1", Path("runs/own-1/logs")),
+    ]
     assert calls(tmp_path / "bin", "sbatch") == [made.command[1:]]
 
 

@@ -286,6 +286,16 @@ def test_a_saved_job_is_queued_again(tmp_path: Path) -> None:
     assert slurm.changes() == [["requeue", "7"]]
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_supervisor_that_was_killed_is_told_from_one_whose_ranks_were(ended: bool, tmp_path: Path) -> None:
+    """By the record: both leave with 137, and only the first did not come to note its end."""
+    slurm = Slurm(tmp_path)
+    CycleRecord(starts=(0,), step=5, ended=ended).write(slurm.logs, "7")
+    code, said = slurm.requeue(137)
+    assert (code, said["event"]) == ((137, "leave") if ended else (-9, "requeue"))
+    assert slurm.changes() == ([] if ended else [["requeue", "7"]])
+
+
 def test_a_suspect_node_is_avoided_with_those_before_it(tmp_path: Path) -> None:
     slurm = Slurm(tmp_path)
     CycleRecord(starts=(0,), step=5, suspect="node2", excluded=("node1",)).write(slurm.logs, "7")

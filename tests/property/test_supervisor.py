@@ -49,7 +49,8 @@ class SupervisorMachine(RuleBasedStateMachine):
         before = self.supervisor.state
         decision = self.supervisor.attempt_ended(code, step)
         assert 0 <= decision.exit_code <= 255
-        if before is SupervisorState.RESIZING and code == 75:
+        # -n: a signal that asks to save, before the rank had a handler
+        if before is SupervisorState.RESIZING and code in (75, -15, -12, -10, -2):
             assert (decision.action is Action.RESTART) != self.companion_failed, "it goes on in another number"
             assert decision.backoff_seconds == 0.0
             self.resizes += 1

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from solomonov import links
 from solomonov.links import ALL_PAIRS_NODES, measure_all, measure_pair, rounds
 from tests.support.ranks import run_ranks
 
@@ -35,8 +38,6 @@ def test_beyond_it_each_machine_is_measured_in_few_rounds(nodes: int) -> None:
 
 
 def measured(pair: tuple[int, int], rank: int | None = None) -> tuple[float | None, float]:
-    import torch.distributed as dist
-
     device = torch.device("cpu")
     mine = measure_pair(pair, device) if dist.get_rank() in pair else None
     return mine, measure_all(device)
@@ -48,3 +49,35 @@ def test_a_pair_and_all_ranks() -> None:
     assert [mine is not None for mine, _ in answers] == [True, False, True]
     assert all(mine is None or mine > 0.0 for mine, _ in answers)
     assert all(rate > 0.0 for _, rate in answers)
+
+
+def test_a_rate_is_bytes_over_the_median_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of ours: the first time, which opens connections, is not counted."""
+    seconds = [100.0, 2.0, 1.0, 4.0]
+    now = itertools.accumulate(second for each in seconds for second in (0.0, each))
+    sizes = []
+
+    def all_reduce(data: torch.Tensor, group: object) -> None:
+        sizes.append(data.nbytes)
+        data.mul_(2.0)
+
+    monkeypatch.setattr(links, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    assert links._all_reduce_rate(torch.device("cpu"), None) == links.CPU_BYTES / 2.0
+    assert sizes == [links.CPU_BYTES] * len(seconds)
+
+
+def test_the_bus_carries_more_than_the_bytes_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 (n - 1) / n times as many, the bus bandwidth of the NCCL tests; for a pair it is the rate itself."""
+    monkeypatch.setattr(links, "_all_reduce_rate", lambda device, group: 100.0)
+    for world, bandwidth in ((2, 100.0), (4, 150.0)):
+        monkeypatch.setattr(dist, "get_world_size", lambda world=world: world)
+        assert measure_all(torch.device("cpu")) == bandwidth
+
+
+def test_a_sum_that_is_wrong_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "all_reduce", lambda data, group: data[1:].mul_(2.0))
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    with pytest.raises(RuntimeError, match="over 2 ranks gave 1 to 2"):
+        links._all_reduce_rate(torch.device("cpu"), None)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from launcher.ports import free_port
 from solomonov import exits
 from solomonov import preflight as module
 from solomonov.distributed import RankInfo
-from solomonov.errors import SolomonovError
+from solomonov.errors import ConfigurationError, SolomonovError
 from solomonov.preflight import NodeFacts, RankFacts, Report, Sight, judge, judge_links
 from solomonov.reach import Answer
 from solomonov.runfolder import RunFolder
@@ -80,12 +81,16 @@ def test_a_machine_that_is_not_like_the_others(node: int, change: dict[str, Any]
 def test_a_rank_without_a_gpu_among_others() -> None:
     found = judged(report(devices=("H100", "H100", "H100", "CPU", "H100", "H100")))
     assert found.problems == ["rank 3 has no CUDA device, others have (host1)"]
+    assert found.warnings == [], "said once"
 
 
 def test_devices_of_different_kinds_are_said() -> None:
     found = judged(report(devices=("H100", "H100", "H100", "H100", "A100", "H100")))
     assert found.problems == []
     assert found.warnings == ["the ranks' devices differ: 5 x H100 (0 GiB), 1 x A100 (0 GiB)"]
+    given = report()
+    given.ranks = [RankFacts(rank, rank // 2, "H100", (94 if rank == 5 else 80) << 30) for rank in range(6)]
+    assert judged(given).warnings == ["the ranks' devices differ: 5 x H100 (80 GiB), 1 x H100 (94 GiB)"]
 
 
 def test_what_machines_see_of_each_other() -> None:
@@ -124,6 +129,22 @@ def test_a_slow_link_is_named() -> None:
     assert given.record()["slowest_links_bytes_per_second"] == {"1-2": 3.9e9, "0-2": 16e9, "0-1": 20e9}
 
 
+def test_the_table_and_the_record_of_a_good_verdict() -> None:
+    given = judged(report())
+    assert len(given.lines()) == 5, "nothing was measured yet"
+    given.all_reduce = 5e9
+    rows = [line.split("  ") for line in given.lines()[1:4]]
+    assert [[text.strip() for text in row if text] for row in rows] == [
+        ["0", "host0", "0-1", "2 x CPU", "+0.0 ms", "1.0 GB"],
+        ["1", "host1", "2-3", "2 x CPU", "+0.0 ms", "1.0 GB"],
+        ["2", "host2", "4-5", "2 x CPU", "+0.0 ms", "1.0 GB"],
+    ]
+    assert given.lines()[4:] == ["all-reduce over 6 ranks (gloo): 5.00 GB/s bus bandwidth", "preflight: good"]
+    given.links = {(0, other): other * 1e9 for other in range(20, 0, -1)}
+    kept = given.record()["slowest_links_bytes_per_second"]
+    assert kept == {f"0-{other}": other * 1e9 for other in range(1, 17)}, "the slowest ones of many"
+
+
 def test_of_two_links_neither_is_the_odd_one() -> None:
     given = report()
     given.links = {(0, 1): 20e9, (1, 2): 1e9}
@@ -139,6 +160,84 @@ def test_ranks_that_do_not_come_are_named(user: User, monkeypatch: pytest.Monkey
     with pytest.raises(SolomonovError, match="not all ranks of the run came") as caught:
         look._collect("rank", 3)
     assert caught.value.got == "nothing from rank/0, rank/2"
+
+
+def alone(user: User, monkeypatch: pytest.MonkeyPatch) -> module.Preflight:
+    """The look of the only rank of a run."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    return module.Preflight(begin_run(user), RankInfo(0, 0, 1, 1), torch.device("cpu"), HashStore())
+
+
+def test_a_folder_that_cannot_be_written_is_told_as_such(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own file is not seen there either, but that is not the cause."""
+    look = alone(user, monkeypatch)
+    look._folder.touch()  # nothing can be made in a file
+    with pytest.raises(ConfigurationError, match="these machines cannot train this run") as caught:
+        look.exchange()
+    assert "the run's folder cannot be written: " in caught.value.got
+    assert str(look._folder) in caught.value.got
+    assert "not shared" not in caught.value.got
+
+
+@pytest.mark.parametrize("lacking", [1, 0])
+def test_a_checkpoint_has_twelve_bytes_a_parameter(lacking: int, user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fp32 master and two moments: the folder of the run must have room for one."""
+    look = alone(user, monkeypatch)
+    free = 12 * look._run.resolved()["derived"]["parameters"] - lacking
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    if lacking:
+        with pytest.raises(ConfigurationError, match="these machines cannot train this run"):
+            look.exchange()
+    else:
+        look.exchange()
+    assert look.report is not None
+    assert [bool(look.report.problems), bool(look.report.warnings)] == [bool(lacking), not lacking]
+    assert bool(look._run.journal.last("preflight")) is bool(lacking), "a good one is told after the measurement"
+    assert not look._folder.exists()
+
+
+class Gathered:
+    """In place of the ranks' control group: answers what each of them would have given."""
+
+    def __init__(self, answers: list[list[Any]]) -> None:
+        self.answers = iter(answers)
+
+    def all_gather_object(self, value: object) -> list[Any]:
+        return next(self.answers)
+
+    def barrier(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("rank", "pairs"), [(0, [[0, 2], [0, 4]]), (1, []), (2, [[0, 2], [2, 4]]), (3, []), (4, [[0, 4], [2, 4]]), (5, [])]
+)
+def test_first_ranks_measure_the_links(
+    rank: int, pairs: list[list[int]], user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three machines of two ranks, as each of the ranks sees them; the link between two of them is slow."""
+    measured = []
+
+    def measure_pair(ranks: list[int], device: torch.device) -> float:
+        measured.append(sorted(ranks))
+        return 1.0
+
+    monkeypatch.setattr(module, "measure_pair", measure_pair)
+    monkeypatch.setattr(module, "measure_all", lambda device: 5e9)
+    leaders = [(node, local == 0) for node in range(3) for local in range(2)]
+    rates = [{(0, 1): 20e9, (0, 2): 16e9}, {}, {(0, 1): 20e9, (1, 2): 1e9}, {}, {(0, 2): 16e9, (1, 2): 1e9}, {}]
+    look = module.Preflight(
+        begin_run(user), RankInfo(rank, rank % 2, 6, 2, node=rank // 2), torch.device("cpu"), HashStore()
+    )
+    look.report = report() if rank == 0 else None
+    look.measure(Gathered([leaders, rates]))  # type: ignore[arg-type]
+    assert sorted(measured) == pairs
+    event = look._run.journal.last("preflight")
+    assert (event is not None) is (rank == 0)
+    if event is not None:
+        assert event["all_reduce_bytes_per_second"] == 5e9
+        assert event["slowest_links_bytes_per_second"] == {"1-2": 1e9, "0-2": 16e9, "0-1": 20e9}
+        assert event["warnings"] == ["the link between host1 and host2 carries 1.00 GB/s, the median 16.00 GB/s"]
 
 
 # --- real ranks ------------------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ import socket
 import struct
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from solomonov import reach
-from solomonov.reach import Address, TimeServer, ask, ask_all
+from solomonov.reach import Address, Answer, TimeServer, ask, ask_all
 
 
 def test_a_machine_is_reached_and_its_clock_is_read() -> None:
@@ -39,6 +40,29 @@ def test_a_clock_that_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     with TimeServer("127.0.0.1") as server:
         answer = ask(server.address)
     assert abs(answer.offset_seconds - 90.0) <= answer.round_trip_seconds / 2 + 1e-3
+
+
+def test_the_quickest_answer_counts_from_the_middle_of_its_trip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of ours, in seconds: asked at 50, the other says 70 after 4 of them, which was 52 here."""
+    trips, said = [8.0, 4.0, 6.0, 9.0, 5.0], [99, 70, 99, 40, 99]
+    now = iter([moment for trip in trips for moment in (0.0, trip)])
+    answers = iter(said)
+    monkeypatch.setattr(reach, "time", SimpleNamespace(time_ns=lambda: 50 * 10**9, monotonic=lambda: next(now)))
+    monkeypatch.setattr(reach, "_receive", lambda peer, size: struct.pack("<q", next(answers) * 10**9))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        found = ask(Address("127.0.0.1", server.getsockname()[1], "00" * reach.KEY_BYTES))
+    assert found == Answer(None, 4.0, 18.0)
+
+
+def test_an_answer_may_come_in_pieces() -> None:
+    """Packets keep what was sent together from being read in one."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            for piece in (b"ab", b"cdefgh", b"xy"):
+                theirs.sendall(piece)
+        assert reach._receive(ours, 8) == b"abcdefgh"
+        assert reach._receive(ours, 8) == b"xy", "the other side ended"
 
 
 def test_many_are_asked_at_once() -> None:
