@@ -18,6 +18,9 @@ WINDOW = 256
 KNOWN_STAYS = 3
 """From so many on, the 99th percentile says something."""
 FACTOR = 3.0
+GAP_SECONDS = 2.0
+"""A watcher that did not look for so long was held up itself, and what it watches most likely with it: a job that was
+suspended, a virtual machine that stood still, a crowded machine. Looks come four times a second."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,16 @@ class GangWatch:
 
     Args:
         limits: the limits.
+        gap_seconds: between two looks; after a longer one all time before counts for nothing.
     """
 
-    def __init__(self, limits: HangLimits) -> None:
-        self._limits = limits
+    def __init__(self, limits: HangLimits, gap_seconds: float = GAP_SECONDS) -> None:
+        self._limits, self._gap_seconds = limits, gap_seconds
         self._since: float | None = None
         """The first look."""
+        self._looked: float | None = None
+        self._awake: float = -math.inf
+        """The first look after the last gap: nobody is blamed for what was before."""
         self._last: dict[int, Beat] = {}
         self._stays: dict[str, deque[float]] = {}
         self._been_in: set[tuple[int, str]] = set()
@@ -99,6 +106,9 @@ class GangWatch:
             The hindmost rank, if it hangs; rank 0, if none has ever given a sign of life.
         """
         self._since = now if self._since is None else self._since
+        if self._looked is not None and now - self._looked > self._gap_seconds:
+            self._awake = now
+        self._looked = now
         for rank, beat in beats.items():
             before = self._last.get(rank)
             if before is not None and before != beat:
@@ -108,12 +118,12 @@ class GangWatch:
                         self._know(section, beat.since - before.since)
             self._last[rank] = beat
         if not beats:
-            waited = now - self._since
+            waited = now - max(self._since, self._awake)
             if self._last or waited <= self._limits.start_seconds:
                 return None
             return Hang(0, 0, "before its start", waited, self._limits.start_seconds)
         rank, beat = min(beats.items(), key=lambda item: (item[1].step, item[1].section_id, item[1].since))
-        seconds, limit = now - beat.since, self.limit(beat.section)
+        seconds, limit = now - max(beat.since, self._awake), self.limit(beat.section)
         return Hang(rank, beat.step, beat.section, seconds, limit) if seconds > limit else None
 
     def limit(self, section: str) -> float:

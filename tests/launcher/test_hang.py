@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -25,6 +26,11 @@ from tests.support.processes import assert_no_process, wait_for
 
 SECONDS = 60.0
 SECTIONS = ("data", "forward", "backward")
+
+
+def watching(limits: HangLimits) -> GangWatch:
+    """One that is never held up itself, however seldom it looks."""
+    return GangWatch(limits, gap_seconds=math.inf)
 
 
 def at(step: int, section: str = "forward", since: float = 0.0) -> Beat:
@@ -64,14 +70,31 @@ def test_a_limit_that_is_no_time_is_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_a_gang_of_which_nothing_was_heard_does_not_hang() -> None:
-    assert GangWatch(HangLimits()).look({}, 1e9) is None
+    assert watching(HangLimits()).look({}, 1e9) is None
 
 
 def test_the_start_has_a_limit_of_its_own() -> None:
-    watch = GangWatch(HangLimits(minimum_seconds=10.0, start_seconds=600.0))
+    watch = watching(HangLimits(minimum_seconds=10.0, start_seconds=600.0))
     assert watch.look({0: at(1)}, 600.0) is None
     assert watch.look({0: at(1)}, 600.5) == Hang(0, 1, "forward", 600.5, 600.0)
-    assert GangWatch(HangLimits(minimum_seconds=700.0, start_seconds=600.0)).limit("forward") == 700.0
+    assert watching(HangLimits(minimum_seconds=700.0, start_seconds=600.0)).limit("forward") == 700.0
+
+
+def test_nobody_is_blamed_for_the_time_in_which_the_watcher_stood_still() -> None:
+    """A job that was suspended, or a virtual machine: the clock went on, and nothing else did."""
+    watch = GangWatch(HangLimits(minimum_seconds=10.0, start_seconds=10.0))
+    for quarter in range(40):
+        assert watch.look({0: at(1)}, quarter / 4) is None
+    for quarter in range(4000, 4041):
+        assert watch.look({0: at(1)}, quarter / 4) is None, "10 s from the first look after it"
+    assert watch.look({0: at(1)}, 1010.25) == Hang(0, 1, "forward", 10.25, 10.0)
+
+
+def test_a_gang_that_never_begins_is_not_blamed_for_it_either() -> None:
+    watch = GangWatch(HangLimits(minimum_seconds=10.0, start_seconds=10.0))
+    looks = [0.0, 1.0, 500.0, *(500.0 + second for second in range(1, 11))]
+    assert [watch.look({}, now) for now in looks] == [None] * len(looks)
+    assert watch.look({}, 511.0) == Hang(0, 0, "before its start", 11.0, 10.0)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +107,7 @@ def test_the_start_has_a_limit_of_its_own() -> None:
     ],
 )
 def test_the_hindmost_rank_is_the_one_to_judge(beats: dict[int, Beat], hindmost: int) -> None:
-    watch = GangWatch(HangLimits(minimum_seconds=1.0, start_seconds=100.0))
+    watch = watching(HangLimits(minimum_seconds=1.0, start_seconds=100.0))
     hang = watch.look(beats, 1000.0)
     assert hang is not None
     assert (hang.rank, hang.seconds) == (hindmost, 1000.0 - beats[hindmost].since)
@@ -92,12 +115,12 @@ def test_the_hindmost_rank_is_the_one_to_judge(beats: dict[int, Beat], hindmost:
 
 def test_those_who_wait_for_the_hindmost_do_not_hang() -> None:
     """They outstay every limit, and it does not: a slow rank is no hang."""
-    watch = GangWatch(HangLimits(minimum_seconds=1.0, start_seconds=100.0))
+    watch = watching(HangLimits(minimum_seconds=1.0, start_seconds=100.0))
     assert watch.look({0: at(5, "backward", 0.0), 1: at(5, "data", 950.0)}, 1000.0) is None
 
 
 def test_a_known_section_may_take_thrice_its_usual_time() -> None:
-    watch = GangWatch(HangLimits(minimum_seconds=2.0, start_seconds=600.0))
+    watch = watching(HangLimits(minimum_seconds=2.0, start_seconds=600.0))
     life = Life(watch)
     life.stay(100.0, 4.0, 5.0)
     assert watch.limit("forward") == 600.0, "the first stay is not counted, and two say little"
@@ -108,7 +131,7 @@ def test_a_known_section_may_take_thrice_its_usual_time() -> None:
 
 
 def test_the_first_stay_of_every_rank_is_not_counted() -> None:
-    watch = GangWatch(HangLimits(minimum_seconds=1.0))
+    watch = watching(HangLimits(minimum_seconds=1.0))
     lives = [Life(watch, rank) for rank in range(KNOWN_STAYS)]
     for life in lives:
         life.stay(100.0)
@@ -119,7 +142,7 @@ def test_the_first_stay_of_every_rank_is_not_counted() -> None:
 
 
 def test_one_outlier_in_a_hundred_is_forgiven_and_old_stays_are_forgotten() -> None:
-    watch = GangWatch(HangLimits(minimum_seconds=1.0))
+    watch = watching(HangLimits(minimum_seconds=1.0))
     life = Life(watch)
     life.stay(1.0, *[2.0] * 99, 50.0)
     assert watch.limit("forward") == FACTOR * 2.0
@@ -134,14 +157,14 @@ def test_one_outlier_in_a_hundred_is_forgiven_and_old_stays_are_forgotten() -> N
 
 
 def test_an_allowance_is_added_to_its_section_alone() -> None:
-    watch = GangWatch(HangLimits(minimum_seconds=1.0, start_seconds=9.0, allowances={"data": 60.0}))
+    watch = watching(HangLimits(minimum_seconds=1.0, start_seconds=9.0, allowances={"data": 60.0}))
     assert (watch.limit("data"), watch.limit("forward")) == (69.0, 9.0)
     Life(watch).stay(*[1.0] * 5, section="data")
     assert watch.limit("data") == FACTOR * 1.0 + 60.0
 
 
 def test_a_sign_of_life_within_the_same_section_starts_its_time_anew() -> None:
-    watch = GangWatch(HangLimits(minimum_seconds=1.0, start_seconds=10.0))
+    watch = watching(HangLimits(minimum_seconds=1.0, start_seconds=10.0))
     for now in (0.0, 9.0):
         assert watch.look({0: at(3, "data", now)}, now + 9.0) is None
     assert watch.look({0: at(3, "data", 9.0)}, 19.5) == Hang(0, 3, "data", 10.5, 10.0)
@@ -229,7 +252,7 @@ def test_every_look_says_what_the_naive_rule_says(
     looks: list[Look], minimum: float, start: float, allowances: dict[str, float]
 ) -> None:
     limits = HangLimits(minimum, start, allowances)
-    watch, naive = GangWatch(limits), Naive(limits)
+    watch, naive = watching(limits), Naive(limits)
     for beats, now in looks:
         assert watch.look(beats, now) == naive.look(beats, now)
     assert {name: watch.limit(name) for name in SECTIONS} == {name: naive.limit(name) for name in SECTIONS}
@@ -446,7 +469,7 @@ def test_a_slow_gang_raises_no_alarm(tmp_path: Path) -> None:
 def test_steps_that_are_quicker_than_a_look_are_known_all_the_same() -> None:
     """Seen in one section only, at every other step: the sections that each step has are known after three of these."""
     limits = HangLimits(minimum_seconds=5.0, start_seconds=600.0, every_step=("data", "update"))
-    watch = GangWatch(limits)
+    watch = watching(limits)
     for look in range(4):
         assert watch.limit("update") == 600.0
         assert watch.look({0: Beat(2 * look, 1, "data", 2.5 * look)}, 2.5 * look) is None
@@ -460,7 +483,7 @@ def test_steps_that_are_quicker_than_a_look_are_known_all_the_same() -> None:
 
 
 def test_one_step_between_two_looks_is_not_a_whole_one() -> None:
-    watch = GangWatch(HangLimits(every_step=("update",)))
+    watch = watching(HangLimits(every_step=("update",)))
     for step in range(9):
         watch.look({0: Beat(step, 1, "data", float(step))}, float(step))
     assert watch.limit("update") == 600.0
@@ -468,12 +491,12 @@ def test_one_step_between_two_looks_is_not_a_whole_one() -> None:
 
 def test_a_gang_that_never_starts_is_given_up_after_the_limit_of_a_start() -> None:
     """As where a scheduler finds no place for it. A gang that has begun, and ends, is none."""
-    watch = GangWatch(HangLimits(start_seconds=100.0))
+    watch = watching(HangLimits(start_seconds=100.0))
     assert watch.look({}, 5.0) is None
     assert watch.look({}, 105.0) is None
     hang = watch.look({}, 105.5)
     assert hang is not None
     assert (hang.rank, hang.seconds, hang.limit_seconds) == (0, 100.5, 100.0)
-    begun = GangWatch(HangLimits(start_seconds=100.0))
+    begun = watching(HangLimits(start_seconds=100.0))
     assert begun.look({0: Beat(1, 1, "data", 1.0)}, 1.0) is None
     assert begun.look({}, 500.0) is None
