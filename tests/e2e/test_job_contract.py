@@ -164,7 +164,9 @@ def test_a_killed_rank_is_started_again(submit: Submit, tmp_path: Path) -> None:
 def test_cancel_saves(submit: Submit, tmp_path: Path) -> None:
     job = submit(TRAP)
     ready(tmp_path)
-    assert (job.state, job.exit_code) == (JobState.RUNNING, None)
+    # Its ranks may be quicker than the supervisor that notes that they run.
+    wait_for(lambda: job.state is JobState.RUNNING, deadline=SECONDS, what="it is known to run")
+    assert job.exit_code is None
     with pytest.raises(TimeoutError):
         job.wait(0.01)
     assert job.cancel()
