@@ -80,7 +80,8 @@ def test_75_from_all_ranks_passes_through(submit: Submit, tmp_path: Path) -> Non
 def test_cancel_saves(submit: Submit, tmp_path: Path) -> None:
     job = submit(TRAP, ranks=2)
     ready(tmp_path, 2)
-    assert (job.state, job.exit_code) == (JobState.RUNNING, None)
+    wait_for(lambda: job.state is JobState.RUNNING, deadline=SECONDS, what="it is known to run")
+    assert job.exit_code is None
     assert job.cancel()
     assert job.wait(SECONDS) == 75
     assert (job.state, job.exit_code) == (JobState.SAVED, 75)

@@ -313,7 +313,7 @@ def test_a_job_outlives_the_thread_that_submitted_it(tmp_path: Path) -> None:
     thread.join()
     wait_for(lambda: (tmp_path / "ready-0").exists(), deadline=SECONDS, what="the rank is ready")
     assert processes_with(str(tmp_path))
-    assert jobs[0].state is JobState.RUNNING
+    wait_for(lambda: jobs[0].state is JobState.RUNNING, deadline=SECONDS, what="it is known to run")
     assert jobs[0].cancel()
     assert jobs[0].wait(SECONDS) == 75
 
