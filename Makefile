@@ -3,6 +3,7 @@
 # make check        the quick part of it: format, lint, types
 # make clean        removes what the others made, the environment included
 #
+# BESIDE=e2e runs the end-to-end tests in a second pytest meanwhile: two thirds of the time, where there is a core to spare.
 # Needs Python 3.11 or newer with its venv module. VENV=folder and PYTHON=interpreter choose others;
 # TESTS="tests/launcher -k name" runs a part of the suite, without the coverage floors. RAY= leaves Ray out:
 # the quickstart then builds rows inline.
@@ -10,6 +11,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 TESTS ?=
+BESIDE ?=
 RAY ?= ray
 
 BIN := $(VENV)/bin
@@ -31,7 +33,7 @@ check: $(TESTING)
 
 test: check
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(if $(TESTS),$(TESTS),--coverage-floors --beside=e2e)
+	$(BIN)/coverage run -m pytest $(if $(TESTS),$(TESTS),--coverage-floors $(if $(BESIDE),--beside=$(BESIDE)))
 
 # torch goes first and alone: pinned, so that what comes after keeps it and does not fetch another build.
 $(RUNTIME): $(INPUTS)
