@@ -3,7 +3,7 @@
 # make check        the quick part of it: format, lint, types
 # make clean        removes what the others made, the environment included
 #
-# BESIDE=e2e runs the end-to-end tests in a second pytest meanwhile: two thirds of the time, where there is a core to spare.
+# BESIDE=e2e runs the end-to-end tests in a second pytest meanwhile, where there is a core to spare.
 # Needs Python 3.11 or newer with its venv module. VENV=folder and PYTHON=interpreter choose others;
 # TESTS="tests/launcher -k name" runs a part of the suite, without the coverage floors. RAY= leaves Ray out:
 # the quickstart then builds rows inline.
