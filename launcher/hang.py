@@ -113,7 +113,8 @@ class GangWatch:
             before = self._last.get(rank)
             if before is not None and before != beat:
                 self._left(rank, before, beat.since - before.since)
-                if beat.step - before.step >= 2:  # so a whole step lies between
+                # A whole step lies between; from a start (step 0) it is imports and compilation instead.
+                if before.step >= 1 and beat.step - before.step >= 2:
                     for section in self._limits.every_step:
                         self._know(section, beat.since - before.since)
             self._last[rank] = beat
@@ -143,18 +144,3 @@ class GangWatch:
 
     def _know(self, section: str, seconds: float) -> None:
         self._stays.setdefault(section, deque(maxlen=WINDOW)).append(seconds)
-
-
-def innermost_call(dump: str) -> str | None:
-    """Where the main thread was, from a dump of Python's `faulthandler`: `function (file:line)`; None without one."""
-    lines = dump.splitlines()
-    headers = [number for number, line in enumerate(lines) if line.rstrip().endswith("(most recent call first):")]
-    if not headers:
-        return None
-    current = [number for number in headers if lines[number].startswith("Current thread")]
-    after = (current or headers)[-1] + 1
-    if after >= len(lines):
-        return None
-    place, _, function = lines[after].strip().rpartition(" in ")
-    file, _, line = place.removeprefix('File "').rpartition('", line ')
-    return f"{function} ({file}:{line})" if file and function and line.isdigit() else None

@@ -21,11 +21,12 @@ from launcher.config import LaunchConfig
 from launcher.errors import LaunchConfigurationError
 from launcher.exits import ExitCode, Outcome, RankExit, signal_name
 from launcher.gang import Gang, LocalGang, StartGang
-from launcher.hang import GangWatch, innermost_call
+from launcher.hang import GangWatch
 from launcher.job import Attempt, EventCallback, JobSpec, JobState, ignore_event, read_request, tail
 from launcher.mailbox import Mailbox
 from launcher.ports import free_port, require_free
 from launcher.sidecar import SidecarFailure, Sidecars
+from launcher.stacks import innermost_call
 from launcher.supervisor import Action, Decision, RestartPolicy, Supervisor, SupervisorState
 
 PEER_EXIT_SECONDS = 2.0

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import psutil
@@ -88,6 +89,25 @@ def test_what_is_submitted_is_the_code_of_that_moment(user: User) -> None:
     user.must("cancel", "own", "--now")
     assert user.command("wait", "own").wait(deadline=60) == 130
     assert status(user)["state"] == "cancelled"
+
+
+def test_a_job_that_is_suspended_as_a_whole_does_not_hang(user: User, undisturbed: User) -> None:
+    """As by `scontrol suspend`, or on a virtual machine that stands still: supervisor and ranks stop, and go on."""
+    step = sampler("a job that is suspended").randrange(22, 27)
+    with user.command("train", "own.yaml", "resilience.hang_minimum_seconds=4") as program:
+        program.wait_for(lambda: user.steps_done() >= step, deadline=120, what="a step")
+        stopped = [program.pid, *user.journal("attempt_started")[-1]["pids"]]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(8.0)  # longer than a rank may stay in any section that is known by now
+        for pid in stopped:  # the supervisor first: it looks before the ranks have moved
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.5)
+        assert program.wait(deadline=240) == 0, program.output()
+    assert not user.journal("hang")
+    assert len(user.journal("attempt_started")) == 1
+    assert user.metrics() == undisturbed.metrics()
+    assert not unexpected(user.journal())
 
 
 def test_a_rank_that_stands_still_is_a_hang_with_stacks_of_all(user: User, undisturbed: User) -> None:
