@@ -80,7 +80,8 @@ def assert_exact(user: User, name: str = "own") -> None:
     proof = prove_record(RunFolder(user.run(name)))
     assert proof.holds, proof
     assert proof.steps > 0
-    assert len(user.journal("attempt_started", name=name)) == 1, "training started again"
+    why = user.journal("hang", "rank_exited", name=name)
+    assert len(user.journal("attempt_started", name=name)) == 1, f"training started again: {why}"
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
