@@ -37,6 +37,7 @@ from solomonov.partition import (
     refresh_parameters,
 )
 from solomonov.plan import BatchPlan
+from solomonov.topology import RankGrid, stage_bounds
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's moments: the kinds that a checkpoint holds beside the masters."""
@@ -117,9 +118,15 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 class Engine:
-    """A model, its optimizer and their layout over the ranks, behind DeepSpeed."""
+    """A model, its optimizer and their layout over the ranks, behind DeepSpeed.
 
-    def __init__(self, spec: EngineSpec, device: torch.device) -> None:
+    Args:
+        spec: what is built.
+        device: of this rank.
+        grid: where each rank stands in a pipeline; None: the first ranks are the first stage, and so on.
+    """
+
+    def __init__(self, spec: EngineSpec, device: torch.device, grid: RankGrid | None = None) -> None:
         deepspeed = import_deepspeed(device)
         # DeepSpeed keeps the grid of the last pipeline in a module global, and a later plain engine stumbles over it.
         deepspeed.utils.groups.mpu = None
@@ -130,7 +137,7 @@ class Engine:
         self._norm = math.nan
         model: torch.nn.Module
         if spec.pipeline > 1:
-            model = self._pipeline_module(deepspeed)
+            model = self._pipeline_module(deepspeed, grid)
         else:
             plain = Transformer(
                 spec.model,
@@ -232,11 +239,28 @@ class Engine:
 
     # ----------------------------------------------------------------------------------------------- pipeline
 
-    def _pipeline_module(self, deepspeed: Any) -> torch.nn.Module:
-        """The same named layers as a DeepSpeed PipelineModule, cut evenly by parameters."""
+    def _pipeline_module(self, deepspeed: Any, grid: RankGrid | None) -> torch.nn.Module:
+        """The same named layers as a DeepSpeed PipelineModule, cut evenly by what they compute."""
         from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+        from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
         spec = self.spec
+        bounds = stage_bounds(spec.model, spec.vocab_size, spec.plan.sequence_tokens, spec.pipeline)
+
+        class Stages(PipelineModule):  # type: ignore[misc]
+            """Cut where we say: DeepSpeed balances parameters, of which the embedding has many that cost nothing."""
+
+            def _partition_layers(self, method: str = "") -> None:
+                stage = self._topo.get_coord(self.global_rank).pipe
+                self.parts = list(bounds)
+                self._set_bounds(start=bounds[stage], stop=bounds[stage + 1])
+
+        topology = PipeDataParallelTopology(num_pp=spec.pipeline, num_dp=spec.plan.data_parallel)
+        if grid is not None:
+            topology.mapping = {
+                topology.ProcessCoord(pipe=stage, data=replica): rank
+                for rank, (stage, replica) in sorted(grid.coordinates().items())
+            }
         layers = []
         for layer in pipeline_layers(spec.model, spec.vocab_size, spec.seed):
             if layer.tied_key is None:
@@ -244,11 +268,10 @@ class Engine:
             else:
                 tied = (layer.tied_key, layer.module_type, *layer.arguments)
                 layers.append(TiedLayerSpec(*tied, forward_fn=layer.forward, tied_weight_attr=["weight"]))
-        module: torch.nn.Module = PipelineModule(
+        module: torch.nn.Module = Stages(
             layers=layers,
-            num_stages=spec.pipeline,
+            topology=topology,
             loss_fn=lambda outputs, labels: pipeline_loss(outputs, labels[0]) * labels[1][0],
-            partition_method="parameters",
             activation_checkpoint_interval=int(spec.activation_checkpointing == "full"),
             activation_checkpoint_func=partial(checkpoint, use_reentrant=False),
             checkpointable_layers=[BlockStage.__name__],
@@ -288,13 +311,10 @@ class Engine:
         return self.counts_rows or self.takes_loss
 
     def _writes(self, name: str) -> bool:
-        """A tied weight lives on two pipeline stages: the first one writes it, all read it."""
-        if self.spec.pipeline == 1:
+        """A tied weight lives on the first pipeline stage and on the last: the first one writes it, both read it."""
+        if self.spec.pipeline == 1 or name not in {f"{key}.weight" for key in self._ds.module.tied_comms}:
             return True
-        for key, tied in self._ds.module.tied_comms.items():
-            if name == f"{key}.weight":
-                return bool(dist.get_rank() == min(tied["ranks"]))
-        return True
+        return bool(self._ds.is_first_stage())
 
     # ----------------------------------------------------------------------------------------------- state
 

@@ -17,7 +17,7 @@ from solomonov.batch import TokenBatch, empty_batch, to_tensors
 from solomonov.checkpoint.checkpointer import Checkpointer
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.config import Config
-from solomonov.distributed import Control
+from solomonov.distributed import Control, RankInfo
 from solomonov.engine import Engine, EngineSpec, resolve_precision
 from solomonov.errors import ConfigurationError, NumericalError, SolomonovError
 from solomonov.exits import AGAIN, DONE
@@ -31,6 +31,7 @@ from solomonov.schedule import lr_factor
 from solomonov.signals import StopRequest
 from solomonov.start import make_stream
 from solomonov.toolchain import compiler_problem
+from solomonov.topology import Place, rank_grid
 
 
 @dataclass
@@ -206,7 +207,9 @@ def build(
         compile=compile_blocks,
         pipeline=config.parallel.pipeline,
     )
-    engine = Engine(spec, device)
+    info = RankInfo.from_environment()
+    places = control.all_gather_object(Place(info.node, info.local_rank))
+    engine = Engine(spec, device, rank_grid(places, spec.pipeline))
     checkpointer = Checkpointer(
         run.checkpoints,
         control,

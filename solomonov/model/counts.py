@@ -47,19 +47,26 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> int:
     return sum(prod(shape) for shape in parameter_shapes(config, vocab_size).values())
 
 
-def flops_per_token(config: ModelConfig, vocab_size: int, sequence_tokens: int) -> float:
-    """Floating-point operations to train on one token, forward and backward, without recomputation.
+def layer_flops(config: ModelConfig, vocab_size: int, sequence_tokens: int) -> dict[str, int]:
+    """Layer -> floating-point operations of its forward pass on one token, in the order of the stack.
 
-        6 * M  +  6 * L * H * E * (T + 1)
-
-    M counts the values of all matrices that multiply (the head, tied or not; not the embedding look-up, not
-    the norms): two operations forward, four backward. The second term is the two attention products, each
-    2 * H * E operations per visible key forward and twice that backward, over the (T + 1) / 2 keys that a
+    Two a value of each matrix that multiplies (the head, tied or not; not the embedding look-up, not the norms), and in
+    a block the two attention products, each 2 * H * E operations per visible key, over the (T + 1) / 2 keys that a
     causal row shows on average. Rows that hold several documents show fewer: the figure is an upper bound.
     Source: Kaplan et al. (arXiv 2001.08361) and PaLM appendix B (arXiv 2204.02311), which counts all T keys.
     """
-    shapes = parameter_shapes(config, vocab_size)
-    matrices = sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name.startswith("layers."))
-    matrices += vocab_size * config.d_model
-    attention = config.layers * config.heads * config.head_width * (sequence_tokens + 1)
-    return 6.0 * (matrices + attention)
+    costs = dict.fromkeys(layer_names(config), 0)
+    for name, shape in parameter_shapes(config, vocab_size).items():
+        if len(shape) == 2 and name.startswith("layers."):
+            costs[".".join(name.split(".")[:2])] += 2 * prod(shape)
+    for layer in costs:
+        if layer.startswith("layers."):
+            costs[layer] += 2 * config.heads * config.head_width * (sequence_tokens + 1)
+    costs["head"] = 2 * vocab_size * config.d_model
+    return costs
+
+
+def flops_per_token(config: ModelConfig, vocab_size: int, sequence_tokens: int) -> float:
+    """Floating-point operations to train on one token: those of `layer_flops` forward, twice as many backward, none
+    computed again."""
+    return 3.0 * sum(layer_flops(config, vocab_size, sequence_tokens).values())

@@ -38,6 +38,7 @@ CASES = [
     (2, Layout(zero_stage=1, accumulation=2, pipeline=2, activation_checkpointing="full")),
     (4, Layout(zero_stage=1, accumulation=2, pipeline=2)),
     (4, Layout(zero_stage=1, pipeline=2, tied=True)),
+    (4, Layout(zero_stage=1, pipeline=2, tied=True, shuffled=True)),
 ]
 OPTIMIZER_OF_STAGE = {
     0: "AdamW",
@@ -127,6 +128,11 @@ def test_evaluation_sums_over_all_ranks(world: int, layout: Layout) -> None:
     for first, second in run_ranks(tiny.evaluate_twice, world, layout):
         assert first == pytest.approx(expected, rel=1e-5)
         assert second < first, "a step on these rows was taken in between"
+
+
+def test_ranks_stand_where_the_grid_says() -> None:
+    places = run_ranks(tiny.place_in_the_grid, 4, Layout(zero_stage=1, pipeline=2, shuffled=True))
+    assert places == [(False, 0), (True, 0), (True, 1), (False, 1)]
 
 
 @pytest.mark.parametrize(("kept", "forwards"), [("none", 1), ("full", 2)])

@@ -21,12 +21,15 @@ from solomonov.engine import Engine, EngineSpec
 from solomonov.model.config import ModelConfig
 from solomonov.model.layers import Block
 from solomonov.plan import BatchPlan
+from solomonov.topology import RankGrid
 
 VOCAB, SEQUENCE, ROWS = 97, 16, 8
 LEARNING_RATE, CLIPPING, SEED = 1e-2, 0.5, 1
 EVALUATED_ROWS = 7
 """No whole number of micro-batches: the last one is short, or there is none for a rank."""
 CPU = torch.device("cpu")
+SHUFFLED = RankGrid(((1, 2), (0, 3)))
+"""Two stages on four ranks, which follow their numbers in one replica and not in the other."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,13 @@ class Layout:
     tied: bool = False
     activation_checkpointing: Literal["none", "full"] = "none"
     compile: bool = False
+    shuffled: bool = False
+    """The four ranks stand in the grid as in SHUFFLED."""
 
     def __str__(self) -> str:
         parts = [f"zero{self.zero_stage}", f"acc{self.accumulation}", f"pipe{self.pipeline}", self.precision]
         parts += ["tied"] * self.tied + ["recompute"] * (self.activation_checkpointing == "full")
-        return "-".join(parts + ["compiled"] * self.compile)
+        return "-".join(parts + ["compiled"] * self.compile + ["shuffled"] * self.shuffled)
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,13 @@ def make_engine(layout: Layout) -> Engine:
         compile=layout.compile,
         pipeline=layout.pipeline,
     )
-    return Engine(spec, CPU)
+    return Engine(spec, CPU, SHUFFLED if layout.shuffled else None)
 
 
 def train(engine: Engine, first: int, last: int) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of the steps first .. last-1."""
     plan = engine.spec.plan
-    mine = list(range(dist.get_rank() % plan.data_parallel, ROWS, plan.data_parallel))
+    mine = list(range(engine.data_rank, ROWS, plan.data_parallel))
     losses, norms = [], []
     for step in range(first, last):
         valid = batch(step, list(range(ROWS))).valid_tokens
@@ -160,6 +165,12 @@ def evaluate_twice(layout: Layout) -> tuple[float, float]:
     before = evaluate()
     train(engine, 3, 4)
     return before, evaluate()
+
+
+def place_in_the_grid(layout: Layout) -> tuple[bool, int]:
+    """Whether this rank is of the first stage, and the number of its replica."""
+    engine = make_engine(layout)
+    return engine.counts_rows, engine.data_rank
 
 
 def forwards_of_a_block(layout: Layout) -> int:
