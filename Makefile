@@ -3,7 +3,7 @@
 # make check        the quick part of it: format, lint, types
 # make clean        removes what the others made, the environment included
 #
-# BESIDE=e2e runs the end-to-end tests in a second pytest meanwhile, where there is a core to spare.
+# The end-to-end tests run in a second pytest meanwhile: they mostly wait. BESIDE= runs all one after the other.
 # Needs Python 3.11 or newer with its venv module. VENV=folder and PYTHON=interpreter choose others;
 # TESTS="tests/launcher -k name" runs a part of the suite, without the coverage floors. RAY= leaves Ray out:
 # the quickstart then builds rows inline.
@@ -11,7 +11,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 TESTS ?=
-BESIDE ?=
+BESIDE ?= e2e
 RAY ?= ray
 
 BIN := $(VENV)/bin
