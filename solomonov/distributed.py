@@ -21,8 +21,11 @@ from solomonov.errors import ConfigurationError
 
 T = TypeVar("T")
 
-TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a rank is given by whoever starts it."""
+IDENTITY_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+"""Who a rank is, from whoever starts it."""
+
+MEETING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
+"""Where it meets the others."""
 
 COLLECTIVE_TIMEOUT_SECONDS = 600
 """How long a collective waits for a rank that lives but does not come; a rank that dies is seen at once."""
@@ -48,14 +51,7 @@ class RankInfo:
         Raises:
             ConfigurationError: one is missing.
         """
-        missing = [name for name in TORCHRUN_VARIABLES if name not in os.environ]
-        if missing:
-            raise ConfigurationError(
-                "this process was not started as a rank",
-                got=f"{', '.join(missing)} not in the environment",
-                rule=f"a rank is given {', '.join(TORCHRUN_VARIABLES)}",
-                remedy="start it with `solomonov train`, or with torchrun",
-            )
+        _require_variables(IDENTITY_VARIABLES)
         rank, local_rank, world = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         return RankInfo(rank, local_rank, world, local_world, int(os.environ.get("GROUP_RANK", "0")))
@@ -64,6 +60,17 @@ class RankInfo:
     def several_machines(self) -> bool:
         """Whether the world is more than this machine."""
         return self.local_world < self.world
+
+
+def _require_variables(names: Sequence[str]) -> None:
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise ConfigurationError(
+            "this process was not started as a rank",
+            got=f"{', '.join(missing)} not in the environment",
+            rule=f"a rank is given {', '.join(IDENTITY_VARIABLES + MEETING_VARIABLES)}",
+            remedy="start it with `solomonov train`, or with torchrun",
+        )
 
 
 def pick_device(info: RankInfo) -> torch.device:
@@ -76,7 +83,13 @@ def pick_device(info: RankInfo) -> torch.device:
 
 
 def meet(info: RankInfo, init_method: str = "env://") -> Store:
-    """The store by which the ranks of a run find each other, where the torchrun variables say."""
+    """The store by which the ranks of a run find each other, where the torchrun variables say.
+
+    Raises:
+        ConfigurationError: they do not say it.
+    """
+    if init_method == "env://":
+        _require_variables(MEETING_VARIABLES)
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
     store, _, _ = next(rendezvous(init_method, info.rank, info.world, timeout=timeout))
     store.set_timeout(timeout)
