@@ -3,7 +3,8 @@
 # make check        the quick part of it: format, lint, types
 # make clean        removes what the others made, the environment included
 #
-# The end-to-end tests run in a second pytest meanwhile: they mostly wait. BESIDE= runs all one after the other.
+# The end-to-end tests run in a second pytest meanwhile, but for those that submit jobs: the halves take equally
+# long so. BESIDE= runs all one after the other.
 # Needs Python 3.11 or newer with its venv module. VENV=folder and PYTHON=interpreter choose others;
 # TESTS="tests/launcher -k name" runs a part of the suite, without the coverage floors. RAY= leaves Ray out:
 # the quickstart then builds rows inline.

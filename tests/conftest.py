@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-LAYERS = ("dist", "golden", "e2e")  # after the unmarked tests, in this order
+LAYERS = ("dist", "golden", "jobs", "e2e")  # after the unmarked tests, in this order
 
 
 def has_gpu() -> bool:

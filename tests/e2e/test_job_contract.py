@@ -26,7 +26,7 @@ from tests.support.processes import ROOT, wait_for
 from tests.support.ray_cluster import RayCluster
 from tests.support.slurm import SlurmCluster, nothing_left
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(400)]
 SECONDS = 240.0
 HOSTILE = "a 'b' \"c\" $(touch gotcha) `touch gotcha` ; touch gotcha # \\ % ü \t"
 

@@ -17,7 +17,7 @@ from tests.support.processes import assert_no_process, wait_for
 from tests.support.sampling import sampler
 from tests.support.user import User, unexpected
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.jobs, pytest.mark.timeout(600)]
 
 
 def status(user: User) -> dict[str, Any]:

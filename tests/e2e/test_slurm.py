@@ -36,7 +36,7 @@ from tests.support.slurm import (
 )
 from tests.support.user import User, unexpected
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.jobs, pytest.mark.slurm, pytest.mark.timeout(600)]
 
 TWO_BY_TWO = ("--nodes", "2", "training.micro_batch_sequences=2", "launch.slurm.gpus_per_node=0")
 LONG = ("training.total_steps=4000",)
