@@ -11,22 +11,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from solomonov import exits
-
-if TYPE_CHECKING:
-    pass
 
 JOB_VERBS = ("submit", "status", "runs", "logs", "cancel", "resume", "wait")
 INTERNAL_VERBS = ("supervise", "requeue")
 """What submitted runs are started with; not for typing."""
 ANSWERING = (
-    *("prepare", "checkpoints", "evaluate", "generate", "export", "doctor"),
+    *("plan", "prepare", "checkpoints", "evaluate", "generate", "export", "doctor"),
     *("submit", "resume", "status", "runs"),
 )
 """Verbs whose answer a script may want to read."""
-OVERRIDABLE = ("prepare", "train", "submit", "resume")
+OVERRIDABLE = ("plan", "prepare", "train", "submit", "resume")
 """Verbs that take key=value words."""
 
 EXIT_CODES = """\
@@ -54,12 +50,17 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--dashboard", action="store_true", help="serve Ray's dashboard meanwhile")
 
     for name, text in (
+        ("plan", "every number that follows from a configuration, on any devices; nothing is allocated"),
         ("prepare", "raw data -> tokenizer -> shards + manifest"),
         ("train", "train here and now on all local ranks; goes on by itself where it stopped"),
     ):
         verb = verbs.add_parser(name, help=text)
         verb.add_argument("config", metavar="CONFIG", help="YAML file")
         verb.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, YAML values")
+
+    plan = verbs.choices["plan"]
+    plan.add_argument("--gpus", type=_at_least_one, metavar="N", help="ranks (default: launch.nodes x ranks_per_node)")
+    plan.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, b200 or l40s (default: what is here)")
 
     checkpoints = verbs.add_parser("checkpoints", help="list, verify, digest, diff or prune a run's checkpoints")
     checkpoints.add_argument("action", choices=("list", "verify", "digest", "diff", "prune"))
@@ -101,18 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_internal_verbs(verbs)
     for verb in verbs.choices.values():
         verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    for name in (
-        "prepare",
-        "checkpoints",
-        "evaluate",
-        "generate",
-        "export",
-        "doctor",
-        "submit",
-        "resume",
-        "status",
-        "runs",
-    ):
+    for name in ANSWERING:
         verbs.choices[name].add_argument("--json", action="store_true", help="print the answer as JSON")
     return parser
 
@@ -211,6 +201,8 @@ def _dispatch(options: argparse.Namespace) -> int:
         return quickstart(options)
     if options.verb == "prepare":
         return prepare(options)
+    if options.verb == "plan":
+        return plan(options)
     from solomonov import commands, jobs
 
     body = getattr(jobs if options.verb in JOB_VERBS else commands, options.verb)
@@ -232,6 +224,17 @@ def prepare(options: argparse.Namespace) -> int:
             ray = stack.enter_context(ray_access(launch_section(loaded), cpus=loaded.config.data.prepare.workers))
             os.environ.update(ray.environment)
         return commands.prepare(options, loaded.config, ray.address if ray is not None else None)
+
+
+def plan(options: argparse.Namespace) -> int:
+    """`solomonov plan CONFIG [--gpus N] [--gpu NAME]`."""
+    from solomonov import commands
+    from solomonov.config import load_config
+    from solomonov.supervise import launch_section, ranks_per_node
+
+    loaded = load_config(Path(options.config), options.overrides)
+    launch = launch_section(loaded)
+    return commands.plan(options, loaded.config, launch.nodes, ranks_per_node(launch))
 
 
 def quickstart(options: argparse.Namespace) -> int:

@@ -29,6 +29,32 @@ def prepare(options: argparse.Namespace, config: Config, ray_address: str | None
     return exits.DONE
 
 
+def plan(options: argparse.Namespace, config: Config, nodes: int, ranks_per_node: int) -> int:
+    """`solomonov plan CONFIG [key=value ...]`, for so many ranks unless the options say otherwise."""
+    from solomonov.devices import CPU, DEVICES, this_device
+    from solomonov.explain import explain, facts, lines
+    from solomonov.planner import Question
+
+    if options.gpu is not None and options.gpu not in DEVICES:
+        raise ConfigurationError(
+            "the device is not known",
+            got=f"--gpu {options.gpu}",
+            rule=f"one of {', '.join(DEVICES)}",
+            remedy="take the nearest of them, or leave --gpu out for the device that is here",
+        )
+    world = options.gpus or nodes * ranks_per_node
+    device = DEVICES[options.gpu] if options.gpu else this_device(min(world, ranks_per_node))
+    precision = config.training.precision
+    if precision == "auto":
+        precision = "fp32" if device.name == CPU else "bf16"
+    explanation = explain(Question(config, config.tokenizer.vocab_size, world, device, precision))
+    if options.json:
+        print(json.dumps(facts(explanation)))
+    else:
+        print("\n".join(lines(explanation)))
+    return exits.DONE if explanation.taken.fits else exits.CONFIGURATION
+
+
 def checkpoints(options: argparse.Namespace) -> int:
     """`solomonov checkpoints list|verify|digest|diff|prune RUN`."""
     from solomonov.checkpoint.reader import diff, digest

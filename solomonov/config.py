@@ -9,10 +9,10 @@ import typing
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_serializer
 
 from data_pipeline.config import DataConfig, TokenizerConfig
 from solomonov.errors import ConfigurationError
@@ -103,6 +103,16 @@ class MetricsConfig(Section):
     """Write TensorBoard event files."""
 
 
+AUTO = "auto"
+
+
+def _auto_is_none(value: Any) -> Any:
+    """`auto` as None, which no code takes for a layout by mistake."""
+    if value is None:
+        raise ValueError("expected a mapping, or auto")
+    return None if value == AUTO else value
+
+
 class Config(Section):
     """The whole configuration of a run, less its `launch` section, which belongs to the launcher."""
 
@@ -122,8 +132,8 @@ class Config(Section):
     """Optimizer and constants."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate over time."""
-    parallel: ParallelConfig = ParallelConfig()
-    """Layout over ranks."""
+    parallel: Annotated[ParallelConfig | None, BeforeValidator(_auto_is_none)] = ParallelConfig()
+    """Layout over ranks; `auto`: the fastest that fits, which each attempt works out and writes to the journal."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
     resilience: ResilienceConfig = ResilienceConfig()
@@ -132,6 +142,10 @@ class Config(Section):
     """Held-out loss."""
     metrics: MetricsConfig = MetricsConfig()
     """Records."""
+
+    @field_serializer("parallel")
+    def _none_is_auto(self, parallel: ParallelConfig | None) -> Any:
+        return AUTO if parallel is None else parallel.model_dump(mode="json")
 
 
 @dataclass(frozen=True)
@@ -300,7 +314,7 @@ def _leaves(raw: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def _split_override(item: str) -> tuple[str, Any]:
     key, equals, value = item.partition("=")
-    if not equals or not re.fullmatch(r"[a-z_]+(\.[A-Za-z0-9_]+)+", key):
+    if not equals or (not re.fullmatch(r"[a-z_]+(\.[A-Za-z0-9_]+)+", key) and key != "parallel"):
         raise ConfigurationError(
             "an override is not of the form section.key=value",
             got=repr(item),

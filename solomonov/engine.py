@@ -24,11 +24,13 @@ from solomonov.config import OptimizerConfig
 from solomonov.errors import ConfigurationError
 from solomonov.host import cpu_model
 from solomonov.model.config import ModelConfig
+from solomonov.model.counts import parameter_count
 from solomonov.model.loss import pipeline_loss
 from solomonov.model.naming import canonical, layer_names
 from solomonov.model.pipeline import BlockStage, pipeline_layers
 from solomonov.model.transformer import Transformer, compile_blocks
 from solomonov.optim import make_optimizer
+from solomonov.parallel import LIVE_PARAMETERS, bucket_elements
 from solomonov.partition import (
     base_optimizer,
     create_adamw_state,
@@ -81,12 +83,19 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 def deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
     """DeepSpeed's JSON for a layout."""
+    bucket = bucket_elements(parameter_count(spec.model, spec.vocab_size))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": spec.plan.micro_rows,
         "gradient_accumulation_steps": spec.plan.accumulation,
         # At stage 0 DeepSpeed neither reports the norm nor refuses a NaN: there norm, clipping and verdict are ours.
         "gradient_clipping": spec.gradient_clipping if spec.zero_stage else 0.0,
-        "zero_optimization": {"stage": spec.zero_stage},
+        "zero_optimization": {
+            "stage": spec.zero_stage,
+            "reduce_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_live_parameters": LIVE_PARAMETERS,
+            "stage3_max_reuse_distance": LIVE_PARAMETERS,
+        },
         "steps_per_print": 2**31,
     }
     if spec.precision == "bf16":

@@ -211,7 +211,7 @@ def _show_plan(submissions: Sequence[Submission]) -> None:
     for submission in submissions:
         print(f"run      {submission.run.path}")
     print(f"ranks    {launch.nodes} x {first.ranks_per_node} on {first.backend}")
-    print(f"batch    {prepared.plan.describe()}")
+    print(f"batch    {prepared.derived['batch']}")
     print(f"model    {prepared.derived['parameters']:,} parameters")
     if first.backend == "slurm":
         request = _slurm_request(submissions, Path("code"))

@@ -9,6 +9,17 @@ from pydantic import Field
 from solomonov.errors import ConfigurationError
 from solomonov.section import Section
 
+LIVE_PARAMETERS = 10**9
+"""At stage 3, parameters that are kept whole on a rank because they are needed again soon."""
+
+
+def bucket_elements(parameters: int) -> int:
+    """Gradients that are reduced together, by the number of parameters of the model: at most 512 MiB in fp32.
+
+    DeepSpeed's own buckets have 5e8 elements whatever the model, which is 2 GB each.
+    """
+    return min(2**27, parameters)
+
 
 class ParallelConfig(Section):
     """How parameters, gradients and optimizer state are laid out over the ranks."""

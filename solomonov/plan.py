@@ -64,11 +64,15 @@ class BatchPlan:
 
     def describe(self) -> str:
         """The arithmetic, on one line."""
+        cut = f"{self.micro_rows} rows x {self.accumulation} accumulated x {self.data_parallel} data-parallel ranks"
+        return f"{cut} = {self.describe_total()}"
+
+    def describe_total(self) -> str:
+        """What of it is the same in all layouts."""
+        tokens = self.batch_rows * self.sequence_tokens
         return (
-            f"{self.micro_rows} rows x {self.accumulation} accumulated x {self.data_parallel} data-parallel ranks"
-            f" = {self.batch_rows} rows of {self.sequence_tokens} = {self.batch_rows * self.sequence_tokens:,}"
-            f" tokens an update; {self.total_steps:,} updates ="
-            f" {self.total_steps * self.batch_rows * self.sequence_tokens:,} tokens"
+            f"{self.batch_rows} rows of {self.sequence_tokens} = {tokens:,} tokens an update;"
+            f" {self.total_steps:,} updates = {self.total_steps * tokens:,} tokens"
         )
 
 

@@ -15,11 +15,18 @@ import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from solomonov.heartbeat import Heartbeat
 from solomonov.output import Unfailing, protect_output
 from solomonov.runfolder import RunFolder, run_lock
 from solomonov.signals import StopRequest
+
+if TYPE_CHECKING:
+    import torch
+
+    from solomonov.distributed import RankInfo
+    from solomonov.errors import SolomonovError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,6 +71,7 @@ def _run(run: RunFolder, stop: StopRequest, heartbeat: Heartbeat, stack: ExitSta
 
     from solomonov.distributed import Control, RankInfo, meet, pick_device, start_process_group, stop_process_group
     from solomonov.feed import ClusterPlace
+    from solomonov.memory import is_refusal
     from solomonov.preflight import Preflight
     from solomonov.train import train
 
@@ -82,9 +90,30 @@ def _run(run: RunFolder, stop: StopRequest, heartbeat: Heartbeat, stack: ExitSta
     if look is not None:
         look.measure(control)
     attempt = int(given) if given is not None else None
-    code = train(run, control, device, stop, heartbeat, ClusterPlace.from_environment(), attempt)
+    try:
+        code = train(run, control, device, stop, heartbeat, ClusterPlace.from_environment(), attempt)
+    except (RuntimeError, MemoryError) as error:
+        if not is_refusal(error):
+            raise
+        raise _no_memory(run, info, device, error) from error
     stop_process_group()
     return code
+
+
+def _no_memory(run: RunFolder, info: RankInfo, device: torch.device, error: BaseException) -> SolomonovError:
+    """What the plan says to an allocation that failed on this rank."""
+    from data_pipeline.dataset import Dataset
+    from solomonov.devices import this_device
+    from solomonov.engine import resolve_precision
+    from solomonov.memory import peak_bytes
+    from solomonov.planner import Question, cannot_allocate
+
+    config = run.config()
+    with Dataset.open(run.data_folder()) as dataset:
+        vocab_size = dataset.manifest.vocab_size
+    precision = resolve_precision(config.training.precision, device)
+    question = Question(config, vocab_size, info.world, this_device(info.local_world), precision)
+    return cannot_allocate(question, error, peak_bytes(device))
 
 
 def _own_the_run(run: RunFolder, stack: ExitStack) -> None:

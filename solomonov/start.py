@@ -12,9 +12,9 @@ from data_pipeline.stream import Stream
 from solomonov.config import Config, Loaded
 from solomonov.errors import ConfigurationError
 from solomonov.host import visible_gpus
+from solomonov.layouts import legal_batch
 from solomonov.model.counts import parameter_count
-from solomonov.parallel import check_layout
-from solomonov.plan import BatchPlan, plan_batch
+from solomonov.plan import BatchPlan
 from solomonov.runfolder import RunFolder, open_run, run_folder, unwritable
 
 
@@ -70,8 +70,7 @@ def prepare_run(
     gpus = visible_gpus() if gpus_per_node is None else gpus_per_node
     if precision == "auto" and gpus:
         precision = "bf16"  # every CUDA device of the last five generations has it; the rank itself decides
-    data_parallel = check_layout(config.parallel, precision=precision, world=ranks, layers=config.model.layers)
-    plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel)
+    plan = legal_batch(config, precision=precision, world=ranks)
     _check_schedule(config.schedule.warmup_steps, plan.total_steps)
     if gpus and ranks_per_node > gpus:
         raise ConfigurationError(
@@ -108,7 +107,7 @@ def prepare_run(
         launch=launch,
         data={"stream": stream, "tokenizer": manifest.tokenizer_digest},
         derived={
-            "batch": plan.describe(),
+            "batch": plan.describe() if config.parallel else plan.describe_total(),
             "ranks": ranks,
             "parameters": parameters,
             "total_steps": plan.total_steps,

@@ -21,8 +21,7 @@ from solomonov.config import Config, Loaded, configuration_mistakes, load_config
 from solomonov.errors import ConfigurationError, SolomonovError
 from solomonov.heartbeat import EVERY_STEP
 from solomonov.host import visible_gpus
-from solomonov.parallel import check_layout
-from solomonov.plan import plan_batch
+from solomonov.layouts import legal_batch
 from solomonov.runfolder import LockOwner, RunFolder, run_folder, run_lock
 
 if TYPE_CHECKING:
@@ -413,9 +412,7 @@ def legal_worlds(config: Config, launch: LaunchConfig) -> list[int]:
     found = []
     for ranks in range(launch.ray.min_ranks or most, most):
         try:
-            layers, precision = config.model.layers, config.training.precision
-            copies = check_layout(config.parallel, precision=precision, world=ranks, layers=layers)
-            plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=copies)
+            legal_batch(config, precision=config.training.precision, world=ranks)
         except ConfigurationError:
             continue
         found.append(ranks)

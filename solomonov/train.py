@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -17,14 +18,19 @@ from solomonov.batch import TokenBatch, empty_batch, to_tensors
 from solomonov.checkpoint.checkpointer import Checkpointer
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.config import Config
+from solomonov.devices import this_device
 from solomonov.distributed import Control, RankInfo
 from solomonov.engine import Engine, EngineSpec, resolve_precision
 from solomonov.errors import ConfigurationError, NumericalError, SolomonovError
 from solomonov.exits import AGAIN, DONE
 from solomonov.feed import ClusterPlace, Feed, idle_feed, open_feed
 from solomonov.heartbeat import Heartbeat
-from solomonov.parallel import check_layout
-from solomonov.plan import BatchPlan, plan_batch
+from solomonov.layouts import batch_of
+from solomonov.memory import WORTH_FORESEEING, PeakMemory, describe
+from solomonov.model.counts import parameter_count
+from solomonov.parallel import ParallelConfig
+from solomonov.plan import BatchPlan
+from solomonov.planner import Question, choose, estimate
 from solomonov.record import RunRecord, StepLine
 from solomonov.runfolder import RunFolder
 from solomonov.schedule import lr_factor
@@ -61,7 +67,14 @@ class Trainer:
     record: RunRecord
     heartbeat: Heartbeat
     stop: StopRequest
+    question: Question
+    """What the run's layout is planned from."""
+    parallel: ParallelConfig
+    """The layout, resolved."""
+    memory: PeakMemory
     state: TrainState = field(default_factory=TrainState)
+    first_step: int = 0
+    """Updates that were done before this attempt."""
 
 
 def train(
@@ -91,8 +104,7 @@ def train(
         if control.sum_integers([int(stop.requested)])[0]:
             record.event("preempted", step=state.step, signal=stop.received)
             return AGAIN
-        feed = stack.enter_context(_feed(trainer, place))
-        steps = iter(feed)
+        steps = iter(feed := stack.enter_context(_feed(trainer, place)))
         while state.step < plan.total_steps:
             line = StepLine(step=state.step + 1)
             heartbeat.beat("data", line.step)
@@ -129,6 +141,7 @@ def train(
             line.padding = 1.0 - line.tokens / (plan.batch_rows * plan.sequence_tokens)
             record.step(line)
             _refuse_endless_skipping(trainer, line)
+            _tell_memory(trainer)
 
             last = state.step == plan.total_steps
             if not stopping and _due(state.step, trainer.config.evaluation.every_steps, last):
@@ -144,6 +157,23 @@ def train(
         heartbeat.beat("leave")
         record.event("training_finished", step=state.step, tokens=state.tokens)
         return DONE
+
+
+def _tell_memory(trainer: Trainer) -> None:
+    """The memory of the rank that has taken the most, beside what the plan foresees for it: once, after the second
+    update, from which on moments and buffers are all there."""
+    if trainer.state.step != trainer.first_step + 2:
+        return
+    measured = trainer.control.all_gather_object(trainer.memory.measured())
+    if trainer.control.rank == 0:
+        fields: dict[str, Any] = {"measured_bytes": max(measured), "rank": measured.index(max(measured))}
+        if (
+            trainer.device.type == "cuda"
+            or parameter_count(trainer.config.model, trainer.question.vocab_size) >= WORTH_FORESEEING
+        ):
+            foreseen = estimate(trainer.question, trainer.parallel).footprint
+            fields |= {"foreseen_bytes": foreseen.total, "foreseen": describe(foreseen)}
+        trainer.record.event("memory", **fields, device_bytes=trainer.question.device.memory_bytes)
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -181,13 +211,15 @@ def build(
     """Make all parts of a run and bring them to the newest checkpoint that verifies, or to the start."""
     config = run.config()
     precision = resolve_precision(config.training.precision, device)
-    layers = config.model.layers
-    data_parallel = check_layout(config.parallel, precision=precision, world=control.size, layers=layers)
-    plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=data_parallel)
     dataset = stack.enter_context(Dataset.open(run.data_folder()))
+    question = _question(config, dataset.manifest.vocab_size, precision, control)
+    parallel, why = (config.parallel, "") if config.parallel else choose(question)
+    plan = batch_of(config, parallel, precision=precision, world=control.size)
     stream = make_stream(config, dataset)
     held_out = HeldOutRows(dataset, sequence_tokens=config.data.sequence_tokens, packing=config.data.packing)
     record = stack.enter_context(RunRecord(run, config, plan, rank=control.rank, attempt=attempt))
+    if why:
+        record.event("layout_chosen", zero_stage=parallel.zero_stage, pipeline=parallel.pipeline, reason=why)
     compile_blocks = config.training.compile is True or (config.training.compile == "auto" and device.type == "cuda")
     if compile_blocks:
         problems = [text for text in control.all_gather_object(compiler_problem(device)) if text]
@@ -200,14 +232,15 @@ def build(
         seed=config.run.seed,
         plan=plan,
         precision=precision,
-        zero_stage=config.parallel.zero_stage,
+        zero_stage=parallel.zero_stage,
         optimizer=config.optimizer,
         gradient_clipping=config.training.gradient_clipping,
         activation_checkpointing=config.training.activation_checkpointing,
         compile=compile_blocks,
-        pipeline=config.parallel.pipeline,
+        pipeline=parallel.pipeline,
     )
     info = RankInfo.from_environment()
+    memory = PeakMemory(device)
     places = control.all_gather_object(Place(info.node, info.local_rank))
     engine = Engine(spec, device, rank_grid(places, spec.pipeline))
     checkpointer = Checkpointer(
@@ -220,11 +253,17 @@ def build(
     )
     trainer = Trainer(
         config, plan, device, control, engine, stream, held_out if len(held_out) else None,
-        checkpointer, record, heartbeat, stop,
+        checkpointer, record, heartbeat, stop, question, parallel, memory,
     )  # fmt: skip
     checkpointer.check_writable()
     resume(trainer)
     return trainer
+
+
+def _question(config: Config, vocab_size: int, precision: str, control: Control) -> Question:
+    """The run on the smallest of its ranks' devices."""
+    devices = control.all_gather_object(this_device(RankInfo.from_environment().local_world))
+    return Question(config, vocab_size, control.size, min(devices, key=lambda d: d.memory_bytes), precision)
 
 
 def resume(trainer: Trainer) -> None:
@@ -239,6 +278,7 @@ def resume(trainer: Trainer) -> None:
             record.event("fallback", what=f"precision {before}", to=now, reason="training.precision resolved anew")
         saved = reader.state
         trainer.state = TrainState(step=saved["step"], tokens=saved["tokens"], skipped=saved["skipped"])
+    trainer.first_step = trainer.state.step
     layout = trainer.engine.layout
     record.begin(trainer.state.step, layout, resumed=reader is not None)
     control.barrier()

@@ -10,12 +10,14 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from launcher.heartbeat import read_heartbeat
+from tests.support.processes import program_environment, run_program
 from tests.support.sampling import sampler
 from tests.support.user import User, unexpected
 
@@ -48,6 +50,28 @@ def test_a_batch_that_does_not_divide(user: User) -> None:
     output = refused(user, 78, "train", "own.yaml", "launch.ranks_per_node=3")
     assert "8 rows, over 3 data-parallel ranks x 4 rows" in output
     assert "use 1 or 2 data-parallel ranks" in output
+
+
+def test_a_rank_that_cannot_allocate(user: User) -> None:
+    """3 GiB of address space, of which the libraries take a part, for 8,192 rows in a micro-batch."""
+    words = ("training.global_batch_tokens=262144", "training.micro_batch_sequences=8192")
+    limit = ("prlimit", f"--as={3 * 2**30}", sys.executable, "-m", "solomonov.cli")
+    code, output = run_program(
+        [*limit, "train", "own.yaml", "launch.ranks_per_node=1", *words],
+        log=user.folder / "limited.log",
+        deadline=180,
+        cwd=user.folder,
+        env=program_environment(),
+    )
+    assert code == 78, output
+    (fault,) = user.journal("fault")
+    assert fault["kind"] == "ConfigurationError"
+    message = fault["message"]
+    assert "a rank could not allocate memory" in message
+    assert "GiB at most" in message
+    assert "foreseen ZeRO 1: " in message
+    assert "the smallest change that would fit: training." in message
+    assert len(user.journal("attempt_started")) == 1, "it would not fit the next time either"
 
 
 def test_a_missing_corpus(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tests.support.user import User
 
 VERBS = [
     "quickstart",
+    "plan",
     "prepare",
     "train",
     "checkpoints",

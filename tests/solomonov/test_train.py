@@ -99,6 +99,23 @@ def test_the_loop_is_a_plain_loop(world: int, overrides: tuple[str, ...], tmp_pa
     assert not unexpected(list(run.journal.events()))
 
 
+def test_auto_takes_a_layout_and_says_why_and_what_memory_it_took(tmp_path: Path) -> None:
+    run = made(tmp_path, "parallel=auto")
+    assert train(run) == [DONE, DONE]
+    for line, (loss, norm, _) in zip(lines_of(run), plain_losses(run), strict=True):
+        assert (line["loss"], line["grad_norm"]) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5))
+    chosen, resumed = run.journal.last("layout_chosen"), run.journal.last("resumed")
+    assert chosen is not None
+    assert resumed is not None
+    assert (chosen["zero_stage"], chosen["pipeline"]) == (0, 1), "on a machine with room the plainest"
+    assert resumed["layout"]["zero_stage"] == 0
+    assert chosen["reason"] == "no legal layout is plainer, and none that fits is clearly faster"
+    (memory,) = run.journal.events("memory")
+    assert 0 < memory["measured_bytes"] < memory["device_bytes"]
+    assert memory["rank"] in (0, 1)
+    assert not unexpected(list(run.journal.events()))
+
+
 def expected_evaluation(run: RunFolder) -> tuple[float, float]:
     """Loss of the last checkpoint on five held-out rows at once, and its bits per byte of the split."""
     module = load_model(str(run.path)).module(CPU)

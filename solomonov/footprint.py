@@ -1,0 +1,245 @@
+"""How much memory a rank needs in a layout, worked out without allocating any of it.
+
+Weights, gradients and optimizer state follow from how DeepSpeed lays them out; what a block and the head keep for the
+backward pass is counted by running them on tensors that have shapes and no data, so that the count is that of the
+code which trains. The tests hold the sum against all that was really allocated.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from solomonov.model.attention import attention_context
+from solomonov.model.config import ModelConfig
+from solomonov.model.counts import parameter_count, parameter_shapes
+from solomonov.model.layers import Block
+from solomonov.model.loss import cross_entropy_sum
+from solomonov.model.naming import layer_names
+from solomonov.parallel import LIVE_PARAMETERS, ParallelConfig, bucket_elements
+from solomonov.plan import BatchPlan
+from solomonov.topology import stage_bounds
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank at the moment of a step at which they are the most."""
+
+    moment: str
+    """The backward pass of the `head`, that of the first `block`, or the `update`."""
+    weights: int
+    """Parameters in the type that computes."""
+    gradients: int
+    """As far as they are there at that moment."""
+    optimizer: int
+    """Masters and moments."""
+    buffers: int
+    """For communication, or of the update."""
+    activations: int
+    """Kept for the backward pass, and what it works with."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
+
+
+class Allocated(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors that are made while it is active: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or not size:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class Working:
+    """Bytes that a piece of the model needs for one micro-batch."""
+
+    kept: int
+    """From its forward pass until its backward pass has come."""
+    backward: int
+    """Beyond these, at most, while its backward pass runs."""
+
+
+def _working(precision: str, make: Callable[[torch.dtype], Callable[[], Tensor]]) -> Working:
+    """Forward and backward of what is made, on tensors without data."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    with FakeTensorMode(), Allocated() as allocated:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            forward = make(dtype)
+        finally:
+            torch.set_default_dtype(default)
+        before = allocated.now
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16_autocast"):
+            output = forward()
+        kept = allocated.now - before
+        gradient = torch.ones_like(output)
+        allocated.peak = allocated.now
+        output.backward(gradient)  # type: ignore[no-untyped-call]
+        return Working(kept, allocated.peak - before - kept)
+
+
+@cache
+def block_working(config: ModelConfig, rows: int, sequence_tokens: int, precision: str) -> Working:
+    """Of one block on `rows` rows, gradients of its parameters included."""
+
+    def make(dtype: torch.dtype) -> Callable[[], Tensor]:
+        block = Block(config)
+        context = attention_context(torch.zeros(rows, sequence_tokens, dtype=torch.int32), config)
+        hidden = torch.zeros(rows, sequence_tokens, config.d_model, dtype=dtype, requires_grad=True)
+        return lambda: block(hidden, context)
+
+    return _working(precision, make)
+
+
+@cache
+def head_working(width: int, vocab_size: int, tokens: int, precision: str) -> Working:
+    """Of head and loss on `tokens` tokens, the gradient of the head included."""
+
+    def make(dtype: torch.dtype) -> Callable[[], Tensor]:
+        hidden = torch.zeros(tokens, width, dtype=dtype, requires_grad=True)
+        weight = torch.zeros(vocab_size, width, dtype=dtype, requires_grad=True)
+        labels = torch.zeros(tokens, dtype=torch.int64)
+        return lambda: cross_entropy_sum(hidden, weight, labels)
+
+    return _working(precision, make)
+
+
+def footprint(
+    model: ModelConfig,
+    vocab_size: int,
+    plan: BatchPlan,
+    parallel: ParallelConfig,
+    *,
+    precision: str,
+    recompute: bool,
+) -> Footprint:
+    """What the rank that needs the most needs.
+
+    Args:
+        plan: the batch and its cut, for the number of data-parallel ranks of this layout.
+        parallel: a legal layout.
+        precision: resolved: fp32, bf16 or bf16_autocast.
+        recompute: whether blocks are computed again in the backward pass.
+    """
+    bounds = stage_bounds(model, vocab_size, plan.sequence_tokens, parallel.pipeline)
+    names = layer_names(model)
+    bucket = 4 * bucket_elements(parameter_count(model, vocab_size))
+    sizes = dict.fromkeys(names, 0)
+    for name, shape in parameter_shapes(model, vocab_size).items():
+        sizes[next(layer for layer in names if name.startswith(f"{layer}."))] += prod(shape)
+    if model.tie_embeddings and parallel.pipeline > 1:
+        sizes["head"] = sizes["embedding"]  # a copy on the last stage
+    moments = []
+    for stage, (begin, end) in enumerate(pairwise(bounds)):
+        held = names[begin:end]
+        state = _state(sum(sizes[name] for name in held), parallel, plan, precision)
+        in_flight = min(plan.accumulation, parallel.pipeline - stage)
+        head, first_block = _activations(model, vocab_size, plan, held, in_flight, precision, recompute)
+        # Gradients come one by one; where they are accumulated, or have a place of their own, all are there before.
+        early = state.gradients if state.early or plan.accumulation > 1 else 0
+        during = bucket if parallel.zero_stage else 0
+        at = [("head", early, during, head), ("block", state.gradients, during, first_block)]
+        at.append(("update", state.gradients, state.update, 0))
+        moments += [
+            Footprint(moment, state.weights, gradients, state.optimizer, buffers, activations)
+            for moment, gradients, buffers, activations in at
+        ]
+    return max(moments, key=lambda footprint: footprint.total)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Bytes of what does not depend on the rows."""
+
+    weights: int
+    gradients: int
+    early: bool
+    """The gradients have their place from the start."""
+    optimizer: int
+    update: int
+    """Of the update alone."""
+
+
+def _state(parameters: int, parallel: ParallelConfig, plan: BatchPlan, precision: str) -> _State:
+    """4 bytes a number, but for bf16 weights, which have 2; AdamW has two moments."""
+    stage, share, width = (
+        parallel.zero_stage,
+        math.ceil(parameters / plan.data_parallel),
+        2 if precision == "bf16" else 4,
+    )
+    if stage == 0:
+        return _State(4 * parameters, 4 * parameters, False, 8 * parameters, 0)
+    whole = stage == 1 and (plan.accumulation > 1 or precision == "bf16")
+    return _State(
+        # At stage 3 what was gathered for one layer stays while it is needed again soon.
+        weights=width * (share + min(parameters, LIVE_PARAMETERS) if stage == 3 else parameters),
+        gradients=4 * (parameters if whole else share),
+        early=stage == 3 or (stage == 1 and precision == "bf16"),
+        optimizer=12 * share,
+        # The gradients in one piece; AdamW's two temporary results beside them where its kernel is not fused.
+        update=12 * share,
+    )
+
+
+def _activations(
+    model: ModelConfig,
+    vocab_size: int,
+    plan: BatchPlan,
+    layers: Sequence[str],
+    in_flight: int,
+    precision: str,
+    recompute: bool,
+) -> tuple[int, int]:
+    """While the head's backward pass runs, or that of a stage's last block; and while that of its first block runs."""
+    block = block_working(model, plan.micro_rows, plan.sequence_tokens, precision)
+    tokens = plan.micro_rows * plan.sequence_tokens
+    stream = tokens * model.d_model * (2 if precision == "bf16" else 4)
+    blocks = sum(name.startswith("layers.") for name in layers)
+    one = block.kept * (blocks > 0)
+    backward = (block.backward + block.kept * recompute) * (blocks > 0)
+    of_one_micro_batch = blocks * (stream if recompute else block.kept)
+    at_the_end = of_one_micro_batch - (0 if recompute else one) + one + backward
+    if "head" in layers:
+        head = head_working(model.d_model, vocab_size, tokens, precision)
+        at_the_end = max(at_the_end, of_one_micro_batch + head.kept + head.backward)
+    others = (in_flight - 1) * of_one_micro_batch
+    return others + at_the_end, others + one + backward

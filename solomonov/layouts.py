@@ -1,0 +1,44 @@
+"""The legal layouts of a configuration on so many ranks. Imports no torch: it is asked before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from solomonov.config import Config
+from solomonov.errors import ConfigurationError
+from solomonov.parallel import ParallelConfig, check_layout
+from solomonov.plan import BatchPlan, plan_batch
+
+
+def candidates(config: Config, world: int) -> Iterator[ParallelConfig]:
+    """What `parallel: auto` considers, legal or not, plainest first: ZeRO stages, pipelines that divide the ranks."""
+    for stages in range(1, min(world, config.model.layers) + 1):
+        if world % stages == 0:
+            for zero_stage in (0, 1, 2, 3):
+                yield ParallelConfig.model_validate({"zero_stage": zero_stage, "pipeline": stages})
+
+
+def batch_of(config: Config, parallel: ParallelConfig, *, precision: str, world: int) -> BatchPlan:
+    """The batch in a layout.
+
+    Raises:
+        ConfigurationError: layout or batch is illegal on so many ranks.
+    """
+    copies = check_layout(parallel, precision=precision, world=world, layers=config.model.layers)
+    return plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=copies)
+
+
+def legal_batch(config: Config, *, precision: str, world: int) -> BatchPlan:
+    """The batch in the configured layout, or with `parallel: auto` in the plainest legal one.
+
+    Raises:
+        ConfigurationError: there is no legal one; the message is that of the configured one, or of ZeRO 1.
+    """
+    if config.parallel is not None:
+        return batch_of(config, config.parallel, precision=precision, world=world)
+    for parallel in candidates(config, world):
+        try:
+            return batch_of(config, parallel, precision=precision, world=world)
+        except ConfigurationError:
+            continue
+    return batch_of(config, ParallelConfig(), precision=precision, world=world)

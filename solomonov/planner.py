@@ -1,0 +1,270 @@
+"""Which layouts a run could take, what each needs and how long it takes, and which one to take and why.
+
+Memory is counted (see `footprint`); time is a model of three terms with an honest width: products at a share of the
+device's peak, the idle part of a pipeline, and what is exchanged over the slowest wire between replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from solomonov.config import Config
+from solomonov.devices import CPU, GIB, Device
+from solomonov.errors import ConfigurationError
+from solomonov.footprint import Footprint, footprint
+from solomonov.layouts import batch_of, candidates, legal_batch
+from solomonov.memory import describe
+from solomonov.model.counts import flops_per_token, layer_flops, parameter_count
+from solomonov.parallel import ParallelConfig
+from solomonov.plan import BatchPlan, TrainingConfig
+from solomonov.topology import stage_bounds
+
+UTILISATION = 0.4
+"""Share of the peak that training reaches in products; published runs of dense models: 0.3 to 0.55."""
+FASTER, SLOWER = 0.7, 1.6
+"""Factors on the estimated time between which a run is expected."""
+NEARLY_AS_FAST = 1.03
+"""Layouts whose times differ by less are as good as equal: the simplest of them is taken."""
+
+
+def layout_name(parallel: ParallelConfig) -> str:
+    """A layout in words."""
+    stages = f" with {parallel.pipeline} pipeline stages" if parallel.pipeline > 1 else ""
+    return f"ZeRO {parallel.zero_stage}{stages}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a layout needs."""
+
+    parallel: ParallelConfig
+    plan: BatchPlan
+    footprint: Footprint
+    compute_seconds: float
+    """Of one update, the idle part of a pipeline included."""
+    exchange_seconds: float
+    """Of one update, not hidden behind the backward pass."""
+    usable_bytes: int
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return layout_name(self.parallel)
+
+    @property
+    def seconds(self) -> float:
+        """Of one update."""
+        return self.compute_seconds + self.exchange_seconds
+
+    @property
+    def fits(self) -> bool:
+        """Whether a rank has the memory."""
+        return self.footprint.total <= self.usable_bytes
+
+    @property
+    def plainness(self) -> tuple[int, int]:
+        """The smaller, the fewer moving parts."""
+        return self.parallel.pipeline, self.parallel.zero_stage
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A layout that is not legal."""
+
+    parallel: ParallelConfig
+    reason: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is planned: a configuration on so many devices."""
+
+    config: Config
+    vocab_size: int
+    world: int
+    device: Device
+    precision: str
+    """Resolved: fp32, bf16 or bf16_autocast."""
+
+    def with_training(self, **changes: object) -> Question:
+        """The same with other keys of the training section."""
+        training = TrainingConfig.model_validate({**self.config.training.model_dump(), **changes})
+        return replace(self, config=self.config.model_copy(update={"training": training}))
+
+
+def estimate(question: Question, parallel: ParallelConfig) -> Estimate:
+    """Work out one layout.
+
+    Raises:
+        ConfigurationError: it is not legal; the message names the nearest legal one.
+    """
+    config = question.config
+    plan = batch_of(config, parallel, precision=question.precision, world=question.world)
+    recompute = config.training.activation_checkpointing == "full"
+    needed = footprint(
+        config.model, question.vocab_size, plan, parallel, precision=question.precision, recompute=recompute
+    )
+    compute = _compute_seconds(question, plan, parallel, recompute)
+    exchange = _exchange_seconds(question, plan, parallel)
+    # A backward pass is two thirds of the products, and exchange runs beside it; a pipeline's comes after it.
+    hidden = compute * 2 / 3 if parallel.pipeline == 1 and question.device.name != CPU else 0.0
+    usable = question.device.usable_bytes
+    return Estimate(parallel, plan, needed, compute, max(0.0, exchange - hidden), usable)
+
+
+def _compute_seconds(question: Question, plan: BatchPlan, parallel: ParallelConfig, recompute: bool) -> float:
+    device, config = question.device, question.config
+    peak = device.fp32_flops if question.precision == "fp32" else device.bf16_flops
+    flops = flops_per_token(config.model, question.vocab_size, plan.sequence_tokens)
+    tokens = plan.batch_rows * plan.sequence_tokens / question.world
+    idle = 1.0 + (parallel.pipeline - 1) / plan.accumulation  # 1F1B: arXiv 2104.04473, section 2.2.1
+    slowest = _dearest_stage(question, parallel.pipeline) * parallel.pipeline
+    return flops * tokens * slowest * (4 / 3 if recompute else 1.0) * idle / (peak * UTILISATION)
+
+
+def _dearest_stage(question: Question, stages: int) -> float:
+    """Its share of all operations."""
+    model, tokens = question.config.model, question.config.data.sequence_tokens
+    costs = list(layer_flops(model, question.vocab_size, tokens).values())
+    bounds = stage_bounds(model, question.vocab_size, tokens, stages)
+    return max(sum(costs[begin:end]) for begin, end in pairwise(bounds)) / sum(costs)
+
+
+def _exchange_seconds(question: Question, plan: BatchPlan, parallel: ParallelConfig) -> float:
+    """Ring collectives move (n - 1) / n of a buffer in a reduce-scatter or a gather, twice that in an all-reduce."""
+    copies, device = plan.data_parallel, question.device
+    if copies == 1:
+        return 0.0
+    numbers = parameter_count(question.config.model, question.vocab_size) / parallel.pipeline
+    weight = 2 if question.precision == "bf16" else 4
+    ring = (copies - 1) / copies * numbers
+    moved = {
+        0: 2 * 4 * ring,
+        1: (2 * 4 + weight) * ring,
+        2: (4 * plan.accumulation + weight) * ring,
+        3: (4 + 2 * weight) * plan.accumulation * ring,
+    }[parallel.zero_stage]
+    one_machine = question.world <= device.per_machine
+    return moved / (device.link_bytes_per_second if one_machine else device.network_bytes_per_second)
+
+
+def survey(question: Question) -> list[Estimate | Refused]:
+    """All layouts of ZeRO stages and pipelines, legal or not, plainest first."""
+    return [_estimate_or_refusal(question, parallel) for parallel in candidates(question.config, question.world)]
+
+
+def _estimate_or_refusal(question: Question, parallel: ParallelConfig) -> Estimate | Refused:
+    try:
+        return estimate(question, parallel)
+    except ConfigurationError as error:
+        return Refused(parallel, error.what)
+
+
+def best(found: Sequence[Estimate | Refused]) -> Estimate | None:
+    """The fastest layout that fits; of those that are nearly as fast the plainest. None: nothing fits."""
+    fitting = [item for item in found_estimates(found) if item.fits]
+    if not fitting:
+        return None
+    fastest = min(item.seconds for item in fitting)
+    return min((item for item in fitting if item.seconds <= NEARLY_AS_FAST * fastest), key=lambda item: item.plainness)
+
+
+def choose(question: Question) -> tuple[ParallelConfig, str]:
+    """The layout of `parallel: auto`, and why this one; the same on every rank.
+
+    Raises:
+        ConfigurationError: none is legal, or none fits.
+    """
+    legal_batch(question.config, precision=question.precision, world=question.world)
+    found = survey(question)
+    chosen = best(found)
+    if chosen is None:
+        raise nothing_fits(question, min(found_estimates(found), key=lambda item: item.footprint.total))
+    return chosen.parallel, reason(found, chosen)
+
+
+def nothing_fits(question: Question, nearest: Estimate) -> ConfigurationError:
+    """What is said of a layout that needs more than there is."""
+    change, device = smallest_change(question, nearest.parallel), question.device
+    return ConfigurationError(
+        "the run does not fit into memory",
+        got=f"{nearest.name} needs {describe(nearest.footprint)} of {nearest.usable_bytes / GIB:.3g} usable",
+        rule=f"a rank plans with {device.usable:.0%} of its device's {device.memory_bytes / GIB:.3g} GiB",
+        remedy=f"the smallest change that fits: {change}" if change else "use devices with more memory",
+    )
+
+
+def found_estimates(found: Sequence[Estimate | Refused]) -> list[Estimate]:
+    """The legal ones."""
+    return [item for item in found if isinstance(item, Estimate)]
+
+
+def reason(found: Sequence[Estimate | Refused], chosen: Estimate) -> str:
+    """Why this one and not a plainer one, in words."""
+    words = []
+    for item in found:
+        if isinstance(item, Refused) or item.plainness >= chosen.plainness:
+            continue
+        if not item.fits:
+            need, room = item.footprint.total / GIB, item.usable_bytes / GIB
+            words.append(f"{item.name} needs {need:.3g} of {room:.3g} GiB")
+        else:
+            words.append(f"{item.name} takes {item.seconds / chosen.seconds:.2f} times as long")
+    return "; ".join(words) or "no legal layout is plainer, and none that fits is clearly faster"
+
+
+def smallest_change(question: Question, parallel: ParallelConfig) -> str | None:
+    """What makes a layout fit that does not: the first that does of recomputing blocks, smaller micro-batches, both,
+    another layout, more devices. None: nothing of it."""
+    training = question.config.training
+    changes: list[tuple[str, Question]] = []
+    full = {"activation_checkpointing": "full"}
+    if training.activation_checkpointing == "none":
+        changes.append(("training.activation_checkpointing=full", question.with_training(**full)))
+    rows = training.micro_batch_sequences
+    for recompute in (False, True):
+        smaller = rows // 2
+        while smaller:
+            changed = question.with_training(micro_batch_sequences=smaller, **(full if recompute else {}))
+            words = f"training.micro_batch_sequences={smaller}"
+            changes.append((f"training.activation_checkpointing=full {words}" if recompute else words, changed))
+            smaller //= 2
+    for words, changed in changes:
+        item = _estimate_or_refusal(changed, parallel)
+        if isinstance(item, Estimate) and item.fits:
+            return words
+    other = best(survey(question))
+    if other is not None:
+        return f"parallel.zero_stage={other.parallel.zero_stage} parallel.pipeline={other.parallel.pipeline}"
+    return next((f"{world} devices" for world in _more(question) if best(survey(replace(question, world=world)))), None)
+
+
+def _more(question: Question) -> Iterator[int]:
+    rows = question.config.training.global_batch_tokens // question.config.data.sequence_tokens
+    world = question.world * 2
+    while world <= rows:
+        yield world
+        world *= 2
+
+
+def cannot_allocate(question: Question, error: BaseException, measured: int) -> ConfigurationError:
+    """What is said when a rank was refused memory: what was foreseen, what was had, what would fit."""
+    parallel = question.config.parallel
+    item = _estimate_or_refusal(question, parallel) if parallel else best(survey(question))
+    foreseen, change = "nothing that fits", None
+    if isinstance(item, Estimate):
+        foreseen = f"{item.name}: {describe(item.footprint)}"
+        # It did not fit, whatever was foreseen: what does must need less than what was foreseen for this.
+        room = min(question.device.memory_bytes, int(item.footprint.total * 0.99 / question.device.usable))
+        change = smallest_change(replace(question, device=replace(question.device, memory_bytes=room)), item.parallel)
+    return ConfigurationError(
+        "a rank could not allocate memory",
+        got=(
+            f"{' '.join(str(error).split())[:300]}; the process had {measured / GIB:.3g} GiB at most,"
+            f" of {question.device.memory_bytes / GIB:.3g} GiB; foreseen {foreseen}"
+        ),
+        rule="each rank has the memory that its layout needs, and other processes leave it that",
+        remedy=f"the smallest change that would fit: {change}" if change else "use devices with more memory",
+    )

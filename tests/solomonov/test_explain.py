@@ -1,0 +1,102 @@
+"""What `solomonov plan` prints: the same numbers for people and for scripts, and all of them of one configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from solomonov.cli import main
+from solomonov.exits import CONFIGURATION, DONE
+
+TEXT = """\
+run: {name: big}
+model: {layers: 32, d_model: 4096, heads: 32, kv_heads: 8, d_ff: 14336}
+tokenizer: {vocab_size: 128256}
+data: {folder: nowhere, sources: [{name: one, path: x}], sequence_tokens: 8192}
+training: {total_tokens: 1000000000000, global_batch_tokens: 4194304, micro_batch_sequences: 2}
+parallel: auto
+launch: {nodes: 8, ranks_per_node: 8}
+"""
+FULL = "training.activation_checkpointing=full"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "big.yaml"
+    path.write_text(TEXT)
+    return str(path)
+
+
+def plan(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = main(["plan", *words])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_the_numbers_of_a_known_model(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama 3 8B: 8,030,261,248 parameters published; ours has 2 x 128 gains more in each of 32 blocks (QK norm)."""
+    code, out, _ = plan(capsys, config, FULL, "--gpu", "h100", "--json")
+    found = json.loads(out)
+    assert code == DONE
+    assert found["parameters"] == 8_030_261_248 + 32 * 2 * 128
+    assert found["world"] == 64, "launch.nodes x launch.ranks_per_node"
+    assert found["precision"] == "bf16"
+    batch = found["batch"]
+    assert batch["micro_rows"] * batch["accumulation"] * batch["data_parallel"] == 512 == batch["batch_rows"]
+    assert batch["total_steps"] == -(-(10**12) // 4194304)
+    assert found["tokens"] == batch["total_steps"] * 4194304
+    assert found["checkpoint_bytes"] == 12 * found["parameters"]
+    memory = found["memory"]
+    parts = ("weights", "gradients", "optimizer", "buffers", "activations")
+    assert memory["total"] == sum(memory[part] for part in parts) <= memory["usable"]
+    assert found["seconds"] == pytest.approx(found["seconds_an_update"] * batch["total_steps"])
+    assert found["device_hours"] == pytest.approx(found["seconds"] * 64 / 3600)
+    assert found["tokens_per_second"] == pytest.approx(4194304 / found["seconds_an_update"])
+    taken = {"zero_stage": 1, "pipeline": 1, "bytes": memory["total"], "relative_seconds": 1.0, "fits": True}
+    assert taken in found["layouts"]
+    assert {"zero_stage": 2, "pipeline": 4, "refused": "a pipeline needs ZeRO stage 1"} in found["layouts"]
+
+
+def test_people_read_the_same(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = plan(capsys, config, FULL, "--gpu", "h100", "--gpus", "16", "parallel.pipeline=2")
+    assert code == DONE
+    rows = {line.split()[0]: line for line in out.splitlines() if line}
+    assert "8,030,269,440 parameters" in rows["model"]
+    assert "2 rows x 32 accumulated x 8 data-parallel ranks = 512 rows of 8192" in rows["batch"]
+    assert rows["devices"].startswith("devices     16 x h100: 79 GiB, 989 TFLOP/s in bf16")
+    assert "ZeRO 1 with 2 pipeline stages (as configured)" in rows["layout"]
+    assert "embedding to layers." in rows["stages"]
+    assert rows["stages"].endswith(" to head")
+    assert "refused: ZeRO 0: bf16 parameters need ZeRO stage 1 or higher" in out
+    assert rows["verdict"] == "verdict     fits"
+    assert out.count(" taken\n") == 1
+
+
+def test_what_does_not_fit_is_said_with_what_would(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = plan(capsys, config, "--gpu", "h100")
+    assert code == CONFIGURATION
+    change = out.splitlines()[-1].removeprefix("verdict     does not fit; the smallest change that does: ")
+    assert change == FULL
+    assert plan(capsys, config, "--gpu", "h100", *change.split())[0] == DONE
+
+
+def test_an_illegal_layout_gets_the_nearest_legal_one(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = plan(capsys, config, "--gpu", "h100", "parallel.pipeline=2", "parallel.zero_stage=3")
+    assert (code, out) == (CONFIGURATION, "")
+    assert "a pipeline needs ZeRO stage 1" in err
+    code, _, err = plan(capsys, config, "--gpu", "h900")
+    assert code == CONFIGURATION
+    assert "one of a100, h100, h200, b200, l40s" in err
+
+
+def test_without_a_name_it_is_what_is_here(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("solomonov.devices.visible_gpus", lambda: 0)
+    code, out, _ = plan(capsys, config, "--gpus", "1", "--json")
+    found = json.loads(out)
+    assert code == CONFIGURATION, "no machine of ours trains 8 billion parameters on one CPU"
+    assert (found["device"]["name"], found["precision"]) == ("cpu", "fp32")
+    assert found["device"]["source"] == "speed measured now"

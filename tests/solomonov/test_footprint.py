@@ -1,0 +1,80 @@
+"""The bytes that a layout is said to need, against all tensors that were really there while ranks trained in it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from solomonov.batch import TokenBatch
+from solomonov.engine import Engine
+from solomonov.footprint import Allocated, footprint
+from solomonov.model.config import ModelConfig
+from solomonov.model.counts import parameter_count
+from solomonov.parallel import ParallelConfig
+from solomonov.plan import BatchPlan
+from tests.support import tiny
+from tests.support.ranks import run_ranks
+from tests.support.tiny import Layout
+
+VOCAB, SEQUENCE, ROWS = 2000, 64, 8
+MODEL = ModelConfig(layers=6, d_model=192, heads=4)
+
+
+def plan_of(layout: Layout, world: int) -> BatchPlan:
+    copies = world // layout.pipeline
+    return BatchPlan(SEQUENCE, ROWS, ROWS // copies // layout.accumulation, layout.accumulation, copies, 10)
+
+
+def measured_peak(layout: Layout) -> int:
+    """Most bytes of tensors that this rank had at once in its third step."""
+    spec = tiny.make_engine(layout).spec
+    plan = plan_of(layout, dist.get_world_size())
+    with Allocated() as allocated:
+        engine = Engine(replace(spec, model=MODEL, vocab_size=VOCAB, plan=plan), tiny.CPU)
+        for step in range(3):
+            if step == 2:
+                allocated.peak = allocated.now
+            ids = torch.randint(0, VOCAB, (plan.micro_rows, SEQUENCE))
+            batch = TokenBatch(torch.arange(plan.micro_rows), ids, ids.clone(), torch.zeros_like(ids))
+            engine.forward_backward([batch] * plan.accumulation if engine.needs_rows else [], ROWS * SEQUENCE, 1e-3)
+            engine.update()
+    return allocated.peak
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        *[(1, Layout(zero_stage=stage)) for stage in (0, 1, 2, 3)],
+        (1, Layout(zero_stage=0, activation_checkpointing="full")),
+        (1, Layout(zero_stage=2, accumulation=2)),
+        (1, Layout(zero_stage=1, precision="bf16")),
+        (2, Layout(zero_stage=2, precision="bf16")),
+        (2, Layout(zero_stage=1)),
+        (2, Layout(zero_stage=3)),
+        (2, Layout(zero_stage=1, accumulation=2, pipeline=2)),
+    ],
+    ids=str,
+)
+def test_what_is_foreseen_is_what_is_there(world: int, layout: Layout) -> None:
+    """Never more than 5 % too little, for that ends runs; at most 15 % too much."""
+    parallel = ParallelConfig.model_validate({"zero_stage": layout.zero_stage, "pipeline": layout.pipeline})
+    recompute = layout.activation_checkpointing == "full"
+    plan = plan_of(layout, world)
+    foreseen = footprint(MODEL, VOCAB, plan, parallel, precision=layout.precision, recompute=recompute).total
+    measured = max(run_ranks(measured_peak, world, layout))
+    assert 0.95 * measured <= foreseen <= 1.15 * measured, f"{foreseen / measured:.3f} of what was measured"
+
+
+def test_a_model_of_any_size_is_foreseen_without_its_memory() -> None:
+    """8 billion parameters on 4,096 ranks, ZeRO 3: 16 bytes a parameter over the ranks, and what is live at once."""
+    model = ModelConfig(layers=32, d_model=4096, heads=32, kv_heads=8, d_ff=14336)
+    plan = BatchPlan(8192, 4096, 1, 1, 4096, 10)
+    found = footprint(model, 128256, plan, ParallelConfig(zero_stage=3), precision="bf16", recompute=True)
+    share = parameter_count(model, 128256) / 4096
+    assert found.optimizer == pytest.approx(12 * share, rel=1e-3)
+    assert found.weights == pytest.approx(2 * share + 2e9, rel=1e-3)
+    assert found.total < 40e9
