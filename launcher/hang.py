@@ -18,6 +18,8 @@ WINDOW = 256
 KNOWN_STAYS = 3
 """From so many on, the 99th percentile says something."""
 FACTOR = 3.0
+GAPS = 1000
+"""So many gaps are remembered: none of those that a stay of ours may hold is forgotten."""
 GAP_SECONDS = 2.0
 """A watcher that did not look for so long was held up itself, and what it watches most likely with it: a job that was
 suspended, a virtual machine that stood still, a crowded machine. Looks come four times a second."""
@@ -81,7 +83,8 @@ class GangWatch:
 
     Args:
         limits: the limits.
-        gap_seconds: between two looks; after a longer one all time before counts for nothing.
+        gap_seconds: between two looks; after a longer one, in which we or the machine stood still, all time before
+            counts for nothing, until a stay has lasted twice its limit without the gaps.
     """
 
     def __init__(self, limits: HangLimits, gap_seconds: float = GAP_SECONDS) -> None:
@@ -89,8 +92,8 @@ class GangWatch:
         self._since: float | None = None
         """The first look."""
         self._looked: float | None = None
-        self._awake: float = -math.inf
-        """The first look after the last gap: nobody is blamed for what was before."""
+        self._gaps: deque[tuple[float, float]] = deque(maxlen=GAPS)
+        """Looks between which too long a time lay."""
         self._last: dict[int, Beat] = {}
         self._stays: dict[str, deque[float]] = {}
         self._been_in: set[tuple[int, str]] = set()
@@ -107,7 +110,7 @@ class GangWatch:
         """
         self._since = now if self._since is None else self._since
         if self._looked is not None and now - self._looked > self._gap_seconds:
-            self._awake = now
+            self._gaps.append((self._looked, now))
         self._looked = now
         for rank, beat in beats.items():
             before = self._last.get(rank)
@@ -119,13 +122,20 @@ class GangWatch:
                         self._know(section, beat.since - before.since)
             self._last[rank] = beat
         if not beats:
-            waited = now - max(self._since, self._awake)
+            waited = self._blamed(self._since, now, self._limits.start_seconds)
             if self._last or waited <= self._limits.start_seconds:
                 return None
             return Hang(0, 0, "before its start", waited, self._limits.start_seconds)
         rank, beat = min(beats.items(), key=lambda item: (item[1].step, item[1].section_id, item[1].since))
-        seconds, limit = now - max(beat.since, self._awake), self.limit(beat.section)
+        limit = self.limit(beat.section)
+        seconds = self._blamed(beat.since, now, limit)
         return Hang(rank, beat.step, beat.section, seconds, limit) if seconds > limit else None
+
+    def _blamed(self, since: float, now: float, limit: float) -> float:
+        """Seconds of a stay that count: those after the last gap, or all but the gaps where these are many."""
+        seen = now - since - sum(max(0.0, end - max(begin, since)) for begin, end in self._gaps)
+        after = now - max(since, self._gaps[-1][1]) if self._gaps else now - since
+        return seen if seen > 2 * limit else after
 
     def limit(self, section: str) -> float:
         """Seconds that a rank may stay in a section, by what is known now."""

@@ -214,12 +214,16 @@ def write_request(path: Path, *, now: bool) -> None:
     aside.rename(path)
 
 
-def read_request(path: Path) -> str | None:
-    """`save` or `now`; None where nobody has asked."""
+def take_request(path: Path) -> str | None:
+    """`save` or `now`, which is then no longer there; None where nobody has asked."""
+    taken = path.with_suffix(".taken")
     try:
-        return path.read_text(encoding="ascii")
+        path.rename(taken)  # not read and then deleted: a second request may come in between
     except FileNotFoundError:
         return None
+    request = taken.read_text(encoding="ascii")
+    taken.unlink()
+    return request
 
 
 def sidecar_log_path(spec: JobSpec, sidecar: Sidecar) -> Path:

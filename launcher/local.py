@@ -22,7 +22,7 @@ from launcher.errors import LaunchConfigurationError
 from launcher.exits import ExitCode, Outcome, RankExit, signal_name
 from launcher.gang import Gang, LocalGang, StartGang
 from launcher.hang import GangWatch
-from launcher.job import Attempt, EventCallback, JobSpec, JobState, ignore_event, read_request, tail
+from launcher.job import Attempt, EventCallback, JobSpec, JobState, ignore_event, tail, take_request
 from launcher.mailbox import Mailbox
 from launcher.ports import free_port, require_free
 from launcher.sidecar import SidecarFailure, Sidecars
@@ -140,7 +140,6 @@ class LocalJob:
         self._over = False
         self._future: Future[int] | None = None
         self._interrupts = 0
-        self._request: str | None = None
         self._request_look_seconds = REQUEST_LOOK_SECONDS if spec.request_file is not None else math.inf
 
     @property
@@ -303,9 +302,8 @@ class LocalJob:
         """Obey what came in; True if the ranks were asked to leave."""
         asked = False
         if self.spec.request_file is not None:
-            request = read_request(self.spec.request_file)
-            if request is not None and request != self._request:
-                self._request = request
+            request = take_request(self.spec.request_file)
+            if request is not None:
                 self._mailbox.put("request", now=request == "now")
         for source, now in self._mailbox.take():
             if now:

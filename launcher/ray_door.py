@@ -106,7 +106,7 @@ def node(address: str, folder: Path, cpus: float, object_store_bytes: int) -> in
             joined = Node(
                 RayParams(
                     gcs_address=address,
-                    node_ip_address=host_address() or get_node_ip_address(address),
+                    node_ip_address=host_address([address.rpartition(":")[0]]) or get_node_ip_address(address),
                     num_cpus=cpus,
                     num_gpus=0,
                     object_store_memory=object_store_bytes,
@@ -328,13 +328,13 @@ def _find_room(room: RayRoom) -> int | None:
         time.sleep(0.2)
 
 
-def _our_nodes() -> set[str]:
-    """Nodes with a worker of this attempt: this driver has no other actors but those, and what controls them."""
+def _our_nodes() -> list[str]:
+    """The node of each worker of this attempt: this driver has no other actors but those, and what controls them."""
     import ray
     from ray._private.state import state
 
     job = ray.get_runtime_context().job_id
-    return {actor["Address"]["NodeID"] for actor in state.actor_table(None, job, "ALIVE").values()}
+    return [actor["Address"]["NodeID"] for actor in state.actor_table(None, job, "ALIVE").values()]
 
 
 def _watch_room(room: RayRoom, world: int, over: threading.Event) -> None:
@@ -343,8 +343,10 @@ def _watch_room(room: RayRoom, world: int, over: threading.Event) -> None:
     told = False
     while not over.wait(REPORT_SECONDS) and not told:
         leaving = set(_draining())
-        leaving = leaving & _our_nodes() if leaving else leaving
-        larger = _largest(room, world + _slots(room)) or world
+        ours = _our_nodes()
+        leaving &= set(ours)
+        # Before the workers are there, what they will take counts as free.
+        larger = (_largest(room, world + _slots(room)) or world) if len(ours) >= world else world
         if leaving:
             _tell("resize", reason=f"{len(leaving)} Ray node(s) are about to leave")
             told = True

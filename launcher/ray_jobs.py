@@ -15,7 +15,7 @@ from launcher.errors import LaunchConfigurationError, RayError
 from launcher.exits import ExitCode
 from launcher.job import JobState, write_request
 from launcher.ray import check_cluster, client_environment, require_ray
-from launcher.slurm import newest_logs
+from launcher.slurm import newest_logs, require_shared
 
 if TYPE_CHECKING:
     from launcher.ray_door import JobsClient
@@ -95,6 +95,8 @@ class RayLauncher:
             LaunchConfigurationError: it cannot be joined, or takes no jobs.
         """
         require_ray()
+        if request.config.nodes > 1:
+            require_shared(request.folder)
         dashboard = check_cluster(request.address, {})
         problem = "no dashboard" if dashboard is None else self._problem(dashboard)
         if dashboard is None or problem is not None:

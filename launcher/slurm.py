@@ -206,11 +206,20 @@ def _check_files(request: SlurmRequest) -> None:
             rule="a bash file on storage that all nodes share",
             remedy="mend the path",
         )
-    kind = file_system(request.folder)
+    require_shared(request.folder)
+
+
+def require_shared(folder: Path) -> None:
+    """Refuse a run's folder that other machines surely do not see; the others are looked at before the first step.
+
+    Raises:
+        LaunchConfigurationError: it is in this machine's memory.
+    """
+    kind = file_system(folder)
     if kind in LOCAL_FILE_SYSTEMS:
         raise LaunchConfigurationError(
             "the run's folder is not on shared storage",
-            got=f"{request.folder.absolute()} is on {kind}, the memory of this machine",
+            got=f"{folder.absolute()} is on {kind}, the memory of this machine",
             rule="all nodes of the run, and the next ones after a requeue, see the run's folder",
             remedy="set run.folder to a place on the cluster's shared file system",
         )

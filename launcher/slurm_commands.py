@@ -214,6 +214,11 @@ def count_gpus(gres: str) -> int:
     return sum(int(number) for number in found)
 
 
+def node_names(node_list: str) -> list[str]:
+    """The nodes of a list as Slurm writes it (`gpu[01-04,07]`)."""
+    return run_slurm(["scontrol", "show", "hostnames", node_list]).split()
+
+
 def require_node_name(name: str) -> str:
     """The name of a node, which must be one.
 

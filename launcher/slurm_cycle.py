@@ -8,6 +8,7 @@ ever without getting anywhere; the record of the job's starts is the brake on bo
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,11 @@ T = TypeVar("T")
 
 PAUSES_SECONDS = (1.0, 5.0, 15.0, 30.0)
 """Between the questions to a controller that does not answer."""
+SUPERVISOR_DEATHS = tuple(
+    128 + number
+    for number in (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+)
+"""Codes of a supervisor that a signal ended: by a fault, or by a request that came before it listened."""
 SUSPICIOUS_CRASHES = 2
 """From so many on, crashes that all began on one node speak against the node."""
 
@@ -48,6 +54,8 @@ class CycleRecord:
     """Nodes that the job was asked to avoid."""
     ended: bool = False
     """The supervisor of the newest cycle ended by itself: what it left with is its ranks' end, and not its own."""
+    stopping: bool = False
+    """It had been asked to save and leave before its ranks ended."""
 
     @classmethod
     def read(cls, folder: Path, job: str) -> CycleRecord:
@@ -56,6 +64,9 @@ class CycleRecord:
             record = json.loads(_path(folder, job).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return cls()
+        except json.JSONDecodeError as error:  # a machine went down while it was written
+            print(f"{_path(folder, job)} cannot be read ({error}): the job's earlier starts do not count", flush=True)
+            return cls()
         lists = {name: tuple(record[name]) for name in ("starts", "excluded")}
         return cls(**{**record, **lists})
 
@@ -63,7 +74,10 @@ class CycleRecord:
         """Replace the record of a job."""
         path = _path(folder, job)
         aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(asdict(self), file)
+            file.flush()
+            os.fsync(file.fileno())
         aside.rename(path)
 
     def idle_cycles(self, step: int) -> int:
@@ -102,6 +116,8 @@ class CycleFacts:
     max_no_progress: int
     ended: bool = True
     """The supervisor ended by itself."""
+    stopping: bool = False
+    """It had been asked to save and leave."""
     suspect: str | None = None
     spare_nodes: int = 0
     """Nodes of the partition beyond those that the job needs and avoids."""
@@ -135,8 +151,10 @@ def decide(facts: CycleFacts) -> CycleDecision:
         return CycleDecision(True, facts.code, "preempted" if facts.preempted else "saved before the time limit")
     if facts.idle_cycles >= facts.max_no_progress:  # the next start would be refused
         return CycleDecision(False, facts.code, describe(facts.code))
-    if facts.code in (128 + 9, 128 + 6, 128 + 11) and not facts.ended:
+    if facts.code in SUPERVISOR_DEATHS and not facts.ended:
         return CycleDecision(True, facts.code, f"the supervisor was {describe(128 - facts.code)}")
+    if outcome is Outcome.CRASH and (facts.stopping or facts.preempted):
+        return CycleDecision(True, facts.code, f"asked to save, the ranks ended with {describe(facts.code)}")
     if outcome is Outcome.CRASH and facts.suspect is not None and facts.spare_nodes > 0:
         reason = f"every crash began on {facts.suspect}: again without it"
         return CycleDecision(True, facts.code, reason, exclude=facts.suspect)
@@ -151,6 +169,8 @@ class Cycle:
     allocation: Allocation
     hosts_of_crashes: dict[int, str | None] = field(default_factory=dict)
     """By attempt: where its first crash was, which brought the other ranks down."""
+    stops: list[str] = field(default_factory=list)
+    """Requests to save and leave, by whom they came."""
 
     def begin(self, step: int, max_no_progress: int) -> str | None:
         """Note the start.
@@ -166,13 +186,17 @@ class Cycle:
         idle = record.idle_cycles(step)
         starts = (*record.starts, step)
         restart = self.allocation.restart
-        replace(record, starts=starts, restart=restart, step=step, suspect=None, ended=False).write(self.folder, job)
+        replace(record, starts=starts, restart=restart, step=step, suspect=None, ended=False, stopping=False).write(
+            self.folder, job
+        )
         if idle >= max_no_progress:
             return f"Slurm has started the job {idle} times without a checkpoint newer than step {step}"
         return None
 
     def note(self, kind: str, fields: Mapping[str, object]) -> None:
-        """Take note of an event of the job: who caused a crash."""
+        """Take note of an event of the job: who caused a crash, and requests to leave."""
+        if kind == "stopping":
+            self.stops.append(str(fields["signal"]))
         if kind == "rank_exited" and not fields["killed_by_launcher"]:
             code = fields["exit_code"]
             if code is None or classify(int(str(code))) is Outcome.CRASH:
@@ -180,13 +204,18 @@ class Cycle:
                 self.hosts_of_crashes.setdefault(attempt, str(host) if host is not None else None)
 
     def end(self, step: int) -> None:
-        """Note the end, before the process leaves."""
+        """Note the end, before the process leaves; where it cannot be written, what it leaves with still counts."""
         job = self.allocation.name
         hosts = list(self.hosts_of_crashes.values())
         # One crash may have any cause; two in a row on the same one of several nodes have one that is there.
         several = self.allocation.nodes > 1 and len(hosts) >= SUSPICIOUS_CRASHES
         suspect = hosts[0] if several and len(set(hosts)) == 1 else None
-        replace(CycleRecord.read(self.folder, job), step=step, suspect=suspect, ended=True).write(self.folder, job)
+        record = CycleRecord.read(self.folder, job)
+        record = replace(record, step=step, suspect=suspect, ended=True, stopping=bool(self.stops))
+        try:
+            record.write(self.folder, job)
+        except OSError as error:
+            print(f"the end of the job's cycle could not be noted: {error}", flush=True)
 
 
 def requeue(
@@ -260,6 +289,7 @@ def _facts(
         idle_cycles=record.idle_cycles(record.step),
         max_no_progress=max_no_progress,
         ended=record.ended,
+        stopping=record.stopping,
         suspect=record.suspect,
         spare_nodes=shown.partition_nodes - allocation.nodes - len(record.excluded) if shown is not None else 0,
     )

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from launcher.child import Child, ChildCommand, start_child
 from launcher.errors import LaunchConfigurationError
 from launcher.job import tail
 from launcher.ray import HOST, PrivateRay
+from launcher.slurm_commands import node_names
 from launcher.slurm_step import Allocation
 
 START_SECONDS = 120.0
@@ -28,14 +30,22 @@ OBJECT_STORE_BYTES = 256 << 20
 """A node's, for what its data workers hand over: replies of a few MiB, a few in flight."""
 
 
-def host_address() -> str | None:
-    """The address that Slurm's name for this machine stands for, where that is on the loopback; else None: Ray looks
-    by itself for the one by which others reach it."""
+def host_address(others: Sequence[str]) -> str | None:
+    """The address that Slurm's name for this machine stands for, where that of each of the others is on the loopback
+    too; else None: Ray looks by itself for the one by which others reach it.
+
+    Many a machine has its own name, and only that, on the loopback (127.0.1.1).
+    """
+    found = [_address(name) for name in (os.environ.get("SLURMD_NODENAME") or socket.gethostname(), *others)]
+    on_loopback = all(address is not None and ipaddress.ip_address(address).is_loopback for address in found)
+    return found[0] if on_loopback else None
+
+
+def _address(name: str) -> str | None:
     try:
-        found = socket.gethostbyname(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+        return socket.gethostbyname(name)
     except OSError:
         return None
-    return found if ipaddress.ip_address(found).is_loopback else None
 
 
 class SlurmRay:
@@ -62,7 +72,7 @@ class SlurmRay:
         """
         with ExitStack() as stack:
             several = self._allocation.nodes > 1
-            host = host_address() if several else HOST
+            host = host_address(node_names(self._allocation.node_list)) if several else HOST
             ray = stack.enter_context(PrivateRay(self._cpus, OBJECT_STORE_BYTES, host=host))
             if several:
                 self._add_nodes(stack, ray)

@@ -121,6 +121,9 @@ class Supervisor:
         self.companion_was_the_cause = False
         """The job failed, and not by its ranks."""
         self._companion: tuple[int, str] | None = None
+        self._idle_resizes = 0
+        """Changes of the number of ranks in a row that no newer durable step came between."""
+        self._step_at_resize = self.best_step
 
     def attempt_started(self) -> None:
         """The ranks of an attempt run."""
@@ -173,8 +176,8 @@ class Supervisor:
         return True
 
     def resize_requested(self) -> bool:
-        """The job should go on with another number of ranks; True if that is news."""
-        if self.state is not SupervisorState.RUNNING:
+        """The job should go on with another number of ranks; True if that is news, and if it does not only go round."""
+        if self.state is not SupervisorState.RUNNING or self._idle_resizes >= self.policy.max_no_progress:
             return False
         self.state = SupervisorState.RESIZING
         return True
@@ -202,6 +205,9 @@ class Supervisor:
         if unsaved or (outcome is Outcome.AGAIN and self.state is SupervisorState.RESIZING):
             if self._companion is not None:
                 return self._companion_end(*self._companion)
+            came_further = step is not None and step > self._step_at_resize
+            self._idle_resizes = 0 if came_further else self._idle_resizes + 1
+            self._step_at_resize = max(self._step_at_resize, step or 0)
             self.state = SupervisorState.WAITING
             return Decision(Action.RESTART, int(ExitCode.AGAIN), "saved, to go on with another number of ranks")
         if outcome is Outcome.AGAIN:

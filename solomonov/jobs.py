@@ -174,6 +174,7 @@ def _write(submission: Submission) -> Path:
     run = submission.run
     with run_lock(run, wait_seconds=1.0):
         submission.prepared.write()
+        request_file(run).unlink(missing_ok=True)  # meant for an earlier job
         return snapshot(Path(__file__).resolve().parent.parent, slurm_scripts(), run.path / "code")
 
 
@@ -290,7 +291,7 @@ def _slurm_request(submissions: Sequence[Submission], code: Path) -> SlurmReques
         config=first.launch,
         ranks_per_node=first.ranks_per_node,
         script=(code / "slurm" if code.is_absolute() else slurm_scripts()) / "train.sbatch",
-        environment=_code_environment(code),
+        environment=_code_environment(folder / "code" / code.name if several else code),
         elements=len(submissions) if several else None,
         at_once=first.launch.slurm.array_at_once if several else None,
     )
@@ -342,12 +343,19 @@ def passed_on() -> dict[str, str]:
 
 
 def _submit_to_ray(submissions: Sequence[Submission], codes: Sequence[Path]) -> list[str]:
+    from launcher.errors import LauncherError
     from launcher.ray_jobs import RayLauncher
 
-    jobs = []
+    jobs: list[str] = []
     for submission, code in zip(submissions, codes, strict=True):
         request = _ray_request(submission, code)
-        job = RayLauncher().submit(request)
+        try:
+            job = RayLauncher().submit(request)
+        except LauncherError:
+            if jobs:
+                names = ", ".join(str(other.run.path) for other in submissions[: len(jobs)])
+                print(f"submitted before the refusal: {names}", file=sys.stderr)
+            raise
         fields = {"command": request.command, "address": request.address, "dashboard": job.dashboard}
         submission.run.journal.write("submitted", backend="ray", job=job.name, code=code.name, **fields)
         jobs.append(job.name)

@@ -159,11 +159,12 @@ class Report:
         }  # fmt: skip
 
 
-def judge(report: Report, checkpoint_bytes: int) -> None:
+def judge(report: Report, checkpoint_bytes: int, *, goes_on: bool = False) -> None:
     """Fill in what is wrong and what is odd with the machines, from what is known so far.
 
     Args:
         checkpoint_bytes: of one checkpoint of this run.
+        goes_on: the run has a checkpoint: a disk that is full meanwhile does not end it.
     """
     problems, warnings = report.problems, report.warnings
     first, *others = report.nodes
@@ -190,7 +191,8 @@ def judge(report: Report, checkpoint_bytes: int) -> None:
     _judge_devices(report)
     free = min(facts.free_bytes for facts in report.nodes)
     if free < checkpoint_bytes:
-        problems.append(f"{_size(free)} are free in the run's folder, a checkpoint takes {_size(checkpoint_bytes)}")
+        words = f"{_size(free)} are free in the run's folder, a checkpoint takes {_size(checkpoint_bytes)}"
+        (warnings if goes_on else problems).append(words)
     elif free < ROOMY_CHECKPOINTS * checkpoint_bytes:
         count = free // checkpoint_bytes
         warnings.append(f"the run's folder has room for {count} checkpoint{'s' if count > 1 else ''} only")
@@ -267,7 +269,8 @@ class Preflight:
             shutil.rmtree(self._folder, ignore_errors=True)
             backend = "nccl" if self._device.type == "cuda" else "gloo"
             self.report = Report(nodes, ranks, sights, backend)
-            judge(self.report, self._checkpoint_bytes())
+            goes_on = self._run.journal.last("checkpoint_durable") is not None
+            judge(self.report, self._checkpoint_bytes(), goes_on=goes_on)
             if self.report.problems:
                 self.publish()
             self._put("verdict", self.report.problems)
@@ -278,13 +281,14 @@ class Preflight:
         leaders = control.all_gather_object((info.node, self._leads))
         rank_of = {node: rank for rank, (node, leads) in enumerate(leaders) if leads}
         rates: dict[tuple[int, int], float] = {}
+        all_reduce = measure_all(self._device)
         for pairs in rounds(len(rank_of)):
             mine = next((pair for pair in pairs if self._leads and info.node in pair), None)
             if mine is not None:
-                rates[mine] = measure_pair([rank_of[node] for node in mine], self._device)
+                [other] = set(mine) - {info.node}
+                rates[mine] = measure_pair(rank_of[other], self._device)
             control.barrier()  # rounds that overlap would share a machine's link
         found = control.all_gather_object(rates)
-        all_reduce = measure_all(self._device)
         if self.report is not None:
             self.report.links = {pair: rate for part in found for pair, rate in part.items()}
             self.report.all_reduce = all_reduce

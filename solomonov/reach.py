@@ -8,6 +8,7 @@ half of the round trip.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import secrets
 import socket
@@ -21,10 +22,15 @@ from types import TracebackType
 
 REACH_SECONDS = 5.0
 """Within which a machine of the same job answers; a filtered port never does."""
+PATIENCE_SECONDS = 20.0
+"""For which those that did not answer are asked again: no run ends because a network was away for a moment."""
+PAUSE_SECONDS = 1.0
 ASKED_TIMES = 5
 """The quickest answer counts: the others waited for a busy processor."""
 THREADS = 16
 KEY_BYTES = 16
+ELSEWHERE = "192.0.2.1"
+"""An address that is nobody's (RFC 5737)."""
 _TIME = struct.Struct("<q")
 
 
@@ -91,10 +97,17 @@ class TimeServer:
         self._thread.join()
 
 
-def ask_all(addresses: Mapping[int, Address]) -> dict[int, Answer]:
-    """Ask machines for their time, many at once; within about REACH_SECONDS for THREADS silent ones."""
+def ask_all(addresses: Mapping[int, Address], patience_seconds: float = PATIENCE_SECONDS) -> dict[int, Answer]:
+    """Ask machines for their time, many at once, and those that do not answer again for a while."""
+    end = time.monotonic() + patience_seconds
+    answers: dict[int, Answer] = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(addresses, pool.map(ask, addresses.values()), strict=True))
+        while silent := [node for node in addresses if node not in answers or answers[node].problem is not None]:
+            answers |= zip(silent, pool.map(ask, (addresses[node] for node in silent)), strict=True)
+            if all(answers[node].problem is None for node in silent) or time.monotonic() > end:
+                break
+            time.sleep(PAUSE_SECONDS)
+    return {node: answers[node] for node in addresses}
 
 
 def ask(address: Address) -> Answer:
@@ -131,7 +144,16 @@ def _family(towards: str) -> socket.AddressFamily:
 
 def _own_address(towards: str) -> str:
     """This machine's address on the way to another; nothing is sent."""
-    family, kind, protocol, _, target = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
+    family, _, _, _, target = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
+    found = _address_towards(family, target)
+    if family == socket.AF_INET and ipaddress.ip_address(found).is_loopback:
+        # The machine's own name, which many systems have on the loopback: what others see is where packets leave.
+        with contextlib.suppress(OSError):  # no way out: all are on this machine
+            found = _address_towards(family, (ELSEWHERE, 9))
+    return found
+
+
+def _address_towards(family: socket.AddressFamily, target: tuple[object, ...]) -> str:
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)
         return str(probe.getsockname()[0])

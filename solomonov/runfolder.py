@@ -24,7 +24,7 @@ SCHEMA_VERSION = 1
 FREE_KEYS = (
     "run.folder",
     "data.",
-    "parallel.",
+    "parallel",
     "training.precision",
     "training.micro_batch_sequences",
     "training.activation_checkpointing",

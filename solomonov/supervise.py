@@ -22,7 +22,7 @@ from solomonov.errors import ConfigurationError, SolomonovError
 from solomonov.heartbeat import EVERY_STEP
 from solomonov.host import visible_gpus
 from solomonov.layouts import legal_batch
-from solomonov.runfolder import LockOwner, RunFolder, run_folder, run_lock
+from solomonov.runfolder import LockOwner, RunFolder, is_locked, run_folder, run_lock
 
 if TYPE_CHECKING:
     from launcher.config import LaunchConfig
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 SLOW_SAVE_SECONDS = 60.0
 """A save may take so much longer than its like before it counts as a hang: storage has its bad minutes."""
+END_MARGIN_SECONDS = 10.0
+"""Between the end of ranks that do not get done with saving and the end of the job."""
 DATA_MARGIN_SECONDS = 10.0
 """What a rank needs beyond its patience to build the rows by itself."""
 
@@ -56,6 +58,9 @@ def train(
     launch = launch_section(loaded)
     if launch.nodes > 1:
         raise one_machine(launch.nodes)
+    run = run_folder(loaded.config)
+    if not is_locked(run):
+        request_file(run).unlink(missing_ok=True)  # meant for an earlier command
     return _train(loaded, launch, Place(), fresh=fresh, ray=ray)
 
 
@@ -215,7 +220,6 @@ def _train(
     prepared.make_folder()
     with run_lock(run, owner=place.owner) as lock, ExitStack() as stack:
         prepared.write()
-        request_file(run).unlink(missing_ok=True)  # meant for an earlier command
         cycle = None
         if place.allocation is not None:
             cycle = _begin_cycle(run, place.allocation, launch.max_no_progress)
@@ -324,14 +328,18 @@ class Session:
         from solomonov.display import TrainingDisplay
 
         plan = self._prepared.plan
+        grace = self._launch.grace_seconds
+        if self._place.allocation is not None:
+            # Later, Slurm ends the job for its time, and does not queue it again.
+            grace = min(grace, max(1.0, self._launch.slurm.save_seconds - END_MARGIN_SECONDS))
         launcher = LocalLauncher(
-            self._launch,
+            self._launch.model_copy(update={"grace_seconds": grace}),
             on_event=self._on_event,
             durable_step=lambda: durable_step(self._run),
             start_gang=self._place.start_gang(self._launch, legal_worlds(self._prepared.loaded.config, self._launch)),
             still_ours=self._still_ours,
         )
-        with TrainingDisplay(self._run, plan.total_steps, plan.describe()) as self._display:
+        with TrainingDisplay(self._run, plan.total_steps, self._prepared.derived["batch"]) as self._display:
             job = launcher.run(self._spec())
         code = job.wait()
         self._display.verdict(code, job.tail)

@@ -24,12 +24,12 @@ def combinations(sweeps: Sequence[str]) -> list[list[str]]:
     for text in sweeps:
         key, equals, listed = text.partition("=")
         values = listed.split(",")
-        fixed = key == "run.name" or key.startswith("launch.")
+        fixed = key in ("run.name", "run.folder") or key.startswith("launch.")
         if not (key and equals and all(values)) or key in keys or fixed:
             raise ConfigurationError(
                 "this is no sweep",
                 got=f"--sweep {text}",
-                rule="KEY=VALUE,VALUE,...; each key once; all have one launch section, and run.name gets their number",
+                rule="KEY=VALUE,VALUE,...; each key once; all share launch and run.folder; run.name gets a number",
                 remedy="for instance --sweep optimizer.lr=0.001,0.0003 --sweep run.seed=1,2",
             )
         keys.append(key)

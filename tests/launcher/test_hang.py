@@ -77,6 +77,21 @@ def test_nobody_is_blamed_for_the_time_in_which_the_watcher_stood_still() -> Non
     assert watch.look({0: at(1)}, 1010.25) == Hang(0, 1, "forward", 10.25, 10.0)
 
 
+def test_a_watcher_that_is_held_up_again_and_again_finds_a_hang_all_the_same() -> None:
+    """Looks of which every eighth comes late by 3 s: without the gaps, twice the limit is over after 20 s."""
+    watch = GangWatch(HangLimits(minimum_seconds=10.0, start_seconds=10.0))
+    now, seen = 0.0, 0.0
+    for number in range(1, 200):
+        hang = watch.look({0: at(1)}, now)
+        assert (hang is not None) is (seen > 20.0)
+        if hang is not None:
+            assert (hang.seconds, hang.limit_seconds) == (seen, 10.0)
+            return
+        late = number % 8 == 0
+        now, seen = now + (3.0 if late else 0.25), seen + (0.0 if late else 0.25)
+    raise AssertionError("never found")
+
+
 def test_a_gang_that_never_begins_is_not_blamed_for_it_either() -> None:
     watch = GangWatch(HangLimits(minimum_seconds=10.0, start_seconds=10.0))
     assert not any(watch.look({}, now) for now in (0.0, 1.0, *(500.0 + second for second in range(11))))

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from launcher.config import LaunchConfig, SlurmConfig
 from launcher.errors import LaunchConfigurationError
-from launcher.job import JobState, read_request
+from launcher.job import JobState, take_request
 from launcher.slurm import (
     SlurmJob,
     SlurmLauncher,
@@ -427,7 +427,7 @@ def test_a_cancelled_job_is_marked_and_asked(
     job = knows(f"JobState={state} Reason=None\n Restarts=0 ExitCode=0:0\n")
     assert job.cancel(now=now) is (asked is not None)
     assert calls(tmp_path / "bin", "scancel") == ([asked] if asked else [])
-    assert read_request(job.log_folder / "request") == ("now" if asked == [] else None), "ranks that Slurm asks save"
+    assert take_request(job.log_folder / "request") == ("now" if asked == [] else None), "ranks that Slurm asks save"
     assert cancel_mark(tmp_path, "7").exists() is (asked is not None)
 
 

@@ -66,6 +66,16 @@ def facts(code: int, **changes: object) -> CycleFacts:
         (facts(137, suspect="node7", spare_nodes=1), True, 137, "every crash began on node7"),
         (facts(134, ended=False), True, 134, "SIGABRT"),
         (facts(139, ended=False), True, 139, "SIGSEGV"),
+        (facts(143, ended=False), True, 143, "the supervisor was killed by SIGTERM"),
+        (facts(138, ended=False), True, 138, "the supervisor was killed by SIGUSR1"),
+        (facts(140, ended=False, preempted=True), True, 140, "the supervisor was killed by SIGUSR2"),
+        (facts(143, ended=False, ending=True), False, 143, "Slurm ends the job"),
+        (facts(137, stopping=True), True, 137, "asked to save, the ranks ended with exit code 137"),
+        (facts(137, preempted=True), True, 137, "asked to save"),
+        (facts(1, stopping=True), True, 1, "asked to save"),
+        (facts(1, stopping=True, idle_cycles=3), False, 1, "exit code 1"),
+        (facts(1, stopping=True, cancelled=True), False, 1, "cancelled"),
+        (facts(70, stopping=True), False, 70, "numerical failure"),
         (facts(137, ended=False, idle_cycles=3), False, 137, "exit code 137"),
         (facts(137, ended=False, cancelled=True), False, 137, "cancelled"),
         (facts(143), False, 143, "exit code 143"),
@@ -100,6 +110,7 @@ codes = st.one_of(st.sampled_from([0, 1, 75, 128, 130, 134, 137, 139, 143, *VERD
         idle_cycles=st.integers(0, 6),
         max_no_progress=st.integers(1, 4),
         ended=st.booleans(),
+        stopping=st.booleans(),
         suspect=st.none() | st.just("node7"),
         spare_nodes=st.integers(-2, 3),
     )
@@ -131,6 +142,7 @@ records = st.builds(
     suspect=st.none() | st.text(),
     excluded=st.lists(st.text()).map(tuple),
     ended=st.booleans(),
+    stopping=st.booleans(),
 )
 
 
@@ -175,6 +187,32 @@ def test_the_start_and_the_end_of_a_cycle_are_noted(tmp_path: Path) -> None:
     assert second.begin(40, 3) is None
     found = CycleRecord.read(tmp_path, NO_JOB)
     assert found == CycleRecord(starts=(0, 40), restart=1, step=40), "a new cycle suspects nobody"
+
+
+def test_a_request_to_leave_is_noted_until_the_next_start(tmp_path: Path) -> None:
+    cycle = Cycle(tmp_path, again(0))
+    cycle.begin(0, 3)
+    cycle.note("stopping", {"signal": "SIGUSR1", "now": False})
+    cycle.end(5)
+    assert CycleRecord.read(tmp_path, NO_JOB).stopping
+    Cycle(tmp_path, again(1)).begin(5, 3)
+    assert not CycleRecord.read(tmp_path, NO_JOB).stopping
+
+
+def test_a_record_that_cannot_be_written_or_read_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cycle = Cycle(tmp_path, again(0))
+    cycle.begin(0, 3)
+    path = tmp_path / f"slurm-{NO_JOB}.json"
+    aside = path.with_suffix(".tmp")
+    aside.mkdir()
+    cycle.end(5)
+    assert "could not be noted" in capsys.readouterr().out
+    aside.rmdir()
+    path.write_text("")  # as after a crash of the machine
+    assert CycleRecord.read(tmp_path, NO_JOB) == CycleRecord()
+    assert "the job's earlier starts do not count" in capsys.readouterr().out
 
 
 def test_starts_that_lead_nowhere_have_a_limit(tmp_path: Path) -> None:

@@ -43,11 +43,13 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 def test_the_name_of_this_machine_may_be_on_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "127.0.0.21")
-    assert host_address() == "127.0.0.21"
+    assert host_address(["127.0.0.22", "127.0.0.23"]) == "127.0.0.21"
+    assert host_address(["127.0.0.22", "192.0.2.8"]) is None, "only its own name is there: others do not reach that"
+    assert host_address(["no-such-host.invalid"]) is None
     monkeypatch.setenv("SLURMD_NODENAME", "192.0.2.7")
-    assert host_address() is None, "Ray finds the address of a network card"
+    assert host_address(["127.0.0.22"]) is None, "Ray finds the address of a network card"
     monkeypatch.setenv("SLURMD_NODENAME", "no-such-host.invalid")
-    assert host_address() is None
+    assert host_address([]) is None
 
 
 def test_a_node_on_another_machine_joins_and_leaves(temporary: Path, tmp_path: Path) -> None:

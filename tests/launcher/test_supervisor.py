@@ -123,6 +123,21 @@ def test_no_progress_stops_and_progress_counts_anew() -> None:
     assert (last.action, last.exit_code) == (Action.STOP, 139)
 
 
+def test_a_number_of_ranks_that_changes_to_no_avail_is_kept() -> None:
+    supervisor = running(step=100)
+    for step in (100, None):
+        assert supervisor.resize_requested()
+        assert supervisor.attempt_ended(75, step).action is Action.RESTART
+        supervisor.attempt_started()
+    assert not supervisor.resize_requested(), "twice without a newer step, launch.max_no_progress"
+    assert supervisor.state is SupervisorState.RUNNING
+    other = running(step=100)
+    for step in (101, 102, 103, 104):
+        assert other.resize_requested()
+        assert other.attempt_ended(75, step).action is Action.RESTART
+        other.attempt_started()
+
+
 def test_no_progress_is_named_as_the_reason() -> None:
     supervisor = running(RestartPolicy(max_restarts=9, max_no_progress=1, backoff_seconds=0.0), step=40)
     decision = supervisor.attempt_ended(-9, 40)

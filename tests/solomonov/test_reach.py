@@ -17,7 +17,6 @@ from solomonov.reach import Address, Answer, TimeServer, ask, ask_all
 
 def test_a_machine_is_reached_and_its_clock_is_read() -> None:
     with TimeServer("127.0.0.1") as server:
-        assert server.address.host == "127.0.0.1"
         answer = ask(server.address)
     assert answer.problem is None
     assert 0.0 < answer.round_trip_seconds < 60.0
@@ -76,10 +75,45 @@ def test_many_are_asked_at_once() -> None:
     assert all(answer.problem is None for answer in answers.values())
 
 
+def test_a_machine_that_is_away_for_a_moment_is_asked_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+    begun = threading.Event()
+    real = reach.ask
+
+    def late(address: Address) -> Answer:
+        """Its port is closed until it was asked once."""
+        answer = real(address if begun.is_set() else dataclasses.replace(address, port=port))
+        begun.set()
+        return answer
+
+    with TimeServer("127.0.0.1") as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reach, "ask", late)
+        patch.setattr(reach, "PAUSE_SECONDS", 0.0)
+        assert ask_all({7: server.address})[7].problem is None
+        begun.clear()
+        found = ask_all({7: server.address}, patience_seconds=0.0)[7].problem
+    assert found is not None
+    assert "refused" in found
+
+
+def test_the_name_of_this_machine_may_be_on_the_loopback() -> None:
+    """Where there is a way out, others are told the address on that way."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((reach.ELSEWHERE, 9))
+            expected = probe.getsockname()[0]
+        except OSError:
+            expected = "127.0.0.1"
+    with TimeServer("127.0.0.1") as server:
+        assert server.address.host == expected
+        assert ask(server.address).problem is None
+
+
 def test_a_closed_port_is_refused() -> None:
     with TimeServer("127.0.0.1") as server:
         address = server.address
-    assert ask(address).problem == f"127.0.0.1:{address.port}: Connection refused"
+    assert ask(address).problem == f"{address.host}:{address.port}: Connection refused"
 
 
 def test_a_machine_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +128,7 @@ def test_another_program_on_the_port_is_told_from_ours() -> None:
         wrong = dataclasses.replace(server.address, key="00" * reach.KEY_BYTES)
         problem = ask(wrong).problem
     assert problem is not None
-    assert problem.startswith(f"127.0.0.1:{wrong.port}"), problem
+    assert problem.startswith(f"{wrong.host}:{wrong.port}"), problem
 
 
 def test_a_server_says_nothing_to_those_who_do_not_know_its_key() -> None:

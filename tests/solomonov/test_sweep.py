@@ -46,6 +46,7 @@ def test_each_run_has_each_key_and_no_two_runs_are_alike(keys: list[str], data: 
         [""],
         ["run.seed=1", "run.seed=2"],
         ["run.name=a,b"],
+        ["run.folder=a,b"],
         ["launch.nodes=1,2"],
     ],
 )
