@@ -10,12 +10,11 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from itertools import groupby
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 
 from solomonov.batch import TokenBatch, padded
 from solomonov.checkpoint.fragments import Fragment
@@ -23,11 +22,12 @@ from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.config import OptimizerConfig
 from solomonov.errors import ConfigurationError
 from solomonov.host import cpu_model
-from solomonov.model.config import ModelConfig
+from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.counts import parameter_count
 from solomonov.model.loss import pipeline_loss
 from solomonov.model.naming import canonical, layer_names
 from solomonov.model.pipeline import BlockStage, pipeline_layers
+from solomonov.model.recompute import in_groups, in_turn
 from solomonov.model.transformer import Transformer, compile_blocks
 from solomonov.optim import make_optimizer
 from solomonov.parallel import LIVE_PARAMETERS, bucket_elements
@@ -58,7 +58,7 @@ class EngineSpec:
     zero_stage: int
     optimizer: OptimizerConfig
     gradient_clipping: float
-    activation_checkpointing: Literal["none", "full"] = "none"
+    recompute: Recompute = NOTHING_AGAIN
     compile: bool = False
     pipeline: int = 1
 
@@ -148,12 +148,7 @@ class Engine:
         if spec.pipeline > 1:
             model = self._pipeline_module(deepspeed, grid)
         else:
-            plain = Transformer(
-                spec.model,
-                spec.vocab_size,
-                seed=spec.seed,
-                activation_checkpointing=spec.activation_checkpointing,
-            )
+            plain = Transformer(spec.model, spec.vocab_size, seed=spec.seed, recompute=spec.recompute)
             if spec.compile:
                 compile_blocks(plain)
             model = plain.to(device)
@@ -264,14 +259,27 @@ class Engine:
                 self.parts = list(bounds)
                 self._set_bounds(start=bounds[stage], stop=bounds[stage + 1])
 
+            def forward(self, forward_input: Any) -> Any:
+                """Groups begin with the first block of the stage; DeepSpeed's begin with the first layer, and a group
+                in which there is another layer than blocks it does not run again."""
+                carry, again = forward_input, spec.recompute
+                for of_blocks, run in groupby(self.forward_funcs, lambda layer: isinstance(layer, BlockStage)):
+                    layers = list(run)
+                    if of_blocks and again.mode == "full":
+                        carry = in_groups(layers, carry, again.every)
+                    else:
+                        carry = in_turn(layers, carry)
+                return carry
+
         topology = PipeDataParallelTopology(num_pp=spec.pipeline, num_dp=spec.plan.data_parallel)
         if grid is not None:
             topology.mapping = {
                 topology.ProcessCoord(pipe=stage, data=replica): rank
                 for rank, (stage, replica) in sorted(grid.coordinates().items())
             }
+        selective = spec.recompute.mode == "selective"
         layers = []
-        for layer in pipeline_layers(spec.model, spec.vocab_size, spec.seed):
+        for layer in pipeline_layers(spec.model, spec.vocab_size, spec.seed, selective=selective):
             if layer.tied_key is None:
                 layers.append(LayerSpec(layer.module_type, *layer.arguments))
             else:
@@ -281,9 +289,6 @@ class Engine:
             layers=layers,
             topology=topology,
             loss_fn=lambda outputs, labels: pipeline_loss(outputs, labels[0]) * labels[1][0],
-            activation_checkpoint_interval=int(spec.activation_checkpointing == "full"),
-            activation_checkpoint_func=partial(checkpoint, use_reentrant=False),
-            checkpointable_layers=[BlockStage.__name__],
         )
         if spec.compile:
             compile_blocks(module)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from solomonov.model.attention import attention_context
-from solomonov.model.config import ModelConfig
+from solomonov.model.config import ModelConfig, Recompute
 from solomonov.model.counts import parameter_count, parameter_shapes
 from solomonov.model.layers import Block
 from solomonov.model.loss import cross_entropy_sum
@@ -32,13 +32,16 @@ from solomonov.parallel import LIVE_PARAMETERS, ParallelConfig, bucket_elements
 from solomonov.plan import BatchPlan
 from solomonov.topology import stage_bounds
 
+STAGE_0_BUCKET_ELEMENTS = 5 * 10**8
+"""Gradients that DeepSpeed reduces together at stage 0, whatever its configuration says."""
+
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of one rank at the moment of a step at which they are the most."""
 
     moment: str
-    """The backward pass of the `head`, that of the first `block`, or the `update`."""
+    """The backward pass of the `head`, that of the first `block`, the last `reduction`, or the `update`."""
     weights: int
     """Parameters in the type that computes."""
     gradients: int
@@ -118,11 +121,17 @@ def _working(precision: str, make: Callable[[torch.dtype], Callable[[], Tensor]]
 
 
 @cache
-def block_working(config: ModelConfig, rows: int, sequence_tokens: int, precision: str) -> Working:
-    """Of one block on `rows` rows, gradients of its parameters included."""
+def block_working(
+    config: ModelConfig, rows: int, sequence_tokens: int, precision: str, *, selective: bool = False
+) -> Working:
+    """Of one block on `rows` rows, gradients of its parameters included.
+
+    Args:
+        selective: whether it keeps only products (see `model.recompute`).
+    """
 
     def make(dtype: torch.dtype) -> Callable[[], Tensor]:
-        block = Block(config)
+        block = Block(config, selective=selective)
         context = attention_context(torch.zeros(rows, sequence_tokens, dtype=torch.int32), config)
         hidden = torch.zeros(rows, sequence_tokens, config.d_model, dtype=dtype, requires_grad=True)
         return lambda: block(hidden, context)
@@ -150,7 +159,7 @@ def footprint(
     parallel: ParallelConfig,
     *,
     precision: str,
-    recompute: bool,
+    recompute: Recompute,
 ) -> Footprint:
     """What the rank that needs the most needs.
 
@@ -158,7 +167,7 @@ def footprint(
         plan: the batch and its cut, for the number of data-parallel ranks of this layout.
         parallel: a legal layout.
         precision: resolved: fp32, bf16 or bf16_autocast.
-        recompute: whether blocks are computed again in the backward pass.
+        recompute: what the backward pass computes again.
     """
     bounds = stage_bounds(model, vocab_size, plan.sequence_tokens, parallel.pipeline)
     names = layer_names(model)
@@ -179,11 +188,20 @@ def footprint(
         during = bucket if parallel.zero_stage else 0
         at = [("head", early, during, head), ("block", state.gradients, during, first_block)]
         at.append(("update", state.gradients, state.update, 0))
+        at.append(("reduction", state.gradients, _reduction(parallel, plan, state, bucket), 0))
         moments += [
             Footprint(moment, state.weights, gradients, state.optimizer, buffers, activations)
             for moment, gradients, buffers, activations in at
         ]
     return max(moments, key=lambda footprint: footprint.total)
+
+
+def _reduction(parallel: ParallelConfig, plan: BatchPlan, state: _State, bucket: int) -> int:
+    """Bytes beside the gradients while the last of them are reduced, when no activation is left."""
+    if parallel.zero_stage == 0:
+        return min(state.gradients, 4 * STAGE_0_BUCKET_ELEMENTS) if plan.data_parallel > 1 else 0
+    # At stage 3 a bucket is copied in the order of its owners, and that is reduced into another one.
+    return 3 * bucket if parallel.zero_stage == 3 else bucket
 
 
 @dataclass(frozen=True)
@@ -227,19 +245,30 @@ def _activations(
     layers: Sequence[str],
     in_flight: int,
     precision: str,
-    recompute: bool,
+    recompute: Recompute,
 ) -> tuple[int, int]:
-    """While the head's backward pass runs, or that of a stage's last block; and while that of its first block runs."""
-    block = block_working(model, plan.micro_rows, plan.sequence_tokens, precision)
-    tokens = plan.micro_rows * plan.sequence_tokens
-    stream = tokens * model.d_model * (2 if precision == "bf16" else 4)
+    """While the head's backward pass runs, or that of a stage's last group of blocks; and while that of its first runs.
+
+    A group is what one input is kept for: a single block, but where several are computed again together.
+    """
     blocks = sum(name.startswith("layers.") for name in layers)
-    one = block.kept * (blocks > 0)
-    backward = (block.backward + block.kept * recompute) * (blocks > 0)
-    of_one_micro_batch = blocks * (stream if recompute else block.kept)
-    at_the_end = of_one_micro_batch - (0 if recompute else one) + one + backward
+    tokens = plan.micro_rows * plan.sequence_tokens
+    size = min(recompute.every, blocks) if recompute.mode == "full" else 1
+    group = _group_working(model, plan, size, precision, recompute) if blocks else Working(0, 0)
+    of_one_micro_batch = -(-blocks // max(1, size)) * group.kept
+    at_the_end = of_one_micro_batch + group.backward
     if "head" in layers:
         head = head_working(model.d_model, vocab_size, tokens, precision)
         at_the_end = max(at_the_end, of_one_micro_batch + head.kept + head.backward)
     others = (in_flight - 1) * of_one_micro_batch
-    return others + at_the_end, others + one + backward
+    return others + at_the_end, others + group.kept + group.backward
+
+
+def _group_working(model: ModelConfig, plan: BatchPlan, blocks: int, precision: str, recompute: Recompute) -> Working:
+    """Of so many blocks for one micro-batch; run again, they keep what they would have kept without."""
+    selective = recompute.mode == "selective"
+    block = block_working(model, plan.micro_rows, plan.sequence_tokens, precision, selective=selective)
+    if recompute.mode != "full":
+        return block
+    stream = plan.micro_rows * plan.sequence_tokens * model.d_model * (2 if precision == "bf16" else 4)
+    return Working(stream, blocks * block.kept + block.backward)

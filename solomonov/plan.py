@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from solomonov.errors import ConfigurationError
+from solomonov.model.config import Recompute, RecomputeMode
 from solomonov.section import Section
 
 
@@ -25,18 +26,38 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "bf16_autocast"] = "auto"
     """`bf16`: bf16 parameters, fp32 masters and accumulation; `bf16_autocast`: fp32 parameters, bf16 compute;
     `auto`: bf16 on CUDA devices that have it, else fp32."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """`full`: keep only each block's input and compute the block again in the backward pass."""
+    activation_checkpointing: RecomputeMode = "none"
+    """`selective`: keep products and attention, and compute norms, activations and sums again in the backward pass;
+    `full`: keep only the input of each group of `activation_checkpointing_every` blocks, and compute all again."""
+    activation_checkpointing_every: int = Field(default=1, ge=1)
+    """With `full`: consecutive blocks in a group. Kept are layers / this inputs, and while a group is computed again
+    the insides of so many blocks: O(sqrt(layers)) at the order of sqrt(layers) (Chen et al., arXiv 1604.06174), least
+    near sqrt(layers / 30), for a block keeps some 30 times its input."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile of each block; `auto`: on CUDA, not on CPU, where compiling costs more than short runs gain."""
     gradient_clipping: float = Field(default=1.0, ge=0.0)
     """Largest global L2 norm of the gradients; larger ones are scaled down to it. 0: never."""
 
     @model_validator(mode="after")
+    def _groups_are_recomputed(self) -> TrainingConfig:
+        if self.activation_checkpointing_every > 1 and self.activation_checkpointing != "full":
+            raise ValueError(
+                f"training.activation_checkpointing_every is {self.activation_checkpointing_every} with"
+                f" training.activation_checkpointing {self.activation_checkpointing}: only full computes groups of"
+                " blocks again; set training.activation_checkpointing to full, or remove the other"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
         if (self.total_steps is None) == (self.total_tokens is None):
             raise ValueError("give exactly one of training.total_steps and training.total_tokens")
         return self
+
+    @property
+    def recompute(self) -> Recompute:
+        """The two keys of activation checkpointing."""
+        return Recompute(self.activation_checkpointing, self.activation_checkpointing_every)
 
     @property
     def steps(self) -> int:

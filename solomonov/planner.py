@@ -102,11 +102,11 @@ def estimate(question: Question, parallel: ParallelConfig) -> Estimate:
     """
     config = question.config
     plan = batch_of(config, parallel, precision=question.precision, world=question.world)
-    recompute = config.training.activation_checkpointing == "full"
+    recompute = config.training.recompute
     needed = footprint(
         config.model, question.vocab_size, plan, parallel, precision=question.precision, recompute=recompute
     )
-    compute = _compute_seconds(question, plan, parallel, recompute)
+    compute = _compute_seconds(question, plan, parallel)
     exchange = _exchange_seconds(question, plan, parallel)
     # A backward pass is two thirds of the products, and exchange runs beside it; a pipeline's comes after it.
     hidden = compute * 2 / 3 if parallel.pipeline == 1 and question.device.name != CPU else 0.0
@@ -114,14 +114,16 @@ def estimate(question: Question, parallel: ParallelConfig) -> Estimate:
     return Estimate(parallel, plan, needed, compute, max(0.0, exchange - hidden), usable)
 
 
-def _compute_seconds(question: Question, plan: BatchPlan, parallel: ParallelConfig, recompute: bool) -> float:
+def _compute_seconds(question: Question, plan: BatchPlan, parallel: ParallelConfig) -> float:
     device, config = question.device, question.config
     peak = device.fp32_flops if question.precision == "fp32" else device.bf16_flops
     flops = flops_per_token(config.model, question.vocab_size, plan.sequence_tokens)
     tokens = plan.batch_rows * plan.sequence_tokens / question.world
     idle = 1.0 + (parallel.pipeline - 1) / plan.accumulation  # 1F1B: arXiv 2104.04473, section 2.2.1
     slowest = _dearest_stage(question, parallel.pipeline) * parallel.pipeline
-    return flops * tokens * slowest * (4 / 3 if recompute else 1.0) * idle / (peak * UTILISATION)
+    # Products are what counts: `selective` computes none again, `full` the forward third.
+    again = 4 / 3 if config.training.recompute.mode == "full" else 1.0
+    return flops * tokens * slowest * again * idle / (peak * UTILISATION)
 
 
 def _dearest_stage(question: Question, stages: int) -> float:
@@ -216,13 +218,14 @@ def reason(found: Sequence[Estimate | Refused], chosen: Estimate) -> str:
 
 
 def smallest_change(question: Question, parallel: ParallelConfig) -> str | None:
-    """What makes a layout fit that does not: the first that does of recomputing blocks, smaller micro-batches, both,
-    another layout, more devices. None: nothing of it."""
+    """What makes a layout fit that does not: the first that does of recomputing what is cheap, recomputing blocks,
+    smaller micro-batches, the last two, another layout, more devices. None: nothing of it."""
     training = question.config.training
     changes: list[tuple[str, Question]] = []
     full = {"activation_checkpointing": "full"}
-    if training.activation_checkpointing == "none":
-        changes.append(("training.activation_checkpointing=full", question.with_training(**full)))
+    for mode in {"none": ("selective", "full"), "selective": ("full",), "full": ()}[training.activation_checkpointing]:
+        words = f"training.activation_checkpointing={mode}"
+        changes.append((words, question.with_training(activation_checkpointing=mode)))
     rows = training.micro_batch_sequences
     for recompute in (False, True):
         smaller = rows // 2

@@ -235,7 +235,7 @@ def build(
         zero_stage=parallel.zero_stage,
         optimizer=config.optimizer,
         gradient_clipping=config.training.gradient_clipping,
-        activation_checkpointing=config.training.activation_checkpointing,
+        recompute=config.training.recompute,
         compile=compile_blocks,
         pipeline=parallel.pipeline,
     )

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from solomonov.section import Section
+
+RecomputeMode = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What the backward pass computes again instead of finding it kept."""
+
+    mode: RecomputeMode = "none"
+    """`selective`: all of a block but its products; `full`: all of it."""
+    every: int = 1
+    """With `full`: how many consecutive blocks are run again together, from the input of the first."""
+
+
+NOTHING_AGAIN = Recompute()
+"""All that the backward pass needs is kept."""
 
 
 class AttentionConfig(Section):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from solomonov.model.attention import Attention, AttentionContext, Linear, RMSNo
 from solomonov.model.cache import LayerCache
 from solomonov.model.config import ModelConfig
 from solomonov.model.loss import cross_entropy_sum
+from solomonov.model.recompute import keeping_products
 
 
 class Embedding(nn.Module):
@@ -44,18 +48,36 @@ class Block(nn.Module):
 
     The general residual is x' = norm_post(a * x + s * norm_out(f(c * norm_pre(x)))); here norm_post and
     norm_out are the identity and a = c = 1.
+
+    Args:
+        config: its shape.
+        selective: keep only products for the backward pass (see `recompute`). This is done in here, and not around
+            the block, so that what torch.compile makes of a block does it as well.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, selective: bool = False) -> None:
         super().__init__()
         self.branch_scale = config.branch_scale
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = SwiGLU(config)
+        self.selective = selective
+        self._products = sum(isinstance(module, Linear) for module in self.modules())
 
     def forward(self, hidden: Tensor, context: AttentionContext, past: LayerCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
+        if past is not None:
+            return self._both_branches(hidden, context, past)
+        return self._kept_of(self._both_branches, hidden, context)
+
+    def _kept_of(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """function(*args), which has all products of the block, and keeps what it is to keep."""
+        if self.selective and self.training:
+            return keeping_products(function, *args, products=self._products)
+        return function(*args)
+
+    def _both_branches(self, hidden: Tensor, context: AttentionContext, past: LayerCache | None = None) -> Tensor:
         hidden = self._add(hidden, self.attention(self.attention_norm(hidden), context, past))
         return self._add(hidden, self.feed_forward(self.feed_forward_norm(hidden)))
 

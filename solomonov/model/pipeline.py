@@ -39,15 +39,18 @@ class EmbeddingStage(Embedding):
 class BlockStage(Block):
     """`Block` on the carry."""
 
-    def __init__(self, config: ModelConfig, name: str, seed: int) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, name: str, seed: int, selective: bool) -> None:
+        super().__init__(config, selective=selective)
         self.config = config
         initialise(self, config, seed, prefix=f"{name}.")
 
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
         """(hidden, document_ids) -> (hidden, document_ids)."""
         hidden, document_ids = carry
-        return super().forward(hidden, attention_context(document_ids, self.config)), document_ids
+        return self._kept_of(self._on_documents, hidden, document_ids), document_ids
+
+    def _on_documents(self, hidden: Tensor, document_ids: Tensor) -> Tensor:
+        return self._both_branches(hidden, attention_context(document_ids, self.config))
 
 
 class FinalNormStage(FinalNorm):
@@ -112,8 +115,12 @@ class PipelineLayer:
         return self.module_type(*self.arguments)
 
 
-def pipeline_layers(config: ModelConfig, vocab_size: int, seed: int) -> list[PipelineLayer]:
-    """The layers in order, with the same initial values as `Transformer(config, vocab_size, seed=seed)`."""
+def pipeline_layers(config: ModelConfig, vocab_size: int, seed: int, *, selective: bool = False) -> list[PipelineLayer]:
+    """The layers in order, with the same initial values as `Transformer(config, vocab_size, seed=seed)`.
+
+    Args:
+        selective: whether a block keeps only products for the backward pass.
+    """
     tied = TIED_LAYERS[0] if config.tie_embeddings else None
     layers = []
     for name in layer_names(config):
@@ -122,7 +129,7 @@ def pipeline_layers(config: ModelConfig, vocab_size: int, seed: int) -> list[Pip
         elif name == "final_norm":
             layer = PipelineLayer(name, FinalNormStage, (config, name, seed))
         elif name != "head":
-            layer = PipelineLayer(name, BlockStage, (config, name, seed))
+            layer = PipelineLayer(name, BlockStage, (config, name, seed, selective))
         elif tied is None:
             layer = PipelineLayer(name, HeadStage, (config, vocab_size, name, seed))
         else:

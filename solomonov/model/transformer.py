@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import partial
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from solomonov.model.attention import attention_context
 from solomonov.model.cache import KeyValueCache
-from solomonov.model.config import ModelConfig
+from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.init import initialise
 from solomonov.model.layers import Block, Embedding, FinalNorm, Head
+from solomonov.model.recompute import in_groups
 
 
 class Transformer(nn.Module):
@@ -21,7 +21,7 @@ class Transformer(nn.Module):
         config: its shape.
         vocab_size: V.
         seed: of the initial values; None leaves all parameters unset, to be loaded.
-        activation_checkpointing: `full` keeps only each block's input for the backward pass.
+        recompute: what the backward pass computes again.
     """
 
     def __init__(
@@ -30,13 +30,14 @@ class Transformer(nn.Module):
         vocab_size: int,
         *,
         seed: int | None,
-        activation_checkpointing: Literal["none", "full"] = "none",
+        recompute: Recompute = NOTHING_AGAIN,
     ) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        self.activation_checkpointing = activation_checkpointing
+        self.recompute = recompute
         self.embedding = Embedding(config, vocab_size)
-        self.layers = nn.ModuleList([Block(config) for _ in range(config.layers)])
+        selective = recompute.mode == "selective"
+        self.layers = nn.ModuleList([Block(config, selective=selective) for _ in range(config.layers)])
         self.final_norm = FinalNorm(config)
         self.head = Head(config, vocab_size)
         if config.tie_embeddings:
@@ -67,11 +68,10 @@ class Transformer(nn.Module):
         seen = document_ids if cache is None else cache.append_documents(document_ids)
         context = attention_context(seen, self.config, new_tokens=input_ids.shape[1])
         hidden = self.embedding(input_ids)
-        recompute = self.activation_checkpointing == "full" and self.training and cache is None
-        for index, block in enumerate(self.layers):
-            if recompute:
-                hidden = checkpoint(block, hidden, context, use_reentrant=False, preserve_rng_state=False)
-            else:
+        if self.recompute.mode == "full" and self.training and cache is None:
+            hidden = in_groups([partial(block, context=context) for block in self.layers], hidden, self.recompute.every)
+        else:
+            for index, block in enumerate(self.layers):
                 hidden = block(hidden, context, None if cache is None else cache.layers[index])
         return self.head(self.final_norm(hidden), labels)  # type: ignore[no-any-return]
 

@@ -27,15 +27,15 @@ pytestmark = pytest.mark.dist
 CASES = [
     *[(1, Layout(zero_stage=stage)) for stage in (0, 1, 2, 3)],
     (1, Layout(zero_stage=0, accumulation=4)),
-    (1, Layout(zero_stage=3, accumulation=2, activation_checkpointing="full")),
+    (1, Layout(zero_stage=3, accumulation=2, recompute="full")),
     *[(2, Layout(zero_stage=stage)) for stage in (0, 1, 2, 3)],
     *[(2, Layout(zero_stage=stage, accumulation=2)) for stage in (0, 1, 2, 3)],
-    (2, Layout(zero_stage=1, accumulation=2, activation_checkpointing="full")),
+    (2, Layout(zero_stage=1, accumulation=2, recompute="full")),
     (1, Layout(zero_stage=1, tied=True)),
     (2, Layout(zero_stage=3, accumulation=2, tied=True)),
     (2, Layout(zero_stage=1, accumulation=2, pipeline=2)),
     (2, Layout(zero_stage=1, accumulation=4, pipeline=2, tied=True)),
-    (2, Layout(zero_stage=1, accumulation=2, pipeline=2, activation_checkpointing="full")),
+    (2, Layout(zero_stage=1, accumulation=2, pipeline=2, recompute="full")),
     (4, Layout(zero_stage=1, accumulation=2, pipeline=2)),
     (4, Layout(zero_stage=1, pipeline=2, tied=True)),
     (4, Layout(zero_stage=1, pipeline=2, tied=True, shuffled=True)),
@@ -133,12 +133,6 @@ def test_evaluation_sums_over_all_ranks(world: int, layout: Layout) -> None:
 def test_ranks_stand_where_the_grid_says() -> None:
     places = run_ranks(tiny.place_in_the_grid, 4, Layout(zero_stage=1, pipeline=2, shuffled=True))
     assert places == [(False, 0), (True, 0), (True, 1), (False, 1)]
-
-
-@pytest.mark.parametrize(("kept", "forwards"), [("none", 1), ("full", 2)])
-def test_a_checkpointed_block_of_a_pipeline_runs_twice(kept: str, forwards: int) -> None:
-    layout = Layout(zero_stage=1, accumulation=2, pipeline=2, activation_checkpointing=kept)
-    assert run_ranks(tiny.forwards_of_a_block, 2, layout) == [2 * forwards] * 2, "once a micro-batch, or again"
 
 
 @pytest.mark.parametrize(("world", "layout"), CASES, ids=[f"ranks{world}-{layout}" for world, layout in CASES])

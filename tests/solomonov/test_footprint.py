@@ -11,7 +11,7 @@ import torch.distributed as dist
 from solomonov.batch import TokenBatch
 from solomonov.engine import Engine
 from solomonov.footprint import Allocated, footprint
-from solomonov.model.config import ModelConfig
+from solomonov.model.config import ModelConfig, Recompute
 from solomonov.model.counts import parameter_count
 from solomonov.parallel import ParallelConfig
 from solomonov.plan import BatchPlan
@@ -49,7 +49,13 @@ def measured_peak(layout: Layout) -> int:
     ("world", "layout"),
     [
         *[(1, Layout(zero_stage=stage)) for stage in (0, 1, 2, 3)],
-        (1, Layout(zero_stage=0, activation_checkpointing="full")),
+        *[(1, Layout(zero_stage=0, recompute="full", every=every)) for every in (1, 2, 3)],
+        (1, Layout(zero_stage=0, recompute="selective")),
+        (1, Layout(zero_stage=0, precision="bf16_autocast", recompute="selective")),
+        (2, Layout(zero_stage=0, recompute="selective")),
+        (2, Layout(zero_stage=3, recompute="selective")),
+        (2, Layout(zero_stage=1, accumulation=2, pipeline=2, recompute="full", every=2)),
+        (2, Layout(zero_stage=1, accumulation=2, pipeline=2, recompute="selective")),
         (1, Layout(zero_stage=2, accumulation=2)),
         (1, Layout(zero_stage=1, precision="bf16")),
         (2, Layout(zero_stage=2, precision="bf16")),
@@ -62,7 +68,7 @@ def measured_peak(layout: Layout) -> int:
 def test_what_is_foreseen_is_what_is_there(world: int, layout: Layout) -> None:
     """Never more than 5 % too little, for that ends runs; at most 15 % too much."""
     parallel = ParallelConfig.model_validate({"zero_stage": layout.zero_stage, "pipeline": layout.pipeline})
-    recompute = layout.activation_checkpointing == "full"
+    recompute = Recompute(layout.recompute, layout.every)
     plan = plan_of(layout, world)
     foreseen = footprint(MODEL, VOCAB, plan, parallel, precision=layout.precision, recompute=recompute).total
     measured = max(run_ranks(measured_peak, world, layout))
@@ -73,7 +79,7 @@ def test_a_model_of_any_size_is_foreseen_without_its_memory() -> None:
     """8 billion parameters on 4,096 ranks, ZeRO 3: 16 bytes a parameter over the ranks, and what is live at once."""
     model = ModelConfig(layers=32, d_model=4096, heads=32, kv_heads=8, d_ff=14336)
     plan = BatchPlan(8192, 4096, 1, 1, 4096, 10)
-    found = footprint(model, 128256, plan, ParallelConfig(zero_stage=3), precision="bf16", recompute=True)
+    found = footprint(model, 128256, plan, ParallelConfig(zero_stage=3), precision="bf16", recompute=Recompute("full"))
     share = parameter_count(model, 128256) / 4096
     assert found.optimizer == pytest.approx(12 * share, rel=1e-3)
     assert found.weights == pytest.approx(2 * share + 2e9, rel=1e-3)

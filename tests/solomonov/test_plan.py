@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from solomonov.errors import ConfigurationError
+from solomonov.model.config import Recompute
 from solomonov.plan import TrainingConfig, legal_data_parallel, plan_batch
 
 
@@ -56,6 +57,16 @@ def test_legal_data_parallel_is_all_divisors(rows: int, micro: int) -> None:
 def test_length_in_tokens_rounds_up_to_whole_batches() -> None:
     training = TrainingConfig.model_validate({"total_tokens": 1001, "global_batch_tokens": 100})
     assert training.steps == 11
+
+
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_only_full_recomputes_groups_of_blocks(mode: str) -> None:
+    with pytest.raises(ValidationError, match="only full computes groups") as caught:
+        config(activation_checkpointing=mode, activation_checkpointing_every=2)
+    assert f"activation_checkpointing {mode}" in str(caught.value)
+    assert config(activation_checkpointing=mode).recompute.mode == mode
+    allowed = config(activation_checkpointing="full", activation_checkpointing_every=2)
+    assert allowed.recompute == Recompute("full", 2)
 
 
 @pytest.mark.parametrize("values", [{}, {"total_steps": 1, "total_tokens": 1}])

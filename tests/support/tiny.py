@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,7 @@ from solomonov.checkpoint.reader import digest
 from solomonov.config import OptimizerConfig
 from solomonov.distributed import Control
 from solomonov.engine import Engine, EngineSpec
-from solomonov.model.config import ModelConfig
-from solomonov.model.layers import Block
+from solomonov.model.config import ModelConfig, Recompute, RecomputeMode
 from solomonov.plan import BatchPlan
 from solomonov.topology import RankGrid
 
@@ -41,14 +40,17 @@ class Layout:
     pipeline: int = 1
     precision: str = "fp32"
     tied: bool = False
-    activation_checkpointing: Literal["none", "full"] = "none"
+    recompute: RecomputeMode = "none"
+    every: int = 1
+    """Blocks that are recomputed together."""
     compile: bool = False
     shuffled: bool = False
     """The four ranks stand in the grid as in SHUFFLED."""
 
     def __str__(self) -> str:
         parts = [f"zero{self.zero_stage}", f"acc{self.accumulation}", f"pipe{self.pipeline}", self.precision]
-        parts += ["tied"] * self.tied + ["recompute"] * (self.activation_checkpointing == "full")
+        parts += ["tied"] * self.tied + [self.recompute] * (self.recompute != "none")
+        parts += [f"every{self.every}"] * (self.every > 1)
         return "-".join(parts + ["compiled"] * self.compile + ["shuffled"] * self.shuffled)
 
 
@@ -94,7 +96,7 @@ def make_engine(layout: Layout) -> Engine:
         zero_stage=layout.zero_stage,
         optimizer=OptimizerConfig(lr=LEARNING_RATE),
         gradient_clipping=CLIPPING,
-        activation_checkpointing=layout.activation_checkpointing,
+        recompute=Recompute(layout.recompute, layout.every),
         compile=layout.compile,
         pipeline=layout.pipeline,
     )
@@ -171,16 +173,6 @@ def place_in_the_grid(layout: Layout) -> tuple[bool, int]:
     """Whether this rank is of the first stage, and the number of its replica."""
     engine = make_engine(layout)
     return engine.counts_rows, engine.data_rank
-
-
-def forwards_of_a_block(layout: Layout) -> int:
-    """How often the first block of this rank's stage is computed in one update."""
-    engine = make_engine(layout)
-    block = next(module for module in engine._ds.module.modules() if isinstance(module, Block))
-    calls = []
-    block.attention_norm.register_forward_hook(lambda *arguments: calls.append(1))
-    train(engine, 0, 1)
-    return len(calls)
 
 
 def checkpointer(folder: Path, attempt: int = 1) -> Checkpointer:

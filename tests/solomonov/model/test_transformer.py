@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from solomonov.model.cache import KeyValueCache
+from solomonov.model.config import Recompute
 from solomonov.model.layers import Block
 from solomonov.model.loss import pipeline_loss
 from solomonov.model.pipeline import pipeline_layers
@@ -87,7 +88,7 @@ def test_recomputed_activations_change_no_bit() -> None:
     config = tiny_config()
     ids, labels = random_ids(2, 8), random_ids(2, 8, seed=1)
     documents = torch.zeros_like(ids)
-    kept, recomputed = (spread_model(config, activation_checkpointing=mode) for mode in ("none", "full"))
+    kept, recomputed = (spread_model(config, recompute=Recompute(mode)) for mode in ("none", "full"))
     calls = 0
 
     def count(*_: object) -> None:
