@@ -41,7 +41,7 @@ class Footprint:
     """Bytes of one rank at the moment of a step at which they are the most."""
 
     moment: str
-    """The backward pass of the `head`, that of the first `block`, the last `reduction`, or the `update`."""
+    """The backward pass of the `head`, that of the last or first `block`, the last `reduction`, or the `update`."""
     weights: int
     """Parameters in the type that computes."""
     gradients: int
@@ -182,11 +182,13 @@ def footprint(
         held = names[begin:end]
         state = _state(sum(sizes[name] for name in held), parallel, plan, precision)
         in_flight = min(plan.accumulation, parallel.pipeline - stage)
-        head, first_block = _activations(model, vocab_size, plan, held, in_flight, precision, recompute)
+        head, last_block, first_block = _activations(model, vocab_size, plan, held, in_flight, precision, recompute)
         # Gradients come one by one; where they are accumulated, or have a place of their own, all are there before.
         early = state.gradients if state.early or plan.accumulation > 1 else 0
         during = bucket if parallel.zero_stage else 0
-        at = [("head", early, during, head), ("block", state.gradients, during, first_block)]
+        # At stages 1 and 2 the bucket is made for the first gradient, when the head is done.
+        at = [("head", early, during if parallel.zero_stage == 3 else 0, head)]
+        at += [("block", early, during, last_block), ("block", state.gradients, during, first_block)]
         at.append(("update", state.gradients, state.update, 0))
         at.append(("reduction", state.gradients, _reduction(parallel, plan, state, bucket), 0))
         moments += [
@@ -246,8 +248,8 @@ def _activations(
     in_flight: int,
     precision: str,
     recompute: Recompute,
-) -> tuple[int, int]:
-    """While the head's backward pass runs, or that of a stage's last group of blocks; and while that of its first runs.
+) -> tuple[int, int, int]:
+    """While the backward pass of the head runs, that of a stage's last group of blocks, and that of its first.
 
     A group is what one input is kept for: a single block, but where several are computed again together.
     """
@@ -256,12 +258,10 @@ def _activations(
     size = min(recompute.every, blocks) if recompute.mode == "full" else 1
     group = _group_working(model, plan, size, precision, recompute) if blocks else Working(0, 0)
     of_one_micro_batch = -(-blocks // max(1, size)) * group.kept
-    at_the_end = of_one_micro_batch + group.backward
-    if "head" in layers:
-        head = head_working(model.d_model, vocab_size, tokens, precision)
-        at_the_end = max(at_the_end, of_one_micro_batch + head.kept + head.backward)
-    others = (in_flight - 1) * of_one_micro_batch
-    return others + at_the_end, others + group.kept + group.backward
+    head = head_working(model.d_model, vocab_size, tokens, precision) if "head" in layers else Working(0, 0)
+    all_kept = in_flight * of_one_micro_batch
+    of_others = all_kept - of_one_micro_batch
+    return all_kept + head.kept + head.backward, all_kept + group.backward, of_others + group.kept + group.backward
 
 
 def _group_working(model: ModelConfig, plan: BatchPlan, blocks: int, precision: str, recompute: Recompute) -> Working:

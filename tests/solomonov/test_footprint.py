@@ -51,7 +51,6 @@ def measured_peak(layout: Layout) -> int:
         *[(1, Layout(zero_stage=stage)) for stage in (0, 1, 2, 3)],
         *[(1, Layout(zero_stage=0, recompute="full", every=every)) for every in (1, 2, 3)],
         (1, Layout(zero_stage=0, recompute="selective")),
-        (1, Layout(zero_stage=0, precision="bf16_autocast", recompute="selective")),
         (2, Layout(zero_stage=0, recompute="selective")),
         (2, Layout(zero_stage=3, recompute="selective")),
         (2, Layout(zero_stage=1, accumulation=2, pipeline=2, recompute="full", every=2)),
