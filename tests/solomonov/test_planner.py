@@ -157,6 +157,6 @@ def test_a_refused_allocation_is_told_with_the_plan() -> None:
     foreseen = estimate(asked, layout(1)).footprint.total / GIB
     assert "no room for it; the process had 3 GiB at most, of 79 GiB" in told.got
     assert f"foreseen ZeRO 1: {foreseen:.3g} GiB" in told.got
-    assert told.remedy == "the smallest change that would fit: training.activation_checkpointing=full"
+    assert told.remedy == "the smallest change that would fit: training.activation_checkpointing=selective"
     hopeless = replace(question(1, "training.micro_batch_sequences=1"), device=Device("toy", GIB, 1, 1, 1, 1, 1))
     assert "foreseen nothing that fits" in cannot_allocate(hopeless, MemoryError(), 0).got
