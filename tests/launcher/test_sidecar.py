@@ -342,6 +342,8 @@ def test_one_that_cannot_be_started_again_is_tried_again(tmp_path: Path) -> None
     sidecars = Sidecars(JobSpec(["true"], tmp_path, sidecars=[sidecar]), note)
     try:
         sidecars.start()
+        # The shell opens the script by its name, which must be there until then.
+        wait_for((tmp_path / "service.log").read_text, deadline=SECONDS, what="the sidecar is up")
         program.rename(tmp_path / "away")
         pid = told[0][1]["pid"]
         assert isinstance(pid, int)
