@@ -113,12 +113,12 @@ def test_twenty_kills_of_data_workers(user: User, ray_cluster: RayCluster) -> No
             os.kill(victim["worker_pid"], signal.SIGKILL)
             program.wait_for(
                 lambda n=number: len(user.journal("data_worker_died")) > n,
-                deadline=60,
+                deadline=180,
                 what="the death is noticed",  # type: ignore[misc]
             )
-            program.wait_for(lambda: living(user), deadline=60, what="a worker to kill")
+            program.wait_for(lambda: living(user), deadline=180, what="a worker to kill")
             further(user, program, draw.randrange(1, 20))
-        program.wait_for(lambda: len(living(user)) == 3, deadline=60, what="all workers are back")
+        program.wait_for(lambda: len(living(user)) == 3, deadline=180, what="all workers are back")
         further(user, program, 20)
         leave(program)
     assert_exact(user)
@@ -138,14 +138,14 @@ def test_a_frozen_worker_and_a_killed_service(user: User, ray_cluster: RayCluste
         program.wait_for(lambda: begun(user, 2), deadline=120, what="two workers")
         frozen = living(user)[sampler("freeze").randrange(2)]
         os.kill(frozen["worker_pid"], signal.SIGSTOP)
-        program.wait_for(lambda: user.journal("data_worker_frozen"), deadline=60, what="it is noticed")
-        program.wait_for(lambda: len(user.journal("data_worker_started")) == 3, deadline=60, what="its next life")
+        program.wait_for(lambda: user.journal("data_worker_frozen"), deadline=180, what="it is noticed")
+        program.wait_for(lambda: len(user.journal("data_worker_started")) == 3, deadline=180, what="its next life")
         wait_for(lambda: not psutil.pid_exists(frozen["worker_pid"]), deadline=30, what="the frozen one is gone")
         further(user, program, 20)
 
         service = user.journal("sidecar_started")[-1]["pid"]
         os.kill(service, signal.SIGKILL)
-        program.wait_for(lambda: len(user.journal("data_service_started")) == 2, deadline=60, what="a new service")
+        program.wait_for(lambda: len(user.journal("data_service_started")) == 2, deadline=180, what="a new service")
         further(user, program, 50)
         leave(program)
     assert_exact(user)
@@ -167,9 +167,9 @@ def test_a_node_is_lost_with_its_workers(user: User) -> None:
             lost = next(w for w in living(user).values() if cluster.processes(1)[0].pid in _ancestors(w["worker_pid"]))
             cluster.kill_node(1)
             further(user, program, 50)
-            program.wait_for(lambda: user.journal("data_worker_died"), deadline=60, what="the loss is noticed")
+            program.wait_for(lambda: user.journal("data_worker_died"), deadline=180, what="the loss is noticed")
             cluster.add_node(1)
-            program.wait_for(lambda: len(user.journal("data_worker_started")) == 3, deadline=60, what="its next life")
+            program.wait_for(lambda: len(user.journal("data_worker_started")) == 3, deadline=180, what="its next life")
             further(user, program, 50)
             leave(program)
         assert_exact(user)
@@ -190,10 +190,10 @@ def test_a_worker_that_comes_back_blind_is_tried_again(user: User, ray_cluster: 
         program.wait_for(lambda: begun(user, 2), deadline=120, what="two workers")
         data.rename(aside)
         os.kill(living(user)[1]["worker_pid"], signal.SIGKILL)
-        program.wait_for(lambda: user.journal("data_worker_refused"), deadline=60, what="it is refused")
+        program.wait_for(lambda: user.journal("data_worker_refused"), deadline=180, what="it is refused")
         further(user, program, 20)
         aside.rename(data)
-        program.wait_for(lambda: len(living(user)) == 2, deadline=60, what="two workers again")
+        program.wait_for(lambda: len(living(user)) == 2, deadline=180, what="two workers again")
         further(user, program, 20)
         leave(program)
     assert_exact(user)
@@ -294,11 +294,11 @@ def blind_node(user: User) -> Iterator[RayCluster]:
             log=user.folder / "node.log",
             env=program_environment(**cluster.environment),
         ) as node:
-            node.wait_for(lambda: "Ray runtime started" in node.output(), deadline=60, what="a node")
+            node.wait_for(lambda: "Ray runtime started" in node.output(), deadline=180, what="a node")
             yield cluster
             descendants = psutil.Process(node.pid).children(recursive=True)
             node.send(signal.SIGTERM)
-            node.wait(deadline=60)
+            node.wait(deadline=180)
             psutil.wait_procs(descendants, timeout=30)
 
 
