@@ -92,7 +92,7 @@ class Report:
     """Why the run cannot work on these machines."""
     warnings: list[str] = field(default_factory=list)
     links: dict[tuple[int, int], float] = field(default_factory=dict)
-    """Bytes a second of an all-reduce between two machines."""
+    """Bytes a second, each way, between two machines."""
     all_reduce: float | None = None
     """Bus bandwidth over all ranks, bytes a second."""
 
