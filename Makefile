@@ -3,8 +3,7 @@
 # make check        the quick part of it: format, lint, types
 # make clean        removes what the others made, the environment included
 #
-# The end-to-end tests run in a second pytest meanwhile, but for those that submit jobs: the halves take equally
-# long so. BESIDE= runs all one after the other.
+# Of what takes long, `make test` runs a part that the state of the code draws; SOLOMONOV_FULL=1 make test runs all.
 # Needs Python 3.11 or newer with its venv module. VENV=folder and PYTHON=interpreter choose others;
 # TESTS="tests/launcher -k name" runs a part of the suite, without the coverage floors. RAY= leaves Ray out:
 # the quickstart then builds rows inline.
@@ -12,7 +11,6 @@
 VENV ?= .venv
 PYTHON ?= python3
 TESTS ?=
-BESIDE ?= e2e
 RAY ?= ray
 
 BIN := $(VENV)/bin
@@ -34,7 +32,7 @@ check: $(TESTING)
 
 test: check
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(if $(TESTS),$(TESTS),--coverage-floors $(if $(BESIDE),--beside=$(BESIDE)))
+	$(BIN)/coverage run -m pytest $(if $(TESTS),$(TESTS),--coverage-floors --sampled)
 
 # torch goes first and alone: pinned, so that what comes after keeps it and does not fetch another build.
 $(RUNTIME): $(INPUTS)

@@ -10,16 +10,15 @@ from collections.abc import Callable, Iterator
 import hypothesis
 import pytest
 
-from tests.support.beside import Beside
 from tests.support.coverage_floors import measure_and_check
 from tests.support.ranks import close_pools
-from tests.support.sampling import FULL, tree_seed
+from tests.support.sampling import FULL, sample, tree_seed
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-LAYERS = ("dist", "golden", "jobs", "e2e")  # after the unmarked tests, in this order
+LAYERS = ("dist", "golden", "e2e")  # after the unmarked tests, in this order
 
 
 def has_gpu() -> bool:
@@ -36,7 +35,6 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
 
 _skips: list[str] = []  # under CI, those that it refuses
 _coverage_lines: list[str] = []
-_beside: list[Beside] = []  # at most one
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,14 +43,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--require", default="", help="comma-separated markers whose skip is a failure: ray,slurm,gpu")
     group.addoption("--coverage-floors", action="store_true", help="fail below tests/support/coverage_floors.py")
     group.addoption(
-        "--beside", default="", metavar="MARKER", help="run the tests of a marker in a second pytest, meanwhile"
+        "--sampled",
+        action="store_true",
+        help="a few of the tests marked so, drawn by the tree; SOLOMONOV_FULL=1: all",
     )
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    config = session.config
-    if (marker := config.getoption("--beside")) and not config.option.collectonly:
-        _beside.append(Beside(marker, list(config.invocation_params.args), str(config.invocation_params.dir)))
 
 
 def required(config: pytest.Config) -> set[str]:
@@ -95,10 +89,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return layer, mark.kwargs.get("world", 0) if mark else 0
 
     items.sort(key=key)
-    if _beside:
-        theirs = [item for item in items if item.get_closest_marker(_beside[0].marker)]
-        items[:] = [item for item in items if item not in theirs]
-        config.hook.pytest_deselected(items=theirs)
+    if config.getoption("--sampled"):
+        dropped = not_drawn(items)
+        items[:] = [item for item in items if item not in dropped]
+        config.hook.pytest_deselected(items=dropped)
+
+
+def not_drawn(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Those that a run leaves out: `sampled(count)` keeps so many of a function's cases, or of a group's tests."""
+    groups: dict[tuple[str, int], list[pytest.Item]] = {}
+    for item in items:
+        if (mark := item.get_closest_marker("sampled")) is not None:
+            group = mark.kwargs.get("group", item.nodeid.partition("[")[0])
+            groups.setdefault((group, mark.args[0]), []).append(item)
+    kept = {id(item) for (group, count), cases in groups.items() for item in sample(cases, count, f"tests: {group}")}
+    return [item for cases in groups.values() for item in cases if id(item) not in kept]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -122,8 +127,6 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     close_pools()
-    if _beside and not _beside[0].wait() and session.exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if _skips and os.environ.get("CI") and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if session.config.getoption("--coverage-floors"):
@@ -134,9 +137,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for other in _beside:
-        terminalreporter.section(f"the tests of {other.marker}, which ran beside")
-        terminalreporter.write_line(other.output)
     if _coverage_lines:
         terminalreporter.section("coverage of lines and branches")
         for line in _coverage_lines:

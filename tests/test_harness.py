@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,46 +59,39 @@ def test_a_required_system_that_is_absent_fails(tmp_path: Path) -> None:
     assert (code == 0) == (which("sbatch") is not None), output
 
 
-TWO_PARTS = """
-import os, time
-from pathlib import Path
+DRAWN = """
 import pytest
 
-HERE = Path(__file__).parent
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("case", range(9))
+def test_cases(case: int) -> None: pass
 
-def meet(mine: str, other: str) -> None:
-    (HERE / mine).write_text(str(os.getpid()))
-    deadline = time.monotonic() + 60
-    while not (HERE / other).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+@pytest.mark.sampled(1, group="both")
+def test_one() -> None: pass
 
-def test_here() -> None:
-    meet("here", "there")
+@pytest.mark.sampled(1, group="both")
+def test_other() -> None: pass
 
-@pytest.mark.e2e
-def test_there() -> None:
-    meet("there", "here")
-    {body}
+def test_always() -> None: pass
 """
 
 
-@pytest.mark.parametrize(
-    ("body", "ci", "code"),
-    [("pass", True, 0), ("raise ValueError('there')", False, 1), ("pytest.skip('no reason')", True, 1)],
-)
-def test_a_part_of_the_suite_runs_beside(body: str, ci: bool, code: int, tmp_path: Path) -> None:
-    """Both parts wait for each other; what fails in the second one fails the first, and is shown."""
-    (tmp_path / "test_parts.py").write_text(TWO_PARTS.format(body=body), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CI": "true" if ci else ""}
-    argv = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", str(ROOT / "pyproject.toml"), "--beside=e2e"]
+@pytest.mark.parametrize(("options", "full", "count"), [(["--sampled"], "", 4), ([], "", 12), (["--sampled"], "1", 12)])
+def test_a_part_is_drawn_of_what_is_sampled(options: list[str], full: str, count: int, tmp_path: Path) -> None:
+    (tmp_path / "test_parts.py").write_text(DRAWN, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SOLOMONOV_FULL": full}
+    argv = [sys.executable, "-m", "pytest", "-v", "-p", "tests.conftest", "-c", str(ROOT / "pyproject.toml"), *options]
     argv += ["--rootdir", str(tmp_path), "-p", "no:cacheprovider", str(tmp_path / "test_parts.py")]
-    found, output = run_program(argv, log=tmp_path / "log.txt", deadline=120, cwd=tmp_path, env=environment)
-    assert found == code, output
-    assert (tmp_path / "here").read_text() != (tmp_path / "there").read_text(), "in two processes"
-    beside = output.split("the tests of e2e, which ran beside")[1]
-    assert ("1 passed, 1 deselected" if body == "pass" else "there" if ci is False else "no reason") in beside
-    assert "1 passed, 1 deselected" in output.splitlines()[-1], "the last line is still pytest's own"
+    runs = []
+    for _ in range(2):
+        code, output = run_program(argv, log=tmp_path / "log.txt", deadline=120, cwd=tmp_path, env=environment)
+        (tmp_path / "log.txt").unlink()
+        assert code == 0, output
+        runs.append(re.findall(r"(test_\w+(?:\[\d\])?) PASSED", output))
+    assert runs[0] == runs[1], "the same ones again"
+    assert len(runs[0]) == count, runs[0]
+    assert sum(name.startswith("test_cases") for name in runs[0]) == (2 if count == 4 else 9)
+    assert "test_always" in runs[0]
 
 
 def test_coverage_is_by_package_over_lines_and_branches() -> None:
@@ -135,6 +129,16 @@ def test_leaving_the_with_statement_kills_the_whole_group(tmp_path: Path) -> Non
     assert_no_process(token)
 
 
+def test_processes_of_another_folder_do_not_count(tmp_path: Path) -> None:
+    token = f"same-name-{os.getpid()}"
+    (tmp_path / "here").mkdir()
+    with Program(["sh", "-c", "sleep 60; exit", token], log=tmp_path / "log.txt", cwd=tmp_path / "here") as program:
+        program.wait_for(lambda: processes_with(token, tmp_path / "here"), deadline=10, what="it runs")
+        assert_no_process(token, tmp_path / "there", deadline=0)
+        with pytest.raises(AssertionError, match="still running"):
+            assert_no_process(token, tmp_path, deadline=0)
+
+
 def test_waiting_fails_with_what_it_waited_for_and_what_was_written(tmp_path: Path) -> None:
     expected = pytest.raises(AssertionError, match=r"(?s)a sign: .* ended with 3 before it.*some words")
     with Program(["sh", "-c", "echo some words; exit 3"], log=tmp_path / "log.txt") as program, expected:
@@ -147,12 +151,11 @@ def test_ci_script_and_make_are_well_formed() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK), ".ci/run is executable"
     subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-    for beside, option in (("", ""), ("e2e", " --beside=e2e")):
-        argv = ["make", "--dry-run", "TESTS=", f"BESIDE={beside}", "test", "quickstart"]
-        done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        (line,) = [line for line in done.stdout.splitlines() if "coverage run" in line]
-        assert line.rstrip().endswith(f"-m pytest --coverage-floors{option}"), "make test holds the floors"
+    argv = ["make", "--dry-run", "TESTS=", "test", "quickstart"]
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "coverage run" in line]
+    assert line.rstrip().endswith("-m pytest --coverage-floors --sampled"), "make test holds the floors"
 
 
 @pytest.mark.parametrize(("given", "installed"), [((), ".[ray]"), (("RAY=",), ".")])

@@ -138,6 +138,7 @@ def test_a_truncated_shard(user: User) -> None:
     assert shard.name in refused(user, 74, "train", "own.yaml")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "manifest"])
 def test_a_damaged_checkpoint_the_one_before_is_used(damage: str, user: User, undisturbed: User) -> None:
     stopped = ("checkpoint.every_steps=10", "launch.ranks_per_node=2")
@@ -189,6 +190,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("left", [0, 8192], ids=["nothing-left", "room-for-the-journal"])
 def test_a_full_disk_at_save_the_run_goes_on(left: int, user: User, disk: Path) -> None:
     folder = f"run.folder={disk}"

@@ -84,6 +84,7 @@ def assert_exact(user: User, name: str = "own") -> None:
     assert len(user.journal("attempt_started", name=name)) == 1, f"training started again: {why}"
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_the_records_are_those_of_inline(workers: int, user: User, undisturbed: User, ray_cluster: RayCluster) -> None:
     user.must("train", "own.yaml", *on(ray_cluster, workers), **ray_cluster.environment)
@@ -100,7 +101,7 @@ def test_the_records_are_those_of_inline(workers: int, user: User, undisturbed: 
     if workers > 1:
         nodes = {event["worker_node"] for event in user.journal("data_worker_started")}
         assert len(nodes) == 2, "spread over the nodes"
-    assert_no_process(f"serve {user.run().relative_to(user.folder)}")
+    assert_no_process("serve runs/own", user.folder)
 
 
 def test_twenty_kills_of_data_workers(user: User, ray_cluster: RayCluster) -> None:

@@ -26,7 +26,7 @@ from tests.support.processes import ROOT, wait_for
 from tests.support.ray_cluster import RayCluster
 from tests.support.slurm import SlurmCluster, nothing_left
 
-pytestmark = [pytest.mark.jobs, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 SECONDS = 240.0
 HOSTILE = "a 'b' \"c\" $(touch gotcha) `touch gotcha` ; touch gotcha # \\ % ü \t"
 
@@ -118,6 +118,7 @@ def names(folder: Path, pattern: str) -> list[str]:
     return sorted(path.name for path in folder.glob(pattern))
 
 
+@pytest.mark.sampled(1)
 def test_success_logs_and_environment(submit: Submit, tmp_path: Path) -> None:
     """Two ranks meet: each waits for the file of the other. Logs hold both streams, the environment is whole."""
     script = """
@@ -140,6 +141,7 @@ def test_success_logs_and_environment(submit: Submit, tmp_path: Path) -> None:
         assert rest == [f"extra={HOSTILE}", str(tmp_path / "work here")]
 
 
+@pytest.mark.sampled(1)
 def test_failure_passes_its_code_through(submit: Submit) -> None:
     """A verdict, which is not retried, and is waited for although the other rank never ends by itself."""
     job = submit("[ $RANK = 1 ] && exit 78; exec sleep 600")
@@ -148,6 +150,7 @@ def test_failure_passes_its_code_through(submit: Submit) -> None:
     assert job.logs()[0].parent.name == "attempt-1"
 
 
+@pytest.mark.sampled(1)
 def test_a_killed_rank_is_started_again(submit: Submit, tmp_path: Path) -> None:
     """Rank 1 kills itself in its first attempt; rank 0, as in a broken collective, never ends by itself then."""
     script = """
@@ -161,6 +164,7 @@ def test_a_killed_rank_is_started_again(submit: Submit, tmp_path: Path) -> None:
     assert job.logs()[0].parent.name == "attempt-2"
 
 
+@pytest.mark.sampled(1)
 def test_cancel_saves(submit: Submit, tmp_path: Path) -> None:
     job = submit(TRAP)
     ready(tmp_path)
@@ -176,6 +180,7 @@ def test_cancel_saves(submit: Submit, tmp_path: Path) -> None:
     assert not job.cancel(), "it has ended"
 
 
+@pytest.mark.sampled(1)
 def test_cancel_now_does_not(submit: Submit, tmp_path: Path) -> None:
     slow = f'trap "sleep 2; : > \\"$1/saved-$RANK\\"; exit 75" TERM USR1; {READY}'
     job = submit(slow)
@@ -186,6 +191,7 @@ def test_cancel_now_does_not(submit: Submit, tmp_path: Path) -> None:
     assert not names(tmp_path, "saved-*")
 
 
+@pytest.mark.sampled(1)
 def test_preempted_it_saves_and_goes_on_where_there_is_a_place(submit: Submit, tmp_path: Path) -> None:
     """A signal to the ranks here; the partition that goes first on Slurm; a node that is drained on Ray. On a cluster
     the job is started again by itself, on Ray with the ranks that there is room for.

@@ -17,7 +17,7 @@ from tests.support.processes import assert_no_process, wait_for
 from tests.support.sampling import sampler
 from tests.support.user import User, unexpected
 
-pytestmark = [pytest.mark.jobs, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def status(user: User) -> dict[str, Any]:
@@ -26,11 +26,13 @@ def status(user: User) -> dict[str, Any]:
 
 
 def test_submitted_here_followed_cancelled_resumed_and_finished(user: User, undisturbed: User) -> None:
-    submitted = user.must("submit", "own.yaml", "--on", "local")
+    steps = 240  # so many that the commands come while it still trains
+    words = ("submit", "own.yaml", "--on", "local", f"training.total_steps={steps}")
+    submitted = user.must(*words)
     assert "solomonov status runs/own" in submitted
     with user.command("logs", "own", "-f") as follower:
         wait_for(lambda: user.steps_done() >= 4, deadline=120, what="some updates are done")
-        refused = user.command("submit", "own.yaml", "--on", "local")
+        refused = user.command(*words)
         assert refused.wait(deadline=60) == 78
         assert "the run is running" in refused.output()
         user.must("cancel", "own")
@@ -38,15 +40,18 @@ def test_submitted_here_followed_cancelled_resumed_and_finished(user: User, undi
         assert follower.wait(deadline=60) == 0, "it ends with the run"
         followed = follower.output()
     assert "--- attempt 1" in followed
-    assert "[0] step 3/60 " in followed
+    assert f"[0] step 3/{steps} " in followed
     saved = status(user)
     assert (saved["state"], saved["exit_code"]) == ("saved", 75)
     assert saved["step"] == saved["durable_step"] > 0
     [row] = [json.loads(line) for line in user.must("runs", "--json").splitlines()]
-    assert (row["run"], row["state"], row["step"]) == ("own", "saved", f"{saved['step']}/60")
+    assert (row["run"], row["state"], row["step"]) == ("own", "saved", f"{saved['step']}/{steps}")
     user.must("resume", "own")
     assert user.command("wait", "own").wait(deadline=180) == 0
-    assert user.metrics() == undisturbed.metrics()
+    lines = user.metrics()
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    same = [line["data_digest"] for line in undisturbed.metrics()]
+    assert [line["data_digest"] for line in lines[: len(same)]] == same
     assert user.journal("resumed")[-1]["step"] == saved["step"]
     assert "attempt 2, 2 ranks" in user.must("logs", "own", "--lines", "1")
     done = user.command("resume", "own")

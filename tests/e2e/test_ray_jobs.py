@@ -17,7 +17,7 @@ from tests.support.ray_cluster import RayCluster
 from tests.support.slurm import nothing_left, processes_of
 from tests.support.user import User, unexpected
 
-pytestmark = [pytest.mark.jobs, pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(900)]
 LONG = ("training.total_steps=4000", "training.micro_batch_sequences=2", "launch.nodes=2")
 SECONDS = 240.0
 

@@ -59,7 +59,7 @@ def interrupt(folder: Path, moment: str, code: int) -> None:
         assert program.wait(deadline=120) == code, program.output()
     left = [process for process in started if process.is_running()]
     assert not left, f"after Ctrl-C at {moment!r}: {left}"
-    assert_no_process("sol-ray-")
+    assert_no_process("sol-ray-", folder)
 
 
 @pytest.mark.ray

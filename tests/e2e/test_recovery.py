@@ -56,7 +56,7 @@ def test_five_kills_of_the_whole_process_group(user: User, undisturbed: User) ->
             else:
                 program.wait_for(lambda t=target: user.steps_done() >= t, deadline=120, what="a step")  # type: ignore[misc]
             assert program.kill() == -signal.SIGKILL
-        assert_no_process(f"solomonov.rank {user.run().relative_to(user.folder)}", deadline=10)
+        assert_no_process("solomonov.rank runs/own", user.folder)
         reached.append(user.steps_done())
     user.must("train", "own.yaml")
     assert user.metrics() == undisturbed.metrics()
@@ -66,6 +66,7 @@ def test_five_kills_of_the_whole_process_group(user: User, undisturbed: User) ->
     assert not unexpected(user.journal())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_is_started_again_unattended(rank: int, user: User, undisturbed: User) -> None:
     target = sampler(f"kill of rank {rank}").randrange(INTERVAL + 1, 50)
@@ -85,6 +86,7 @@ def test_a_killed_rank_is_started_again_unattended(rank: int, user: User, undist
     assert not unexpected(user.journal())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_request_to_stop_saves_and_the_same_command_goes_on(
     number: signal.Signals, user: User, undisturbed: User
@@ -94,7 +96,7 @@ def test_a_request_to_stop_saves_and_the_same_command_goes_on(
         program.send(number)
         assert program.wait(deadline=60) == 75, program.output()
         assert "is saved, and the same command goes on from there" in program.output()
-    assert_no_process("solomonov.rank runs/own", deadline=10)
+    assert_no_process("solomonov.rank runs/own", user.folder)
     stopped = user.steps_done()
     assert (user.run() / f"checkpoints/step-{stopped:08d}/MANIFEST.json").exists()
     assert user.journal("preempted")[-1]["step"] == stopped
@@ -123,18 +125,19 @@ def test_the_second_interrupt_leaves_at_once(user: User) -> None:
         program.wait_for(lambda: user.journal("stopping"), deadline=30, what="the first interrupt")
         program.send(signal.SIGINT)
         assert program.wait(deadline=30) == 130, program.output()
-    assert_no_process("solomonov.rank runs/own", deadline=10)
+    assert_no_process("solomonov.rank runs/own", user.folder)
 
 
 def test_a_killed_supervisor_leaves_no_rank(user: User, undisturbed: User) -> None:
     with user.command("train", "own.yaml") as program:
         program.wait_for(lambda: user.steps_done() >= 7, deadline=120, what="a step")
         os.kill(program.pid, signal.SIGKILL)  # the supervisor alone, not its group
-        assert_no_process("solomonov.rank runs/own", deadline=10)
+        assert_no_process("solomonov.rank runs/own", user.folder)
     user.must("train", "own.yaml")
     assert user.metrics() == undisturbed.metrics()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -160,7 +163,7 @@ def test_a_run_moves_to_another_layout(overrides: tuple[str, ...], user: User, u
 
 
 def test_training_does_not_leave_processes(undisturbed: User) -> None:
-    assert_no_process(str(undisturbed.folder), deadline=10)
+    assert_no_process("solomonov", undisturbed.folder)
     assert not unexpected(undisturbed.journal())
     assert [line["step"] for line in undisturbed.metrics()] == list(range(1, 61))
 

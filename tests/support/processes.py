@@ -50,23 +50,28 @@ def wait_for(condition: Callable[[], T], *, deadline: float, what: str) -> T:
         time.sleep(POLL_SECONDS)
 
 
-def processes_with(token: str) -> list[psutil.Process]:
-    """The live processes, zombies and this one left out, whose command line contains `token`."""
+def processes_with(token: str, folder: Path | None = None) -> list[psutil.Process]:
+    """The live processes, zombies and this one left out, whose command line contains `token`.
+
+    With `folder`, only those that work in it or below: another test's may have the same command line.
+    """
     found = []
     for process in psutil.process_iter():
         try:
             line = " ".join(process.cmdline())
-            if token in line and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+            if token not in line or process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if folder is None or Path(process.cwd()).is_relative_to(folder.resolve()):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
 
 
-def assert_no_process(token: str, *, deadline: float = 10.0) -> None:
-    """Fails when a process with `token` in its command line is still alive after `deadline` seconds."""
+def assert_no_process(token: str, folder: Path | None = None, *, deadline: float = 30.0) -> None:
+    """Fails when one of `processes_with(token, folder)` is still alive after `deadline` seconds."""
     end = time.monotonic() + deadline
-    while left := processes_with(token):
+    while left := processes_with(token, folder):
         if time.monotonic() > end:
             lines = []
             for process in left:
