@@ -3,7 +3,9 @@ in tests/e2e."""
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from tests.support.runs import begin_run
 from tests.support.user import User
 
 SINFO = 'case "$*" in *%o*) printf "%s\\n" 127.0.0.11 127.0.0.12;; *) echo "main*|up|infinite|4|(null)|2";; esac'
+TWO = ("--nodes", "2", "training.micro_batch_sequences=2")
 
 
 @pytest.fixture
@@ -58,3 +61,28 @@ def test_each_element_of_an_array_runs_its_own_copy_of_the_code(user: User, slur
         code = Path(path.replace("%a", str(number)))
         assert code == run.path / "code" / submitted["code"], "wherever the job starts"
         assert (code / "solomonov" / "cli.py").exists()
+
+
+@pytest.mark.parametrize("backend", ["slurm", pytest.param("ray", marks=pytest.mark.ray)])
+def test_a_folder_in_the_memory_of_this_machine_is_refused(backend: str, user: User, slurm: Path) -> None:
+    """By the command, with the way out; nothing is left of it. A cluster on this machine is no exception."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        words = ("--on", backend, "launch.ray_address=127.0.0.1:9", f"run.folder={memory}/runs", *TWO)
+        code, output = user.solomonov("submit", "own.yaml", *words, PATH=os.environ["PATH"])
+        assert not list(Path(memory).iterdir())
+    assert code == 78
+    assert "the run's folder is not on shared storage" in output
+    assert f"got:    {memory}/runs/own is on tmpfs, mounted at /dev/shm: the memory of this machine" in output
+    assert "remedy: set run.folder to a place on the cluster's shared file system" in output
+    assert "launch.shared_folder=yes" in output
+    assert "Traceback" not in output
+    assert calls(slurm, "sbatch") == []
+
+
+def test_the_word_of_the_user_is_taken_for_a_folder_that_looks_unshared(user: User, slurm: Path) -> None:
+    """It is in the record, and so it holds for `resume`."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        assert submit("--on", "slurm", f"run.folder={memory}/runs", "launch.shared_folder=yes", *TWO) == 0
+        record = json.loads(Path(memory, "runs", "own", "resolved.json").read_text())
+    assert record["launch"]["shared_folder"]["value"] == "yes"
+    assert len(calls(slurm, "sbatch")) == 1
