@@ -73,6 +73,8 @@ CONTAINER = """
         # The last one mounted at a place hides what was there, and a mount above it what is below.
         ("20 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 20 0:40 / /a rw - nfs h:/ rw\n31 30 0:41 / /a rw - tmpfs none rw",
          "/a/runs", "0:41", Mount(Path("/a"), "tmpfs")),
+        ("20 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 20 0:40 / /a rw - nfs h:/ rw\n31 30 0:41 /@ /a rw - btrfs /dev/b rw",
+         "/a/runs", "0:77", Mount(Path("/a"), "btrfs")),
         ("20 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 20 8:9 / /a/b rw - xfs /dev/sdb rw\n31 20 0:41 / /a rw - nfs h:/ rw",
          "/a/b/runs", "0:41", Mount(Path("/a"), "nfs")),
         ("", "/home", "0:1", None),
