@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from launcher.section import Section
 
 PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
 """Text that stays on one line of whatever shows it."""
 Line = Annotated[str, Field(pattern=PRINTABLE)]
+
+
+def _is_yes(value: object) -> object:
+    return "yes" if value is True else value  # as YAML reads the word
 
 
 class SlurmConfig(Section):
@@ -100,3 +104,7 @@ class LaunchConfig(Section):
     ray_address: str | None = Field(default=None, min_length=1)
     """host:port of the head of a Ray cluster that runs, with a node on this machine, where something wants Ray;
     null: a private Ray is started on this machine for as long as the command runs."""
+    shared_folder: Annotated[Literal["auto", "yes"], BeforeValidator(_is_yes)] = "auto"
+    """Whether the machines of a cluster see the run's folder. `auto`: `submit` refuses a folder in the memory of this
+    machine, or on its disk where the cluster has other machines, unless it is exported by NFS; `yes`: they do, under
+    the same path, whatever it looks like here."""

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -195,16 +196,23 @@ class PrivateRay:
             self.address, self.dashboard_url, self.environment = "", None, {}
 
 
-def check_cluster(address: str, environment: Mapping[str, str], *, timeout_seconds: float = 15.0) -> str | None:
+@dataclass(frozen=True)
+class ClusterFacts:
+    """What a look at a Ray cluster found."""
+
+    dashboard: str | None
+    """Its http address; None if there is none."""
+    elsewhere: str | None
+    """Address of a live node that is on another machine than this process; None where all are on this one."""
+
+
+def check_cluster(address: str, environment: Mapping[str, str], *, timeout_seconds: float = 15.0) -> ClusterFacts:
     """Check that there is a Ray cluster which a process of ours may join.
 
     Args:
         address: host:port of its head.
         environment: added to our own; names the token, where one is needed.
         timeout_seconds: for the answer of the cluster.
-
-    Returns:
-        Where its dashboard is (an http address); None if it has none.
 
     Raises:
         LaunchConfigurationError: the address is malformed, nobody or something else answers, the token is refused
@@ -235,8 +243,7 @@ def check_cluster(address: str, environment: Mapping[str, str], *, timeout_secon
             raise _no_answer(address, given, timeout_seconds if answer is None else None, tail(log, lines=200))
     found = json.loads(answer)
     _judge(address, found)
-    dashboard: str | None = found["dashboard"]
-    return dashboard
+    return ClusterFacts(found["dashboard"], found["elsewhere"])
 
 
 # --- a private Ray -------------------------------------------------------------------------------------------------

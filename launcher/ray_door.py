@@ -26,6 +26,7 @@ from launcher.rank_env import RankEnvironment
 from launcher.ray import END_SECONDS, PASSED_ON, end_all, server_environment
 from launcher.ray_gang import REPORT_SECONDS, SECRET, RayRoom, no_room, run_agent
 from launcher.scratch import lock_folder
+from launcher.shared_storage import other_machine
 from launcher.slurm_ray import host_address
 
 STEADY_SECONDS = 10.0
@@ -160,6 +161,7 @@ def _check(writer: int, address: str) -> int:
     import ray
     from ray._common.usage.usage_lib import GcsClient, get_cluster_metadata
     from ray._private.ray_constants import DASHBOARD_ADDRESS, KV_NAMESPACE_DASHBOARD
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
     from ray.exceptions import AuthenticationError
 
     try:
@@ -171,7 +173,9 @@ def _check(writer: int, address: str) -> int:
     ours = {"ray": ray.__version__, "python": platform.python_version()}
     dashboard = GcsClient(address=address).internal_kv_get(DASHBOARD_ADDRESS.encode(), KV_NAMESPACE_DASHBOARD)
     found = f"http://{dashboard.decode()}" if dashboard else None
-    _say(writer, refused=False, theirs=theirs, ours=ours, dashboard=found)
+    nodes = GcsClient(address=address).get_all_node_info().values()
+    other = other_machine(node.node_manager_address for node in nodes if node.state == GcsNodeInfo.ALIVE)
+    _say(writer, refused=False, theirs=theirs, ours=ours, dashboard=found, elsewhere=other)
     return 0
 
 

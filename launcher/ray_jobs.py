@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,8 @@ from launcher.errors import LaunchConfigurationError, RayError
 from launcher.exits import ExitCode
 from launcher.job import JobState, write_request
 from launcher.ray import check_cluster, client_environment, require_ray
-from launcher.slurm import newest_logs, require_shared
+from launcher.shared_storage import require_shared
+from launcher.slurm import newest_logs
 
 if TYPE_CHECKING:
     from launcher.ray_door import JobsClient
@@ -92,12 +94,13 @@ class RayLauncher:
         """Look at the cluster; returns the address of its dashboard, through which jobs are submitted.
 
         Raises:
-            LaunchConfigurationError: it cannot be joined, or takes no jobs.
+            LaunchConfigurationError: it cannot be joined, takes no jobs, or does not see the run's folder.
         """
         require_ray()
+        look = cache(lambda: check_cluster(request.address, {}))
         if request.config.nodes > 1:
-            require_shared(request.folder)
-        dashboard = check_cluster(request.address, {})
+            require_shared(request.folder, request.config, lambda: look().elsewhere)
+        dashboard = look().dashboard
         problem = "no dashboard" if dashboard is None else self._problem(dashboard)
         if dashboard is None or problem is not None:
             raise LaunchConfigurationError(

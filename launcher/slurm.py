@@ -14,10 +14,12 @@ from launcher.config import LaunchConfig
 from launcher.errors import LaunchConfigurationError, SlurmError
 from launcher.exits import ExitCode
 from launcher.job import JobState, write_request
+from launcher.shared_storage import other_machine, require_shared
 from launcher.slurm_commands import (
     JobRecord,
     Partition,
     batch_environment,
+    node_addresses,
     partitions,
     run_slurm,
     show_job,
@@ -27,8 +29,6 @@ from launcher.slurm_cycle import cancel_mark
 POLL_SECONDS = 1.0
 """Between two questions to the controller while a job is waited for."""
 MODULE = "solomonov.cli"
-LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
-"""Kinds of file systems that exist on one machine only."""
 
 _STATES = {
     "PENDING": JobState.PENDING,
@@ -189,7 +189,8 @@ def check_request(request: SlurmRequest, found: Sequence[Partition]) -> None:
             rule="all GPUs of a rank are on one node",
             remedy="lower it with launch.ranks_per_node and raise launch.nodes, or choose another partition",
         )
-    _check_files(request)
+    _check_setup(request)
+    require_shared(request.folder, config, lambda: other_machine(node_addresses([each.name for each in chosen])))
 
 
 def _expanded(path: str) -> Path:
@@ -197,7 +198,7 @@ def _expanded(path: str) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def _check_files(request: SlurmRequest) -> None:
+def _check_setup(request: SlurmRequest) -> None:
     setup = request.config.slurm.setup_script
     if setup is not None and not os.access(_expanded(setup), os.R_OK):
         raise LaunchConfigurationError(
@@ -206,41 +207,6 @@ def _check_files(request: SlurmRequest) -> None:
             rule="a bash file on storage that all nodes share",
             remedy="mend the path",
         )
-    require_shared(request.folder)
-
-
-def require_shared(folder: Path) -> None:
-    """Refuse a run's folder that other machines surely do not see; the others are looked at before the first step.
-
-    Raises:
-        LaunchConfigurationError: it is in this machine's memory.
-    """
-    kind = file_system(folder)
-    if kind in LOCAL_FILE_SYSTEMS:
-        raise LaunchConfigurationError(
-            "the run's folder is not on shared storage",
-            got=f"{folder.absolute()} is on {kind}, the memory of this machine",
-            rule="all nodes of the run, and the next ones after a requeue, see the run's folder",
-            remedy="set run.folder to a place on the cluster's shared file system",
-        )
-
-
-def file_system(path: Path) -> str | None:
-    """Kind of the file system that a path is on, as Linux calls it; None where the system does not tell."""
-    place = next((each for each in (path.absolute(), *path.absolute().parents) if each.exists()), None)
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    if place is None:
-        return None
-    device = place.stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        if before.split()[2] == number:
-            return after.split()[0]
-    return None
 
 
 class SlurmLauncher:

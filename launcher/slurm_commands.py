@@ -219,6 +219,16 @@ def node_names(node_list: str) -> list[str]:
     return run_slurm(["scontrol", "show", "hostnames", node_list]).split()
 
 
+def node_addresses(names: Sequence[str]) -> list[str]:
+    """Names or addresses at which the nodes of some partitions are reached.
+
+    Raises:
+        SlurmError: the controller does not answer.
+    """
+    command = ["sinfo", "--noheader", "--Node", f"--partition={','.join(names)}", "--format=%o"]
+    return list(dict.fromkeys(run_slurm(command).split()))
+
+
 def require_node_name(name: str) -> str:
     """The name of a node, which must be one.
 

@@ -291,7 +291,7 @@ def _slurm_request(submissions: Sequence[Submission], code: Path) -> SlurmReques
         config=first.launch,
         ranks_per_node=first.ranks_per_node,
         script=(code / "slurm" if code.is_absolute() else slurm_scripts()) / "train.sbatch",
-        environment=_code_environment(folder / "code" / code.name if several else code),
+        environment=_code_environment(folder.absolute() / "code" / code.name if several else code),
         elements=len(submissions) if several else None,
         at_once=first.launch.slurm.array_at_once if several else None,
     )

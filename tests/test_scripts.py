@@ -185,6 +185,51 @@ def test_the_setup_is_read_first_and_a_failing_one_ends_the_job(tmp_path: Path) 
         assert script.output() == "", "nothing was started"
 
 
+# Stands for the copy of the code of each element.
+OWN = """
+import sys
+from pathlib import Path
+print(sys.argv[1], Path(sys.argv[2]).name, "by", Path(__file__).parent.name, flush=True)
+"""
+
+
+def test_each_element_of_an_array_has_its_folder_and_its_code(tmp_path: Path) -> None:
+    """Also where it goes by a path of several places; what is decided at its end is decided by its code, too."""
+    for element in ("0", "13"):
+        (tmp_path / f"code-{element}").mkdir()
+        (tmp_path / f"code-{element}" / "own_module.py").write_text(OWN)
+    command = ["bash", SCRIPTS / "train.sbatch", tmp_path / "own-%a", sys.executable, "own_module"]
+    for element in ("0", "13"):
+        path = f"{tmp_path}/empty-%a:{tmp_path}/code-%a"
+        environment = {**os.environ, "PYTHONPATH": path, "SLURM_ARRAY_TASK_ID": element}
+        with Program(command, log=tmp_path / f"log-{element}", env=environment) as script:
+            assert script.wait(deadline=SECONDS) == 0
+            expected = [f"{verb} own-{element} by code-{element}" for verb in ("supervise", "requeue")]
+            assert script.output().splitlines() == expected
+
+
+def test_a_job_that_is_no_element_takes_its_folder_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "code-%a").mkdir()
+    (tmp_path / "code-%a" / "own_module.py").write_text(OWN)
+    command = ["bash", SCRIPTS / "train.sbatch", tmp_path / "own-%a", sys.executable, "own_module"]
+    environment = {**bare(dict(os.environ)), "PYTHONPATH": str(tmp_path / "code-%a")}
+    with Program(command, log=tmp_path / "log", env=environment) as script:
+        assert script.wait(deadline=SECONDS) == 0
+        assert script.output().splitlines()[0] == "supervise own-%a by code-%a"
+
+
+def test_an_element_without_a_path_of_its_own_gets_none(tmp_path: Path) -> None:
+    """An empty entry would be the folder in which the job happens to start."""
+    show = tmp_path / "show"
+    show.write_text('#!/bin/sh\necho "${PYTHONPATH-none}"\n')
+    show.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = ["bash", SCRIPTS / "train.sbatch", tmp_path / "own-%a", show]
+    with Program(command, log=tmp_path / "log", env={**environment, "SLURM_ARRAY_TASK_ID": "1"}) as script:
+        assert script.wait(deadline=SECONDS) == 0
+        assert script.output().splitlines() == ["none", "none"]
+
+
 def test_the_usage_is_shown_without_a_folder() -> None:
     done = subprocess.run(["bash", SCRIPTS / "train.sbatch"], capture_output=True, text=True, check=False)
     assert done.returncode != 0

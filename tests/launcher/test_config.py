@@ -21,6 +21,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "slurm": SlurmConfig().model_dump(),
         "ray": RayConfig().model_dump(),
         "ray_address": None,
+        "shared_folder": "auto",
     }
 
 
@@ -39,6 +40,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         {"partition": ""},
         {"ranks_per_node": "2"},
         {"rank_per_node": 2},
+        {"shared_folder": "no"},
+        {"shared_folder": False},
     ],
 )
 def test_values_out_of_range_and_unknown_keys_are_refused(wrong: dict[str, object]) -> None:
@@ -48,3 +51,9 @@ def test_values_out_of_range_and_unknown_keys_are_refused(wrong: dict[str, objec
 
 def test_null_ranks_are_left_to_the_caller() -> None:
     assert LaunchConfig(ranks_per_node=None).ranks_per_node is None
+
+
+def test_the_word_yes_is_one_though_yaml_reads_it_otherwise() -> None:
+    assert LaunchConfig.model_validate({"shared_folder": True}).shared_folder == "yes"
+    assert LaunchConfig.model_validate_json('{"shared_folder": true}').shared_folder == "yes"
+    assert LaunchConfig(shared_folder="yes").model_dump(mode="json")["shared_folder"] == "yes"

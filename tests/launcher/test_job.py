@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,17 @@ from hypothesis import strategies as st
 
 from launcher.config import LaunchConfig
 from launcher.hang import HangLimits
-from launcher.job import SIDECAR_NAME, Attempt, Job, JobSpec, JobState, Sidecar, tail
+from launcher.job import (
+    SIDECAR_NAME,
+    Attempt,
+    Job,
+    JobSpec,
+    JobState,
+    Sidecar,
+    tail,
+    take_request,
+    write_request,
+)
 from launcher.local import LocalLauncher
 from tests.support.processes import assert_no_process, wait_for
 
@@ -97,6 +108,31 @@ def test_cancel_now_does_not(submit: Submit, tmp_path: Path) -> None:
     assert job.state is JobState.CANCELLED
     assert not list(tmp_path.glob("saved-*"))
     assert_no_process(str(tmp_path))
+
+
+@pytest.mark.parametrize(("now", "code", "state"), [(False, 75, JobState.SAVED), (True, 130, JobState.CANCELLED)])
+def test_a_request_that_came_before_the_job_is_obeyed_once(
+    submit: Submit, tmp_path: Path, now: bool, code: int, state: JobState
+) -> None:
+    """Nothing is started for it; and the next job, which nobody has asked, is not stopped by it."""
+    request_file = tmp_path / "request"
+    write_request(request_file, now=now)
+    script = 'echo ran >> "$1/ran"'
+    job = submit(script, request_file=request_file)
+    assert (job.wait(SECONDS), job.state) == (code, state)
+    assert not (tmp_path / "ran").exists()
+    assert submit(script, request_file=request_file).wait(SECONDS) == 0
+    assert (tmp_path / "ran").read_text() == "ran\n"
+
+
+@pytest.mark.parametrize(("now", "code"), [(False, 75), (True, 130)])
+def test_a_request_reaches_the_ranks(submit: Submit, tmp_path: Path, now: bool, code: int) -> None:
+    job = submit(TRAP, ranks=2, request_file=tmp_path / "request")
+    ready(tmp_path, 2)
+    write_request(tmp_path / "request", now=now)
+    assert job.wait(SECONDS) == code
+    assert not list(tmp_path.glob("request*")), "it is taken"
+    assert len(list(tmp_path.glob("saved-*"))) == (0 if now else 2)
 
 
 def test_waiting_has_a_limit(submit: Submit, tmp_path: Path) -> None:
@@ -252,6 +288,23 @@ def test_the_defaults_survive_too() -> None:
     read = JobSpec.from_json(json.loads(json.dumps(spec.to_json())))
     assert (list(read.command), list(read.sidecars), read.hang) == (["a", "b"], [], HangLimits())
     assert read.to_json() == spec.to_json()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_request_that_comes_while_an_earlier_one_is_read_is_not_lost(tmp_path: Path) -> None:
+    """The earlier one is a pipe: its reader waits for the text, and the second one comes meanwhile."""
+    path = tmp_path / "request"
+    os.mkfifo(path)
+    pipe = os.open(path, os.O_PATH)
+    with ThreadPoolExecutor() as executor:
+        reader = executor.submit(take_request, path)
+        with open(f"/proc/self/fd/{pipe}", "w", encoding="ascii") as earlier:  # opened when its reader has opened it
+            write_request(path, now=True)
+            earlier.write("save")
+        assert reader.result(SECONDS) == "save"
+    os.close(pipe)
+    assert [take_request(path), take_request(path)] == ["now", None]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_attempt_before_its_first_end_has_no_cause(tmp_path: Path) -> None:

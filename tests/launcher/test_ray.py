@@ -123,7 +123,7 @@ def other() -> Iterator[PrivateRay]:
 
 
 def test_who_has_the_environment_joins_and_keeps_its_sigterm(ray: PrivateRay, home: Path) -> None:
-    check_cluster(ray.address, ray.environment)
+    assert check_cluster(ray.address, ray.environment).elsewhere is None
     code, out, err = run_client(CLIENT, ray)
     assert code == 75, err
     told = json.loads(out)

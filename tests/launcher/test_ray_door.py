@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from types import ModuleType
 
 import pytest
@@ -77,22 +79,28 @@ def test_room_that_came_in_time_may_settle_after_it(monkeypatch: pytest.MonkeyPa
 
 
 def told(
-    free: list[int], draining: list[set[str]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    free: list[int],
+    draining: list[set[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    ours: Sequence[list[str]] = (["a", "b"],),
 ) -> list[dict[str, str]]:
-    """What is said of two ranks under way, by the free room and the leaving nodes at each look; then all is over."""
+    """What is said of two ranks under way, by the free room, the leaving nodes, and the nodes of the workers that
+    live, at each look; then all is over."""
     over = threading.Event()
-    rooms, leaving = iter(free), iter(draining)
+    rooms, looks, workers = iter(free), itertools.count(), list[str]()
 
-    def slots(room: RayRoom) -> int:
-        found = next(rooms, None)
-        if found is None:
+    def look() -> dict[str, int]:
+        """The first question of each look."""
+        number = next(looks)
+        workers[:] = ours[min(number, len(ours) - 1)]
+        if number + 1 >= len(free):
             over.set()
-            return 0
-        return found
+        return dict.fromkeys(draining[min(number, len(draining) - 1)], 0)
 
-    monkeypatch.setattr(ray_door, "_slots", slots)
-    monkeypatch.setattr(ray_door, "_draining", lambda: dict.fromkeys(next(leaving, draining[-1]), 0))
-    monkeypatch.setattr(ray_door, "_our_nodes", lambda: {"a", "b"})
+    monkeypatch.setattr(ray_door, "_draining", look)
+    monkeypatch.setattr(ray_door, "_our_nodes", lambda: workers)
+    monkeypatch.setattr(ray_door, "_slots", lambda room: next(rooms))
     monkeypatch.setattr(ray_door, "REPORT_SECONDS", 0.01)
     ray_door._watch_room(RayRoom("host:1", [2, 4]), 2, over)
     return [json.loads(line) for line in capfd.readouterr().out.splitlines()]
@@ -111,6 +119,24 @@ def test_room_that_comes_and_goes_is_not_told(
 ) -> None:
     monkeypatch.setattr(ray_door, "STEADY_SECONDS", 3600.0)
     assert told([2, 0, 2, 1, 2], [set()], monkeypatch, capfd) == []
+
+
+def test_what_workers_that_are_still_to_come_will_take_is_not_free(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On a crowded machine they are late; two of them on one node are two."""
+    monkeypatch.setattr(ray_door, "STEADY_SECONDS", 0.0)
+    late = [[], ["a"], ["a"], []]
+    assert told([2] * 4, [set()], monkeypatch, capfd, late) == []
+    said = told([2] * 4, [set()], monkeypatch, capfd, [*late[:2], ["a", "a"]])
+    assert said == [{"kind": "resize", "reason": "there is room for 4 ranks instead of 2"}]
+
+
+def test_a_node_that_leaves_before_all_workers_are_there_is_told(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = told([0] * 3, [{"a"}], monkeypatch, capfd, [[], ["a"]])
+    assert said == [{"kind": "resize", "reason": "1 Ray node(s) are about to leave"}]
 
 
 def test_a_node_that_is_about_to_leave_is_told_once(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,6 @@ from launcher.slurm import (
     SlurmRequest,
     check_request,
     exit_code_of,
-    file_system,
     newest_logs,
     state_of,
 )
@@ -36,6 +34,9 @@ MAIN = Partition("main", True, True, 4, 600, 2, 16)
 LOW = Partition("low", False, True, 9, None, 0, 8)
 DOWN = Partition("broken", False, False, 9, None, 8, 8)
 CLUSTER = [MAIN, LOW, DOWN]
+SINFO = 'case "$*" in *%o*) printf "%s\\n" NODES;; *) echo "main*|up|infinite|4|gpu:2|2";; esac'
+"""Of one partition; NODES: addresses of its nodes."""
+HERE, ELSEWHERE = "127.0.0.11 127.0.0.12", "127.0.0.11 192.0.2.7"
 NAMES = [
     "own",
     "a b",
@@ -244,7 +245,15 @@ def refused(made: SlurmRequest, found: list[Partition]) -> LaunchConfigurationEr
     return caught.value
 
 
-def test_what_the_cluster_can_run_passes(tmp_path: Path) -> None:
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Slurm whose nodes are all on this machine; the folder of its commands."""
+    found = fake_commands(tmp_path / "bin", sinfo=SINFO.replace("NODES", HERE), sbatch="echo '77;cluster'")
+    monkeypatch.setenv("PATH", found["PATH"])
+    return tmp_path / "bin"
+
+
+def test_what_the_cluster_can_run_passes(cluster: Path, tmp_path: Path) -> None:
     (tmp_path / "setup.sh").touch()
     slurm = {"time_minutes": 600, "gpus_per_node": 2, "setup_script": str(tmp_path / "setup.sh")}
     check_request(request(config=launch(nodes=4, slurm=slurm)), CLUSTER)
@@ -289,41 +298,47 @@ def test_a_folder_in_the_memory_of_this_machine_is_refused() -> None:
     assert "run.folder" in error.remedy
 
 
-def test_nothing_is_submitted_that_was_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sinfo = "echo 'main*|up|infinite|4|gpu:2|2'"
-    path = fake_commands(tmp_path / "bin", sinfo=sinfo, sbatch="echo '77;cluster'")["PATH"]
-    monkeypatch.setenv("PATH", path)
+def test_a_disk_of_this_machine_is_refused_where_nodes_are_elsewhere(
+    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the nodes of the job's partitions that are asked for."""
+    (tmp_path / "mountinfo").write_text(f"30 20 0:9999 / {tmp_path} rw - xfs /dev/sdb1 rw\n")
+    monkeypatch.setattr("launcher.shared_storage.MOUNTS", tmp_path / "mountinfo")
+    made = request(tmp_path / "runs" / "own", config=launch(nodes=2, partition="low,main"))
+    check_request(made, CLUSTER)
+    asked = [["--noheader", "--Node", "--partition=main,low", "--format=%o"]]
+    assert calls(cluster, "sinfo") == asked
+    fake_commands(cluster, sinfo=SINFO.replace("NODES", ELSEWHERE))
+    for nodes in (1, 2):  # a job of one node may start on either
+        error = refused(replace(made, config=launch(nodes=nodes)), CLUSTER)
+        assert error.what == "the run's folder is not on shared storage"
+        assert "is on xfs" in error.got
+        assert "192.0.2.7 is another one" in error.got
+    check_request(replace(made, config=launch(nodes=2, shared_folder="yes")), CLUSTER)
+
+
+def test_nothing_is_submitted_that_was_refused(cluster: Path) -> None:
     with pytest.raises(LaunchConfigurationError, match="fewer nodes"):
         SlurmLauncher().submit(request(config=launch(nodes=5)))
-    assert calls(tmp_path / "bin", "sbatch") == []
+    assert calls(cluster, "sbatch") == []
     made = request()
     job = SlurmLauncher().submit(made)
     assert (job.job_id, job.log_folder) == ("77", Path("runs/own/logs"))
-    assert calls(tmp_path / "bin", "sbatch") == [made.command[1:]]
+    assert calls(cluster, "sbatch") == [made.command[1:]]
 
 
-def test_each_element_of_an_array_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sinfo = "echo 'main*|up|infinite|4|gpu:2|2'"
-    path = fake_commands(tmp_path / "bin", sinfo=sinfo, sbatch="echo '77;cluster'")["PATH"]
-    monkeypatch.setenv("PATH", path)
+def test_each_element_of_an_array_is_a_job(cluster: Path) -> None:
     folder = Path("runs/own-%a")
     with pytest.raises(LaunchConfigurationError, match="fewer nodes"):
         SlurmLauncher().submit_array(request(folder, config=launch(nodes=5), elements=2))
-    assert calls(tmp_path / "bin", "sbatch") == []
+    assert calls(cluster, "sbatch") == []
     made = request(folder, elements=2)
     jobs = SlurmLauncher().submit_array(made)
     assert [(job.job_id, job.log_folder) for job in jobs] == [
         ("77_0", Path("runs/own-0/logs")),
         ("77_1", Path("runs/own-1/logs")),
     ]
-    assert calls(tmp_path / "bin", "sbatch") == [made.command[1:]]
-
-
-def test_the_kind_of_a_file_system(tmp_path: Path) -> None:
-    assert file_system(Path("/proc/self")) == "proc"
-    assert file_system(Path("/dev/shm/no/such/folder")) == "tmpfs"
-    df = subprocess.run(["df", "--output=fstype", tmp_path], capture_output=True, text=True, check=True)
-    assert file_system(tmp_path / "not" / "there") == file_system(tmp_path) == df.stdout.split()[1]
+    assert calls(cluster, "sbatch") == [made.command[1:]]
 
 
 # --- what became of it ---------------------------------------------------------------------------------------

@@ -20,13 +20,14 @@ from launcher.slurm_commands import (
     count_gpus,
     have_slurm,
     minutes,
+    node_addresses,
     parse_job,
     partitions,
     require_node_name,
     run_slurm,
     show_job,
 )
-from tests.support.fake_slurm import fake_commands
+from tests.support.fake_slurm import calls, fake_commands
 
 NO_JOB = "4294967000"
 HOSTILE = "x JobState=FAILED Restarts=9 ExitCode=7:0 PreemptTime=2030-01-01T00:00:00 NodeList=evil"
@@ -246,6 +247,21 @@ def test_partitions_as_the_controller_describes_them() -> None:
         )
         for part in partitions()
     } == expected
+
+
+def test_each_address_of_a_partition_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", fake_commands(tmp_path, sinfo="printf '%s \\n' 10.0.0.1 gpu2.cluster 10.0.0.1")["PATH"])
+    assert node_addresses(["gpu", "low"]) == ["10.0.0.1", "gpu2.cluster"]
+    assert calls(tmp_path, "sinfo") == [["--noheader", "--Node", "--partition=gpu,low", "--format=%o"]]
+
+
+@pytest.mark.slurm
+def test_addresses_as_the_controller_describes_them() -> None:
+    lines = run_slurm(["scontrol", "--oneliner", "show", "node"]).splitlines()
+    nodes = [dict(re.findall(r"(\w+)=(\S+)", line)) for line in lines]
+    for part in partitions():
+        expected = {node["NodeAddr"] for node in nodes if part.name in node["Partitions"].split(",")}
+        assert set(node_addresses([part.name])) == expected
 
 
 # --- names and environments ----------------------------------------------------------------------------------

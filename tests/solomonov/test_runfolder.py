@@ -78,6 +78,26 @@ def test_opening_again_keeps_the_identity_and_takes_the_new_values(user: User) -
     assert opened(user, "run.name=other").run_id() != before
 
 
+LAYOUTS = [
+    ("parallel=auto",),
+    ("parallel.zero_stage=1",),
+    ("parallel.zero_stage=3",),
+    ("parallel.zero_stage=1", "parallel.pipeline=2"),
+]
+
+
+@pytest.mark.parametrize("before", LAYOUTS, ids=" ".join)
+@pytest.mark.parametrize("after", LAYOUTS, ids=" ".join)
+def test_a_run_goes_on_in_another_layout_or_in_one_that_is_chosen_for_it(
+    before: tuple[str, ...], after: tuple[str, ...], user: User
+) -> None:
+    """`auto` is one value in the place of a whole section."""
+    identity = opened(user, *before).run_id()
+    run = opened(user, *after)
+    assert run.run_id() == identity
+    assert run.config().parallel == load(user, *after).config.parallel
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [

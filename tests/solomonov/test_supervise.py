@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 
 from launcher.errors import LaunchConfigurationError, SlurmError
 from launcher.gang import LocalGang
+from launcher.job import JobSpec, take_request, write_request
+from launcher.local import LocalJob, LocalLauncher
 from launcher.ray import client_environment
 from launcher.ray_gang import RayGang, RayRoom
 from launcher.slurm_commands import JobRecord
@@ -21,7 +25,7 @@ from solomonov.config import Config, parse_config
 from solomonov.display import TrainingDisplay
 from solomonov.errors import ConfigurationError
 from solomonov.heartbeat import EVERY_STEP, SECTIONS
-from solomonov.runfolder import LockOwner
+from solomonov.runfolder import LockOwner, RunFolder, run_lock
 from solomonov.start import prepare_run
 from solomonov.supervise import (
     Place,
@@ -29,10 +33,12 @@ from solomonov.supervise import (
     hang_limits,
     launch_section,
     legal_worlds,
+    request_file,
     requeue,
     slurm_scripts,
     submitted,
     supervise,
+    train,
 )
 from tests.support.runs import begin_run, load
 from tests.support.user import User
@@ -126,6 +132,48 @@ def test_what_is_no_run_is_not_supervised(tmp_path: Path) -> None:
         supervise(tmp_path)
 
 
+# --- requests to leave -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("now", "code"), [(False, 75), (True, 130)])
+def test_a_request_that_came_before_the_supervisor_listened_is_obeyed(now: bool, code: int, user: User) -> None:
+    """As by `cancel` of a run that was only just submitted. It is obeyed once: the next start is not asked."""
+    run = begin_run(user, "training.total_steps=3")
+    write_request(request_file(run), now=now)
+    assert supervise(run.path) == code
+    assert not list(run.journal.events("attempt_started"))
+    assert run.journal.last("stopping") is not None
+    assert not list(run.logs.glob("request*"))
+
+
+def finished_run(user: User) -> RunFolder:
+    """One in which nothing is left to train."""
+    run = begin_run(user)
+    run.journal.write("training_finished", step=60)
+    (run.checkpoints / "step-00000060").mkdir()
+    (run.checkpoints / "step-00000060" / "MANIFEST.json").touch()
+    return run
+
+
+def test_a_request_that_was_meant_for_an_earlier_command_is_forgotten(user: User) -> None:
+    run = finished_run(user)
+    write_request(request_file(run), now=True)
+    assert train(user.folder / "own.yaml") == 0
+    assert not request_file(run).exists()
+
+
+def test_a_request_to_the_command_that_works_on_the_run_is_left_to_it(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run(user)
+    monkeypatch.setattr(module, "run_lock", partial(run_lock, wait_seconds=0.0))
+    with run_lock(run):
+        write_request(request_file(run), now=False)
+        with pytest.raises(ConfigurationError, match="another command is working on this run"):
+            train(user.folder / "own.yaml")
+    assert take_request(request_file(run)) == "save"
+
+
 # --- where the ranks run ---------------------------------------------------------------------------------------------
 
 
@@ -178,16 +226,51 @@ def test_a_start_of_a_slurm_job_ends_with_the_next_one(
     assert Place(Allocation("12", 3, 2, "node[1-2]")).is_current() is current
 
 
+@pytest.mark.parametrize(
+    ("in_slurm", "grace", "save", "expected"),
+    [
+        (True, 300.0, 120, 110.0),  # the defaults: the ranks are killed before Slurm ends the job
+        (True, 60.0, 120, 60.0),
+        (True, 300.0, 600, 300.0),
+        (True, 300.0, 11, 1.0),
+        (True, 300.0, 5, 1.0),
+        (True, 0.5, 5, 0.5),
+        (False, 300.0, 5, 300.0),
+    ],
+)
+def test_in_a_slurm_job_the_grace_ends_before_the_job_does(
+    in_slurm: bool, grace: float, save: int, expected: float, user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session is asked to leave before it begins, so that it starts no rank."""
+    configured = []
+
+    class Recorded(LocalLauncher):
+        def run(self, spec: JobSpec) -> LocalJob:
+            configured.append(self.config)
+            return super().run(spec)
+
+    monkeypatch.setattr("launcher.local.LocalLauncher", Recorded)
+    place = Place(Allocation("12", 3, 1, "node1")) if in_slurm else Place()
+    made = session(user, overrides=(f"launch.grace_seconds={grace}", f"launch.slurm.save_seconds={save}"), place=place)
+    write_request(request_file(made._run), now=False)
+    assert made.run() == 75
+    [found] = configured
+    assert found.grace_seconds == expected
+    assert found == made._launch.model_copy(update={"grace_seconds": expected}), "and nothing else is changed"
+
+
 # --- what is said of a fault -----------------------------------------------------------------------------------------
 
 
-def session(user: User, cycle: Cycle | None = None) -> Session:
+def session(
+    user: User, cycle: Cycle | None = None, overrides: Sequence[str] = (), place: Place | None = None
+) -> Session:
     """That of a run whose newest checkpoint is of step 10, about to start attempt 1."""
-    loaded = load(user)
+    loaded = load(user, *overrides)
     prepared = prepare_run(loaded, ranks_per_node=2, launch={"ranks_per_node": 2})
     prepared.write()
     prepared.run.journal.write("checkpoint_durable", step=10)
-    made = Session(prepared, launch_section(loaded), Place(), 0, None, cycle)
+    made = Session(prepared, launch_section(loaded), place or Place(), 0, None, cycle)
     made._display = TrainingDisplay(prepared.run, 60, "")
     return made
 
