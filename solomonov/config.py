@@ -48,10 +48,18 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer and its constants."""
 
-    kind: Literal["adamw"] = "adamw"
-    """`adamw`: Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101)."""
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`adamw`: Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101). `muon`: orthogonalised
+    momentum for the matrices between embedding and head, adamw for the rest (Jordan et al., 2024; arXiv 2502.16982)."""
     lr: float = Field(default=0.003, gt=0.0)
-    """Peak learning rate."""
+    """Peak learning rate; with muon, of its matrices, whose updates have the size of AdamW's."""
+    adamw_lr: float | None = Field(default=None, gt=0.0)
+    """With muon: peak learning rate of the parameters that AdamW updates; None: `lr`."""
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """With muon: decay rate of its momentum (Nesterov's)."""
+    newton_schulz: Literal["auto", "fp32", "bf16"] = "auto"
+    """With muon: type of the products that orthogonalise; auto: bf16 on CUDA, fp32 on the CPU. In bf16 two layouts
+    agree to about 1e-3 only."""
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
     """Decay rates of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0.0)

@@ -29,20 +29,19 @@ from solomonov.model.naming import canonical, layer_names
 from solomonov.model.pipeline import BlockStage, pipeline_layers
 from solomonov.model.recompute import in_groups, in_turn
 from solomonov.model.transformer import Transformer, compile_blocks
+from solomonov.muon import Muon
 from solomonov.optim import make_optimizer
 from solomonov.parallel import LIVE_PARAMETERS, bucket_elements
 from solomonov.partition import (
     base_optimizer,
-    create_adamw_state,
+    create_state,
+    kinds,
     local_pieces,
     parameter_shape,
     refresh_parameters,
 )
 from solomonov.plan import BatchPlan
 from solomonov.topology import RankGrid, stage_bounds
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's moments: the kinds that a checkpoint holds beside the masters."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +152,19 @@ class Engine:
                 compile_blocks(plain)
             model = plain.to(device)
         named = [(canonical(name, self._layers), p) for name, p in model.named_parameters()]
-        optimizer = make_optimizer(named, spec.optimizer, fused=device.type == "cuda")
+        optimizer = make_optimizer(named, spec.optimizer, fused=device.type == "cuda", fill=spec.pipeline > 1)
+        ours = {p for _, p in named}
+        fillers = [p for group in optimizer.param_groups for p in group["params"] if p not in ours]
+        for number, p in enumerate(fillers):
+            model.register_parameter(f"filler{number}", p)  # DeepSpeed knows only those of the module
+        if spec.optimizer.kind == "muon":
+            self._muon().take_over_step(optimizer)
         self._take_over_step(optimizer)
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(spec), dist_init_required=False
         )
         self.names: dict[torch.nn.Parameter, str] = {
-            p: canonical(name, self._layers) for name, p in self._ds.module.named_parameters()
+            p: canonical(name, self._layers) for name, p in self._ds.module.named_parameters() if p not in set(fillers)
         }
         frozen = [name for p, name in self.names.items() if not p.requires_grad]
         assert not frozen, f"frozen parameters are in no optimizer and would not be saved: {frozen}"
@@ -184,7 +189,7 @@ class Engine:
         wanted = self.spec.plan.accumulation if self.needs_rows else 0
         assert len(batches) == wanted, f"{len(batches)} micro-batches, the plan says {wanted}"
         for group in self._ds.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         scale = self.spec.plan.accumulation * self.spec.plan.data_parallel / max(1, valid_tokens)
         if self.spec.pipeline > 1:
             return self._pipeline_batch(batches, scale)
@@ -220,6 +225,18 @@ class Engine:
             return float(mean) / self.spec.pipeline
         self._ds.eval()
         return float(self._ds(batch.input_ids, batch.document_ids, batch.labels))
+
+    def _muon(self) -> Muon:
+        """Muon over the pieces that this rank will hold."""
+        asked = self.spec.optimizer.newton_schulz
+        reduced = asked == "bf16" or (asked == "auto" and self.device.type == "cuda")
+        return Muon(
+            self.spec.optimizer.momentum,
+            torch.bfloat16 if reduced else torch.float32,
+            pieces=lambda: local_pieces(self._optimizer, self.names),
+            group=lambda: self._optimizer.dp_process_group if self.spec.zero_stage else None,
+            device=self.device,
+        )
 
     def _take_over_step(self, optimizer: torch.optim.Optimizer) -> None:
         """At stage 0: norm, clipping and the verdict on a non-finite norm, between reduction and update."""
@@ -355,8 +372,9 @@ class Engine:
 
     def shapes(self) -> dict[tuple[str, str], tuple[int, ...]]:
         """(canonical name, kind) -> shape, for all state of this rank's parameters."""
-        kinds = ("master", *MOMENTS) if self.updates_applied() else ("master",)
-        return {(name, kind): parameter_shape(p) for p, name in self.names.items() for kind in kinds}
+        muon, updated = self.spec.optimizer.kind == "muon", bool(self.updates_applied())
+        shapes = {name: parameter_shape(p) for p, name in self.names.items()}
+        return {(name, kind): s for name, s in shapes.items() for kind in kinds(name, s, muon=muon, updated=updated)}
 
     def updates_applied(self) -> int:
         """AdamW's own count of updates; skipped ones are not in it."""
@@ -371,7 +389,7 @@ class Engine:
         They share memory with the optimizer: use them between `update` and the next `forward_backward`.
         """
         state = base_optimizer(self._optimizer).state
-        kinds = ("master", *MOMENTS) if self.updates_applied() else ("master",)
+        muon, updated = self.spec.optimizer.kind == "muon", bool(self.updates_applied())
         group = self._ds.seq_data_parallel_group
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         for piece in local_pieces(self._optimizer, self.names):
@@ -382,7 +400,7 @@ class Engine:
                 low, high = piece.numel * rank // size, piece.numel * (rank + 1) // size
             if low == high:
                 continue
-            for kind in kinds:
+            for kind in kinds(piece.name, piece.shape, muon=muon, updated=updated):
                 source = piece.view(piece.flat if kind == "master" else state[piece.flat][kind])
                 data = source[low:high]
                 start = piece.start + low
@@ -395,12 +413,12 @@ class Engine:
             ConfigurationError: the checkpoint holds other parameters or shapes than this model.
         """
         self._check_same_model(reader)
-        create_adamw_state(self._optimizer, updates_applied)
+        create_state(self._optimizer, updates_applied)
         state = base_optimizer(self._optimizer).state
-        kinds = ("master", *MOMENTS) if updates_applied else ("master",)
+        muon, updated = self.spec.optimizer.kind == "muon", bool(updates_applied)
         with torch.no_grad():
             for piece in local_pieces(self._optimizer, self.names):
-                for kind in kinds:
+                for kind in kinds(piece.name, piece.shape, muon=muon, updated=updated):
                     target = piece.view(piece.flat if kind == "master" else state[piece.flat][kind])
                     target.copy_(reader.read(piece.name, kind, piece.start, piece.end))
         refresh_parameters(self._optimizer)

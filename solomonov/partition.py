@@ -18,6 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from solomonov.model.naming import is_hidden_matrix
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's moments: kinds that a checkpoint holds beside the masters."""
+MOMENTUM = "momentum"
+"""Muon's one moment."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -62,7 +69,8 @@ def local_pieces(optimizer: Any, names: Mapping[torch.nn.Parameter, str]) -> Ite
 
     Args:
         optimizer: `engine.optimizer` of DeepSpeed.
-        names: canonical name of every parameter of this rank.
+        names: canonical name of every parameter of this rank; others (the fillers of a pipeline stage's groups) have
+            no piece.
 
     Yields:
         pieces that together, over the ranks of a data-parallel group, tile each parameter exactly once; at stage 0
@@ -85,7 +93,7 @@ def _mapped_pieces(groups: Any, flats: Any, names: Mapping[torch.nn.Parameter, s
     for group, flat in zip(groups, flats, strict=True):
         for p in group:
             mapping = p._hp_mapping
-            if mapping is None:
+            if mapping is None or p not in names:
                 continue
             low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
             if high.numel:
@@ -119,22 +127,41 @@ def refresh_parameters(optimizer: Any) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def create_adamw_state(optimizer: Any, step: int) -> None:
-    """Give AdamW's lazily created state its tensors (zeros) and set its update count to `step`."""
+def kinds(name: str, shape: tuple[int, ...], *, muon: bool, updated: bool) -> tuple[str, ...]:
+    """What there is of a parameter: the master and, after the first update, its optimizer's moments.
+
+    Args:
+        muon: the run's hidden matrices are Muon's.
+        updated: an update was applied.
+    """
+    if not updated:
+        return ("master",)
+    return ("master", MOMENTUM) if muon and is_hidden_matrix(name, shape) else ("master", *MOMENTS)
+
+
+def create_state(optimizer: Any, step: int) -> None:
+    """Give the optimizer's lazily created state its tensors (zeros), and set AdamW's update count to `step`."""
     base = base_optimizer(optimizer)
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        flats = list(optimizer.fp32_partitioned_groups_flat)
-    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
-        flats = list(optimizer.single_partition_of_fp32_groups)
-    elif hasattr(optimizer, "fp32_groups_flat_partition"):
-        flats = list(optimizer.fp32_groups_flat_partition)
-    else:
-        flats = [p for group in base.param_groups for p in group["params"]]
     fused = bool(base.defaults.get("fused") or base.defaults.get("capturable"))
-    for flat in flats:
+    for flat, muon in _flats(optimizer):
         state = base.state[flat]
-        # The fused kernel reads the count on the device; the plain one wants it on the CPU.
-        device = flat.device if fused else torch.device("cpu")
-        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in (MOMENTUM,) if muon else MOMENTS:
             state[moment] = torch.zeros_like(flat, memory_format=torch.preserve_format).detach()
+        if not muon:
+            # The fused kernel reads the count on the device; the plain one wants it on the CPU.
+            device = flat.device if fused else torch.device("cpu")
+            state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+
+
+def _flats(optimizer: Any) -> Iterator[tuple[torch.Tensor, bool]]:
+    """The tensors that hold this rank's masters, and whether they are Muon's."""
+    groups = base_optimizer(optimizer).param_groups
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            yield flat, groups[optimizer.sub_group_to_group_id[index]]["muon"]
+        return
+    for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(optimizer, name):
+            yield from zip(getattr(optimizer, name), (group["muon"] for group in groups), strict=True)
+            return
+    yield from ((p, group["muon"]) for group in groups for p in group["params"])

@@ -71,3 +71,9 @@ def _layer_of(name: str, layers: Sequence[str]) -> str:
         if len(parts) > size and all(parts) and layer in layers:
             return layer
     raise ValueError(f"no layer of this model has a parameter {name!r}")
+
+
+def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is a matrix between embedding and head: those map features to features, while the rows of
+    embedding and head belong to single tokens."""
+    return name.startswith("layers.") and len(shape) == 2

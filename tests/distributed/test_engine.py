@@ -109,6 +109,20 @@ def test_the_inner_stage_of_a_pipeline_trains_without_rows() -> None:
         assert_equal_within(outcome, reference(layout.tied), 1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_stage_may_hold_the_embedding_alone(muon: bool, precision: str) -> None:
+    """Under a head that costs more than all blocks: the first stage then has nothing that decays."""
+    layout = Layout(zero_stage=1, accumulation=2, top_heavy=True, precision=precision, muon=muon)
+    [alone] = run_ranks(tiny.run, 1, layout, 2)
+    for outcome in run_ranks(tiny.run, 3, replace(layout, pipeline=3), 2):
+        assert outcome.layout["pipeline"] == 3
+        if precision == "fp32":
+            assert_equal_within(outcome, alone, 1e-5)
+        else:
+            torch.testing.assert_close(torch.tensor(outcome.losses), torch.tensor(alone.losses), rtol=5e-3, atol=0)
+
+
 @pytest.mark.parametrize(
     ("world", "layout"),
     [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from solomonov.model.transformer import Transformer
-from solomonov.partition import base_optimizer, create_adamw_state, local_pieces, parameter_shape, refresh_parameters
+from solomonov.partition import base_optimizer, create_state, local_pieces, parameter_shape, refresh_parameters
 from tests.support import tiny
 from tests.support.ranks import run_ranks
 from tests.support.tiny import Layout
@@ -39,7 +39,7 @@ def other_model(layout: Layout) -> Transformer:
 def described(layout: Layout) -> tuple[list[dict[str, Any]], dict[str, tuple[int, ...]]]:
     """This rank's pieces with their freshly made AdamW state, and the shapes of the whole parameters."""
     engine = tiny.make_engine(layout)
-    create_adamw_state(engine._optimizer, 17)
+    create_state(engine._optimizer, 17)
     assert engine.updates_applied() == 17
     state = base_optimizer(engine._optimizer).state
     found = []

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from solomonov.model.config import ModelConfig
@@ -107,3 +108,11 @@ def cross_entropy(row: Array, label: int) -> float:
     """-ln softmax(row)[label]."""
     top = float(max(row))
     return math.log(sum(math.exp(float(value) - top) for value in row)) + top - float(row[label])
+
+
+def naive_newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """What five steps of the iteration make of a matrix in float64, by what they make of its singular values."""
+    u, values, vt = torch.linalg.svd(matrix.double() / torch.linalg.matrix_norm(matrix.double()), full_matrices=False)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return u @ torch.diag(values) @ vt

@@ -27,6 +27,7 @@ LEARNING_RATE, CLIPPING, SEED = 1e-2, 0.5, 1
 EVALUATED_ROWS = 7
 """No whole number of micro-batches: the last one is short, or there is none for a rank."""
 CPU = torch.device("cpu")
+MUON = OptimizerConfig(kind="muon", lr=LEARNING_RATE, adamw_lr=LEARNING_RATE / 4, momentum=0.9)
 SHUFFLED = RankGrid(((1, 2), (0, 3)))
 """Two stages on four ranks, which follow their numbers in one replica and not in the other."""
 
@@ -44,6 +45,9 @@ class Layout:
     every: int = 1
     """Blocks that are recomputed together."""
     compile: bool = False
+    muon: bool = False
+    top_heavy: bool = False
+    """Three layers under a head that costs more than all of them."""
     shuffled: bool = False
     """The four ranks stand in the grid as in SHUFFLED."""
 
@@ -51,6 +55,7 @@ class Layout:
         parts = [f"zero{self.zero_stage}", f"acc{self.accumulation}", f"pipe{self.pipeline}", self.precision]
         parts += ["tied"] * self.tied + [self.recompute] * (self.recompute != "none")
         parts += [f"every{self.every}"] * (self.every > 1)
+        parts += ["muon"] * self.muon + ["top-heavy"] * self.top_heavy
         return "-".join(parts + ["compiled"] * self.compile + ["shuffled"] * self.shuffled)
 
 
@@ -65,9 +70,9 @@ class Outcome:
     """(name, kind) -> whole tensor, put together from all ranks' fragments."""
 
 
-def tiny_model(tied: bool = False) -> ModelConfig:
+def tiny_model(tied: bool = False, layers: int = 2) -> ModelConfig:
     """Two layers with grouped queries: 24,832 parameters untied."""
-    return ModelConfig(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=64, tie_embeddings=tied)
+    return ModelConfig(layers=layers, d_model=32, heads=4, kv_heads=2, d_ff=64, tie_embeddings=tied)
 
 
 def batch(step: int, rows: list[int]) -> TokenBatch:
@@ -88,13 +93,13 @@ def make_engine(layout: Layout) -> Engine:
     micro = ROWS // (data_parallel * layout.accumulation)
     plan = BatchPlan(SEQUENCE, ROWS, micro, layout.accumulation, data_parallel, total_steps=100)
     spec = EngineSpec(
-        model=tiny_model(layout.tied),
-        vocab_size=VOCAB,
+        model=tiny_model(layout.tied, 3 if layout.top_heavy else 2),
+        vocab_size=2000 if layout.top_heavy else VOCAB,
         seed=SEED,
         plan=plan,
         precision=layout.precision,
         zero_stage=layout.zero_stage,
-        optimizer=OptimizerConfig(lr=LEARNING_RATE),
+        optimizer=MUON if layout.muon else OptimizerConfig(lr=LEARNING_RATE),
         gradient_clipping=CLIPPING,
         recompute=Recompute(layout.recompute, layout.every),
         compile=layout.compile,
