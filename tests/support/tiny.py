@@ -19,6 +19,7 @@ from solomonov.config import OptimizerConfig
 from solomonov.distributed import Control
 from solomonov.engine import Engine, EngineSpec
 from solomonov.model.config import ModelConfig, Recompute, RecomputeMode
+from solomonov.parallel import Offload
 from solomonov.plan import BatchPlan
 from solomonov.topology import RankGrid
 
@@ -44,6 +45,7 @@ class Layout:
     every: int = 1
     """Blocks that are recomputed together."""
     compile: bool = False
+    offload: Offload = "none"
     shuffled: bool = False
     """The four ranks stand in the grid as in SHUFFLED."""
 
@@ -51,6 +53,7 @@ class Layout:
         parts = [f"zero{self.zero_stage}", f"acc{self.accumulation}", f"pipe{self.pipeline}", self.precision]
         parts += ["tied"] * self.tied + [self.recompute] * (self.recompute != "none")
         parts += [f"every{self.every}"] * (self.every > 1)
+        parts += [f"offload_{self.offload}"] * (self.offload != "none")
         return "-".join(parts + ["compiled"] * self.compile + ["shuffled"] * self.shuffled)
 
 
@@ -82,12 +85,12 @@ def batch(step: int, rows: list[int]) -> TokenBatch:
     return TokenBatch(step * ROWS + index, ids[index], labels[index], documents[index])
 
 
-def make_engine(layout: Layout) -> Engine:
-    """An engine over all ranks of this pool."""
-    data_parallel = dist.get_world_size() // layout.pipeline
+def make_spec(layout: Layout, world: int) -> EngineSpec:
+    """What an engine in a layout is built from, on so many ranks."""
+    data_parallel = world // layout.pipeline
     micro = ROWS // (data_parallel * layout.accumulation)
     plan = BatchPlan(SEQUENCE, ROWS, micro, layout.accumulation, data_parallel, total_steps=100)
-    spec = EngineSpec(
+    return EngineSpec(
         model=tiny_model(layout.tied),
         vocab_size=VOCAB,
         seed=SEED,
@@ -99,8 +102,13 @@ def make_engine(layout: Layout) -> Engine:
         recompute=Recompute(layout.recompute, layout.every),
         compile=layout.compile,
         pipeline=layout.pipeline,
+        offload=layout.offload,
     )
-    return Engine(spec, CPU, SHUFFLED if layout.shuffled else None)
+
+
+def make_engine(layout: Layout) -> Engine:
+    """An engine over all ranks of this pool."""
+    return Engine(make_spec(layout, dist.get_world_size()), CPU, SHUFFLED if layout.shuffled else None)
 
 
 def train(engine: Engine, first: int, last: int) -> tuple[list[float], list[float]]:
