@@ -58,7 +58,9 @@ def check_layout(parallel: ParallelConfig, *, precision: str, world: int, layers
             rule="parallel.sequence must be 1",
             remedy="remove parallel.sequence, or set it to 1, and let the ranks be data-parallel",
         )
-    _check_offload(parallel)
+    refusal = offload_refusal(parallel)
+    if refusal is not None:
+        raise refusal
     if parallel.pipeline > 1:
         _check_pipeline(parallel, precision=precision, world=world, layers=layers)
     if precision == "bf16" and parallel.zero_stage == 0:
@@ -71,10 +73,11 @@ def check_layout(parallel: ParallelConfig, *, precision: str, world: int, layers
     return world // parallel.pipeline
 
 
-def _check_offload(parallel: ParallelConfig) -> None:
+def offload_refusal(parallel: ParallelConfig) -> ConfigurationError | None:
+    """Why what is to be offloaded cannot be in this layout, with the nearest legal one; None: it can."""
     stage, offload = parallel.zero_stage, parallel.offload
     if offload == "parameters" and parallel.pipeline > 1:
-        raise ConfigurationError(
+        return ConfigurationError(
             "a pipeline does not offload parameters",
             got=f"parallel.offload: parameters with parallel.pipeline: {parallel.pipeline}",
             rule="DeepSpeed offloads parameters at ZeRO stage 3 only, and its pipeline excludes stage 3",
@@ -82,20 +85,21 @@ def _check_offload(parallel: ParallelConfig) -> None:
             + (", or parallel.pipeline to 1" if stage == 3 else ""),
         )
     if offload == "parameters" and stage != 3:
-        raise ConfigurationError(
+        return ConfigurationError(
             "offloaded parameters need ZeRO stage 3",
             got=f"parallel.offload: parameters with parallel.zero_stage: {stage}",
             rule="below stage 3 each rank's device holds all parameters at all times",
             remedy=f"set parallel.zero_stage to 3{', or parallel.offload to optimizer' if stage else ''}",
         )
     if offload == "optimizer" and stage == 0:
-        raise ConfigurationError(
+        return ConfigurationError(
             "an offloaded optimizer needs ZeRO stage 1 or higher",
             got="parallel.offload: optimizer with parallel.zero_stage: 0",
             rule="at stage 0 the parameters themselves are the masters, and DeepSpeed moves none of them",
             remedy="set parallel.zero_stage to 1 (right on one rank as well)"
             + (", or parallel.offload to none" if parallel.pipeline == 1 else ""),
         )
+    return None
 
 
 def _check_pipeline(parallel: ParallelConfig, *, precision: str, world: int, layers: int) -> None:

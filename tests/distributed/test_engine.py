@@ -13,6 +13,7 @@ from functools import cache
 import pytest
 import torch
 
+from solomonov import engine as engine_module
 from solomonov.config import OptimizerConfig
 from solomonov.engine import Engine, deepspeed_config
 from solomonov.model.transformer import Transformer
@@ -201,6 +202,27 @@ def where_state_lives(layout: Layout) -> tuple[tuple[bool, bool], bool, bool, se
         parameters <= host,
         {tensor.device.type for tensor in tensors},
     )
+
+
+@pytest.mark.parametrize("layout", [replace(layout, accumulation=2) for layout in OFFLOADED], ids=str)
+def test_gradients_that_leave_in_many_buckets_are_whole(layout: Layout) -> None:
+    """As of a model of more than 2^27 parameters: the place of one bucket is used again for the next, before or after
+    the host has its copy. Some tensors are larger than a bucket."""
+    for outcome in run_ranks(run_in_small_buckets, 2, layout, 1500):
+        assert_equal_within(outcome, reference(layout.tied), 1e-5)
+
+
+def run_in_small_buckets(layout: Layout, elements: int) -> Outcome:
+    """A run whose gradients are reduced so many at a time."""
+    usual = engine_module.bucket_elements
+    engine_module.bucket_elements = lambda parameters: elements
+    try:
+        engine = tiny.make_engine(layout)
+    finally:
+        engine_module.bucket_elements = usual
+    assert engine._ds._config.zero_config.reduce_bucket_size == elements
+    losses, norms = tiny.train(engine, 0, STEPS)
+    return Outcome(losses, norms, engine.layout, tiny.whole_state(engine))
 
 
 @pytest.mark.parametrize(
