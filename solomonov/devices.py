@@ -9,6 +9,10 @@ from solomonov.host import visible_gpus
 
 GIB = 2**30
 CPU = "cpu"
+HOST_USABLE = 0.7
+"""Share of a machine's memory that offload may take: the rest is for processes, data workers and the page cache."""
+PCIE_5 = 50e9
+"""What large copies reach of PCIe 5.0 x16 (64e9), bytes a second in one direction."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +33,29 @@ class Device:
     source: str = "data sheet"
     usable: float = 0.9
     """Share of the memory that may be planned with: the rest is for the allocator's gaps and for the libraries."""
+    bus_bytes_per_second: float = 25e9
+    """To and from its machine's memory, one direction: what large copies reach of PCIe 4.0 x16 (32e9), or of 5.0."""
+    host_bytes: int | None = None
+    """A rank's share of its machine's memory. None: not known, as of a device that is not here."""
 
     @property
     def usable_bytes(self) -> int:
         """The memory that may be planned with."""
         return int(self.memory_bytes * self.usable)
 
+    @property
+    def usable_host_bytes(self) -> int | None:
+        """What of the machine's memory may be planned with."""
+        return None if self.host_bytes is None else int(self.host_bytes * HOST_USABLE)
+
 
 DEVICES = {
     device.name: device
     for device in (
         Device("a100", 79 * GIB, 312e12, 19.5e12, 300e9, 25e9, 8),
-        Device("h100", 79 * GIB, 989e12, 67e12, 450e9, 50e9, 8),
-        Device("h200", 140 * GIB, 989e12, 67e12, 450e9, 50e9, 8),
-        Device("b200", 178 * GIB, 2250e12, 75e12, 900e9, 50e9, 8),
+        Device("h100", 79 * GIB, 989e12, 67e12, 450e9, 50e9, 8, bus_bytes_per_second=PCIE_5),
+        Device("h200", 140 * GIB, 989e12, 67e12, 450e9, 50e9, 8, bus_bytes_per_second=PCIE_5),
+        Device("b200", 178 * GIB, 2250e12, 75e12, 900e9, 50e9, 8, bus_bytes_per_second=PCIE_5),
         Device("l40s", 44 * GIB, 362e12, 91.6e12, 32e9, 25e9, 8),
     )
 }
@@ -67,6 +80,8 @@ def this_device(ranks: int) -> Device:
         a CUDA device as its driver describes it, with the speeds of the part in `DEVICES` whose name is in its name;
         else the CPU.
     """
+    import psutil
+
     if visible_gpus():
         import torch
 
@@ -74,13 +89,12 @@ def this_device(ranks: int) -> Device:
         known = next((d for d in DEVICES.values() if d.name in properties.name.lower()), DEVICES["a100"])
         return replace(
             known,
+            host_bytes=psutil.virtual_memory().total // max(1, ranks),
             name=properties.name,
             memory_bytes=properties.total_memory,
             per_machine=torch.cuda.device_count(),
             source=f"speeds from the data sheet of the {known.name}",
         )
-    import psutil
-
     memory = psutil.virtual_memory().total // max(1, ranks)
     # These CPUs have no bf16 products; emulated they take about three times as long.
     link = LOOPBACK_BYTES_PER_SECOND

@@ -31,12 +31,13 @@ from solomonov.model.recompute import in_groups, in_turn
 from solomonov.model.transformer import Transformer, compile_blocks
 from solomonov.muon import Muon
 from solomonov.optim import make_optimizer
-from solomonov.parallel import LIVE_PARAMETERS, bucket_elements
+from solomonov.parallel import LIVE_PARAMETERS, Offload, bucket_elements
 from solomonov.partition import (
     base_optimizer,
     create_state,
     kinds,
     local_pieces,
+    offloaded,
     parameter_shape,
     refresh_parameters,
 )
@@ -60,6 +61,7 @@ class EngineSpec:
     recompute: Recompute = NOTHING_AGAIN
     compile: bool = False
     pipeline: int = 1
+    offload: Offload = "none"
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
-    """DeepSpeed's JSON for a layout."""
+def deepspeed_config(spec: EngineSpec, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's JSON for a layout on a kind of device."""
     bucket = bucket_elements(parameter_count(spec.model, spec.vocab_size))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": spec.plan.micro_rows,
@@ -104,6 +106,17 @@ def deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
         config["communication_data_type"] = "fp32"
     elif spec.precision == "bf16_autocast":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if spec.offload != "none":
+        # Only page-locked memory is copied to and from a CUDA device at the speed of the bus, and beside its work.
+        host = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        config["zero_optimization"]["offload_optimizer"] = host
+        if spec.offload == "parameters":
+            config["zero_optimization"]["offload_param"] = host
+        # Unless told otherwise DeepSpeed refuses every optimizer here but its own DeepSpeedCPUAdam, which is compiled
+        # at the first start on each machine. torch's fused AdamW comes compiled, and passes over the memory once as
+        # well: 15 GB/s on one core, of which its unfused form reaches 0.6. What is lost is the AVX-512 code of the
+        # other one, where the cores and not the memory are the limit.
+        config["zero_force_ds_cpu_optimizer"] = False
     return config
 
 
@@ -125,6 +138,15 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def forget_earlier_engines(deepspeed: Any) -> None:
+    """Take back what earlier engines of this process left in DeepSpeed's module globals: the grid of a pipeline, over
+    which a plain engine stumbles, and that one autocast, after which a bf16 one accumulates in bf16."""
+    from deepspeed.runtime import torch_autocast
+
+    deepspeed.utils.groups.mpu = None
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+
+
 class Engine:
     """A model, its optimizer and their layout over the ranks, behind DeepSpeed.
 
@@ -136,8 +158,7 @@ class Engine:
 
     def __init__(self, spec: EngineSpec, device: torch.device, grid: RankGrid | None = None) -> None:
         deepspeed = import_deepspeed(device)
-        # DeepSpeed keeps the grid of the last pipeline in a module global, and a later plain engine stumbles over it.
-        deepspeed.utils.groups.mpu = None
+        forget_earlier_engines(deepspeed)
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", dist_init_required=False)
         self.spec = spec
         self.device = device
@@ -152,7 +173,8 @@ class Engine:
                 compile_blocks(plain)
             model = plain.to(device)
         named = [(canonical(name, self._layers), p) for name, p in model.named_parameters()]
-        optimizer = make_optimizer(named, spec.optimizer, fused=device.type == "cuda", fill=spec.pipeline > 1)
+        fused = device.type == "cuda" or spec.offload != "none"
+        optimizer = make_optimizer(named, spec.optimizer, fused=fused, fill=spec.pipeline > 1)
         ours = {p for _, p in named}
         fillers = [p for group in optimizer.param_groups for p in group["params"] if p not in ours]
         for number, p in enumerate(fillers):
@@ -161,7 +183,7 @@ class Engine:
             self._muon().take_over_step(optimizer)
         self._take_over_step(optimizer)
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(spec), dist_init_required=False
+            model=model, optimizer=optimizer, config=deepspeed_config(spec, device), dist_init_required=False
         )
         self.names: dict[torch.nn.Parameter, str] = {
             p: canonical(name, self._layers) for name, p in self._ds.module.named_parameters() if p not in set(fillers)
@@ -358,6 +380,7 @@ class Engine:
             "optimizer": type(self._optimizer).__name__,
             "zero_stage": int(self._ds.zero_optimization_stage()),
             "pipeline": self.spec.pipeline,
+            "offload": offloaded(self._optimizer),
             "world": dist.get_world_size(),
             "data_parallel": self.spec.plan.data_parallel,
             "micro_rows": self.spec.plan.micro_rows,

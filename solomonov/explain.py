@@ -90,6 +90,13 @@ def facts(explanation: Explanation) -> dict[str, Any]:
         "layout": _layout(taken) | {"why": explanation.why},
         "stages": [[names[begin], names[end - 1]] for begin, end in pairwise(bounds)],
         "memory": dataclasses.asdict(taken.footprint) | {"total": taken.footprint.total, "usable": taken.usable_bytes},
+        "offload": {
+            "host_bytes": taken.footprint.host,
+            "host_usable": taken.usable_host_bytes,
+            "bus_bytes_an_update": taken.bus_bytes,
+            "bus_bytes_per_second": explanation.device.bus_bytes_per_second,
+            "seconds_an_update": taken.offload_seconds,
+        },
         "checkpoint_bytes": CHECKPOINT_BYTES * parameters,
         "checkpoints_kept": question.config.checkpoint.keep_last,
         "seconds_an_update": seconds,
@@ -104,7 +111,7 @@ def facts(explanation: Explanation) -> dict[str, Any]:
 
 
 def _layout(item: Estimate | Refused) -> dict[str, Any]:
-    return {"zero_stage": item.parallel.zero_stage, "pipeline": item.parallel.pipeline}
+    return item.parallel.model_dump(include={"zero_stage", "pipeline", "offload"})
 
 
 def _row(item: Estimate | Refused, taken: Estimate) -> dict[str, Any]:
@@ -135,6 +142,8 @@ def lines(explanation: Explanation) -> Iterator[str]:
         yield f"stages      {_stages(known['stages'])}"
     room = f"{taken.usable_bytes / GIB:.4g} ({device.usable:.0%} of the device)"
     yield f"memory      {describe(taken.footprint)} of {room}"
+    if taken.footprint.host:
+        yield f"host        {_host(taken, device)}"
     yield f"checkpoint  {known['checkpoint_bytes'] / 1e9:.4g} GB, {known['checkpoints_kept']} kept"
     low, high = (_duration(known["seconds"] * factor) for factor in (FASTER, SLOWER))
     yield (
@@ -156,14 +165,26 @@ def _table(explanation: Explanation) -> Iterator[str]:
     yield "ZeRO  pipeline  memory GiB  time   verdict"
     for item in found_estimates(explanation.found):
         verdict = "does not fit" if not item.fits else "taken" if item.parallel == taken.parallel else "fits"
+        offloaded = f", {item.parallel.offload} offloaded" if item.parallel.offload != "none" else ""
         yield (
             f"{item.parallel.zero_stage:<4}  {item.parallel.pipeline:<8}  {item.footprint.total / GIB:<10.4g}"
-            f"  {item.seconds / taken.seconds:<5.2f}  {verdict}"
+            f"  {item.seconds / taken.seconds:<5.2f}  {verdict}{offloaded}"
         )
     refused = sorted((item for item in explanation.found if isinstance(item, Refused)), key=lambda item: item.reason)
     for why, items in groupby(refused, key=lambda item: item.reason):
         first, *others = [layout_name(item.parallel) for item in items]
         yield f"refused: {first}{f' and {len(others)} more' if others else ''}: {why}"
+
+
+def _host(taken: Estimate, device: Device) -> str:
+    """What a rank takes of its machine for what is offloaded."""
+    room = taken.usable_host_bytes
+    of = "the size of its machine's memory is not known" if room is None else f"of {room / GIB:.4g}"
+    return (
+        f"{taken.footprint.host / GIB:.3g} GiB a rank ({of}); {taken.bus_bytes / 1e9:.3g} GB an update over a bus of"
+        f" {device.bus_bytes_per_second / 1e9:.3g} GB/s and the update by the machine's cores:"
+        f" {taken.offload_seconds:.3g} s"
+    )
 
 
 def _stages(ends: Sequence[Sequence[str]]) -> str:

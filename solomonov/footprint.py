@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from math import prod
@@ -52,10 +52,12 @@ class Footprint:
     """For communication, or of the update."""
     activations: int
     """Kept for the backward pass, and what it works with."""
+    host: int = 0
+    """In the memory of the rank's machine, at all moments: what is offloaded, and what it travels through."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All of them on the device."""
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
 
 
@@ -180,7 +182,10 @@ def footprint(
     moments = []
     for stage, (begin, end) in enumerate(pairwise(bounds)):
         held = names[begin:end]
-        state = _state(sum(sizes[name] for name in held), parallel, plan, precision)
+        held_parameters = sum(sizes[name] for name in held)
+        state = _state(held_parameters, parallel, plan, precision)
+        if parallel.offload != "none":
+            state = _offloaded(state, held_parameters, max(sizes.values()), parallel, plan, precision)
         in_flight = min(plan.accumulation, parallel.pipeline - stage)
         head, last_block, first_block = _activations(model, vocab_size, plan, held, in_flight, precision, recompute)
         # Gradients come one by one; where they are accumulated, or have a place of their own, all are there before.
@@ -192,7 +197,9 @@ def footprint(
         at.append(("update", state.gradients, state.update, 0))
         at.append(("reduction", state.gradients, _reduction(parallel, plan, state, bucket), 0))
         moments += [
-            Footprint(moment, state.weights, gradients, state.optimizer, buffers, activations)
+            Footprint(
+                moment, state.weights, gradients, state.optimizer, buffers + state.passage, activations, state.host
+            )
             for moment, gradients, buffers, activations in at
         ]
     return max(moments, key=lambda footprint: footprint.total)
@@ -217,6 +224,10 @@ class _State:
     optimizer: int
     update: int
     """Of the update alone."""
+    passage: int = 0
+    """Through which gradients leave the device."""
+    host: int = 0
+    """Not on the device."""
 
 
 def _state(parameters: int, parallel: ParallelConfig, plan: BatchPlan, precision: str) -> _State:
@@ -238,6 +249,35 @@ def _state(parameters: int, parallel: ParallelConfig, plan: BatchPlan, precision
         # The gradients in one piece; AdamW's two temporary results beside them where its kernel is not fused.
         update=12 * share,
     )
+
+
+def _offloaded(
+    state: _State, parameters: int, largest: int, parallel: ParallelConfig, plan: BatchPlan, precision: str
+) -> _State:
+    """The same with optimizer, or parameters as well, on the host, as DeepSpeed 0.19 has it there.
+
+    Args:
+        parameters: of this pipeline stage.
+        largest: numbers in the largest layer, of which a buffer holds the largest tensor.
+    """
+    share, width = math.ceil(parameters / plan.data_parallel), 2 if precision == "bf16" else 4
+    host = (12 + 4) * share  # masters, moments, and a gradient for each
+    if parallel.zero_stage == 3:
+        host += 4 * share  # the reduced gradients, before they are copied to those
+        weights = state.weights
+        if parallel.offload == "parameters":
+            host += width * share
+            weights -= width * share
+        return replace(state, weights=weights, gradients=0, optimizer=0, update=0, host=host)
+    host += width * (share + largest)  # weights on their way back, and gradients on theirs
+    passage = width * largest
+    if plan.accumulation > 1 and precision != "bf16" and parallel.pipeline == 1:
+        whole_tensors = 4 * (share + largest)
+        if parallel.zero_stage == 2:
+            host += whole_tensors  # accumulated there
+        else:
+            passage += whole_tensors  # of the reduction before, beside those that are accumulated
+    return replace(state, early=False, optimizer=0, update=0, passage=passage, host=host)
 
 
 def _activations(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from solomonov.config import Config
 from solomonov.errors import ConfigurationError
-from solomonov.parallel import ParallelConfig, check_layout
+from solomonov.parallel import ParallelConfig, check_layout, offload_refusal
 from solomonov.plan import BatchPlan, plan_batch
 
 
@@ -16,6 +16,15 @@ def candidates(config: Config, world: int) -> Iterator[ParallelConfig]:
         if world % stages == 0:
             for zero_stage in (0, 1, 2, 3):
                 yield ParallelConfig.model_validate({"zero_stage": zero_stage, "pipeline": stages})
+
+
+def offloaded_candidates(config: Config, world: int) -> Iterator[ParallelConfig]:
+    """What `parallel: auto` considers where none of those fits, plainest first: each with what can be offloaded."""
+    for offload in ("optimizer", "parameters"):
+        for parallel in candidates(config, world):
+            changed = parallel.model_copy(update={"offload": offload})
+            if not offload_refusal(changed):
+                yield changed
 
 
 def batch_of(config: Config, parallel: ParallelConfig, *, precision: str, world: int) -> BatchPlan:

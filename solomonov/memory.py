@@ -66,4 +66,5 @@ def describe(footprint: Footprint) -> str:
         "activations": footprint.activations,
     }
     words = ", ".join(f"{name} {size / GIB:.3g}" for name, size in parts.items() if size)
-    return f"{footprint.total / GIB:.3g} GiB ({words}; in the {footprint.moment})"
+    host = f"; {footprint.host / GIB:.3g} on the host" if footprint.host else ""
+    return f"{footprint.total / GIB:.3g} GiB ({words}; in the {footprint.moment}{host})"

@@ -200,19 +200,25 @@ class Muon:
         others = optimizer.step
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            for group in optimizer.param_groups:
-                if group["muon"]:
-                    self._update(optimizer, group)
-            return others(*args, **kwargs)
+            updated = [
+                flat for group in optimizer.param_groups if group["muon"] for flat in self._update(optimizer, group)
+            ]
+            # AdamW passes over what has no gradient. Offloaded gradients are DeepSpeed's for good: they are put back.
+            gradients = [flat.grad for flat in updated]
+            for flat in updated:
+                flat.grad = None
+            result = others(*args, **kwargs)
+            for flat, gradient in zip(updated, gradients, strict=True):
+                flat.grad = gradient
+            return result
 
         optimizer.step = step  # type: ignore[method-assign]
 
     @torch.no_grad()
-    def _update(self, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-        """One update of a group; its gradients are gone afterwards, so that AdamW passes over it."""
-        for flat in group["params"]:
-            if flat.grad is None:
-                continue
+    def _update(self, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> list[torch.Tensor]:
+        """One update of a group's tensors that have a gradient; returns them."""
+        flats = [flat for flat in group["params"] if flat.grad is not None]
+        for flat in flats:
             state = optimizer.state[flat]
             if MOMENTUM not in state:
                 state[MOMENTUM] = torch.zeros_like(flat)
@@ -220,7 +226,7 @@ class Muon:
             update = flat.grad.lerp(momentum, self._momentum)
             self._exchange(flat).apply(self._orthogonal, update)
             flat.mul_(1.0 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-            flat.grad = None
+        return flats
 
     def _exchange(self, flat: torch.Tensor) -> Exchange:
         """Of one flat tensor; made when it is first met, by all ranks in the same order."""

@@ -1,4 +1,4 @@
-"""Which layouts are legal: ZeRO stage, precision and number of ranks, before anything is allocated."""
+"""Which layouts are legal: ZeRO stage, pipeline, offload, precision and ranks, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pydantic import Field
 
 from solomonov.errors import ConfigurationError
 from solomonov.section import Section
+
+Offload = Literal["none", "optimizer", "parameters"]
+"""What a rank keeps in its machine's memory instead of its device's."""
 
 LIVE_PARAMETERS = 10**9
 """At stage 3, parameters that are kept whole on a rank because they are needed again soon."""
@@ -31,8 +34,10 @@ class ParallelConfig(Section):
     """Pipeline stages: each holds consecutive layers; the ranks of one stage are data-parallel."""
     sequence: int = Field(default=1, ge=1)
     """Ranks that share one row (sequence parallel). Only 1 can be asked for in this release."""
-    offload: Literal["none"] = "none"
-    """Where optimizer state lives; only the device's own memory in this release."""
+    offload: Offload = "none"
+    """What lives in the memory of the rank's machine instead of its device's: `optimizer`: masters, moments and their
+    update (with zero_stage 1, 2 or 3); `parameters`: these and the parameters between two uses (with zero_stage 3).
+    Each update then waits for the bus and for the machine's own cores: for models that fit in no other way."""
 
 
 def check_layout(parallel: ParallelConfig, *, precision: str, world: int, layers: int) -> int:
@@ -53,6 +58,9 @@ def check_layout(parallel: ParallelConfig, *, precision: str, world: int, layers
             rule="parallel.sequence must be 1",
             remedy="remove parallel.sequence, or set it to 1, and let the ranks be data-parallel",
         )
+    refusal = offload_refusal(parallel)
+    if refusal is not None:
+        raise refusal
     if parallel.pipeline > 1:
         _check_pipeline(parallel, precision=precision, world=world, layers=layers)
     if precision == "bf16" and parallel.zero_stage == 0:
@@ -63,6 +71,35 @@ def check_layout(parallel: ParallelConfig, *, precision: str, world: int, layers
             remedy="set parallel.zero_stage to 1 (right on one rank as well), or training.precision to bf16_autocast",
         )
     return world // parallel.pipeline
+
+
+def offload_refusal(parallel: ParallelConfig) -> ConfigurationError | None:
+    """Why what is to be offloaded cannot be in this layout, with the nearest legal one; None: it can."""
+    stage, offload = parallel.zero_stage, parallel.offload
+    if offload == "parameters" and parallel.pipeline > 1:
+        return ConfigurationError(
+            "a pipeline does not offload parameters",
+            got=f"parallel.offload: parameters with parallel.pipeline: {parallel.pipeline}",
+            rule="DeepSpeed offloads parameters at ZeRO stage 3 only, and its pipeline excludes stage 3",
+            remedy="set parallel.offload to optimizer and parallel.zero_stage to 1"
+            + (", or parallel.pipeline to 1" if stage == 3 else ""),
+        )
+    if offload == "parameters" and stage != 3:
+        return ConfigurationError(
+            "offloaded parameters need ZeRO stage 3",
+            got=f"parallel.offload: parameters with parallel.zero_stage: {stage}",
+            rule="below stage 3 each rank's device holds all parameters at all times",
+            remedy=f"set parallel.zero_stage to 3{', or parallel.offload to optimizer' if stage else ''}",
+        )
+    if offload == "optimizer" and stage == 0:
+        return ConfigurationError(
+            "an offloaded optimizer needs ZeRO stage 1 or higher",
+            got="parallel.offload: optimizer with parallel.zero_stage: 0",
+            rule="at stage 0 the parameters themselves are the masters, and DeepSpeed moves none of them",
+            remedy="set parallel.zero_stage to 1 (right on one rank as well)"
+            + (", or parallel.offload to none" if parallel.pipeline == 1 else ""),
+        )
+    return None
 
 
 def _check_pipeline(parallel: ParallelConfig, *, precision: str, world: int, layers: int) -> None:

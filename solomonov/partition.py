@@ -7,6 +7,8 @@ own checkpoint files. The four forms are told apart by the attributes that hold 
     stage 1, 2          DeepSpeedZeroOptimizer          single_partition_of_fp32_groups, one flat tensor a group
     stage 1, bf16       BF16_Optimizer                  fp32_groups_flat_partition, one flat tensor a group
     stage 3             DeepSpeedZeroOptimizer_Stage3   fp32_partitioned_groups_flat, one flat tensor a sub-group
+
+An offloaded optimizer has the same forms (at stage 1 with bf16 that of fp32): its flat tensors are the host's.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from solomonov.model.naming import is_hidden_matrix
+from solomonov.parallel import Offload
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's moments: kinds that a checkpoint holds beside the masters."""
@@ -57,6 +60,14 @@ def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside DeepSpeed's, or the optimizer itself."""
     inner: torch.optim.Optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
     return inner
+
+
+def offloaded(optimizer: Any) -> Offload:
+    """What DeepSpeed's optimizer really keeps in the host's memory."""
+    if getattr(optimizer, "offload_param", False):
+        return "parameters"
+    moved = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
+    return "optimizer" if moved else "none"
 
 
 def parameter_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:

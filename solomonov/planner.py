@@ -1,7 +1,8 @@
 """Which layouts a run could take, what each needs and how long it takes, and which one to take and why.
 
 Memory is counted (see `footprint`); time is a model of three terms with an honest width: products at a share of the
-device's peak, the idle part of a pipeline, and what is exchanged over the slowest wire between replicas.
+device's peak, the idle part of a pipeline, and what is exchanged over the slowest wire between replicas; where state
+is offloaded a fourth: what goes over the bus, and the update by the machine's cores.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from solomonov.config import Config
-from solomonov.devices import CPU, GIB, Device
+from solomonov.devices import CPU, GIB, HOST_USABLE, Device
 from solomonov.errors import ConfigurationError
 from solomonov.footprint import Footprint, footprint
-from solomonov.layouts import batch_of, candidates, legal_batch
+from solomonov.layouts import batch_of, candidates, legal_batch, offloaded_candidates
 from solomonov.memory import describe
 from solomonov.model.counts import flops_per_token, layer_flops, parameter_count
-from solomonov.parallel import ParallelConfig
+from solomonov.parallel import Offload, ParallelConfig
 from solomonov.plan import BatchPlan, TrainingConfig
 from solomonov.topology import stage_bounds
 
@@ -27,12 +28,19 @@ FASTER, SLOWER = 0.7, 1.6
 """Factors on the estimated time between which a run is expected."""
 NEARLY_AS_FAST = 1.03
 """Layouts whose times differ by less are as good as equal: the simplest of them is taken."""
+HOST_UPDATE_BYTES_PER_SECOND = 4e10
+"""What an update on the host reads and writes a second for one rank: of the order of its share of a server's memory
+bandwidth. One core reaches 1.5e10 with torch's fused AdamW."""
+ADAMW_BYTES = 28
+"""Of each number in an update: gradient, master and two moments read, the last three written."""
+OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
 
 
 def layout_name(parallel: ParallelConfig) -> str:
     """A layout in words."""
     stages = f" with {parallel.pipeline} pipeline stages" if parallel.pipeline > 1 else ""
-    return f"ZeRO {parallel.zero_stage}{stages}"
+    offloaded = f", {parallel.offload} offloaded" if parallel.offload != "none" else ""
+    return f"ZeRO {parallel.zero_stage}{stages}{offloaded}"
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,12 @@ class Estimate:
     exchange_seconds: float
     """Of one update, not hidden behind the backward pass."""
     usable_bytes: int
+    usable_host_bytes: int | None = None
+    """None: not known."""
+    bus_bytes: float = 0.0
+    """To and from the machine's memory in one update."""
+    offload_seconds: float = 0.0
+    """Of one update: for these, and for the update by the machine's cores."""
 
     @property
     def name(self) -> str:
@@ -56,17 +70,18 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """Of one update."""
-        return self.compute_seconds + self.exchange_seconds
+        return self.compute_seconds + self.exchange_seconds + self.offload_seconds
 
     @property
     def fits(self) -> bool:
-        """Whether a rank has the memory."""
-        return self.footprint.total <= self.usable_bytes
+        """Whether a rank has the memory, on its device and, as far as that is known, on its machine."""
+        on_host = self.usable_host_bytes is None or self.footprint.host <= self.usable_host_bytes
+        return self.footprint.total <= self.usable_bytes and on_host
 
     @property
-    def plainness(self) -> tuple[int, int]:
+    def plainness(self) -> tuple[int, int, int]:
         """The smaller, the fewer moving parts."""
-        return self.parallel.pipeline, self.parallel.zero_stage
+        return OFFLOADS.index(self.parallel.offload), self.parallel.pipeline, self.parallel.zero_stage
 
 
 @dataclass(frozen=True)
@@ -110,8 +125,35 @@ def estimate(question: Question, parallel: ParallelConfig) -> Estimate:
     exchange = _exchange_seconds(question, plan, parallel)
     # A backward pass is two thirds of the products, and exchange runs beside it; a pipeline's comes after it.
     hidden = compute * 2 / 3 if parallel.pipeline == 1 and question.device.name != CPU else 0.0
-    usable = question.device.usable_bytes
-    return Estimate(parallel, plan, needed, compute, max(0.0, exchange - hidden), usable)
+    device = question.device
+    if device.name == CPU:  # whose memory is the machine's
+        needed = replace(needed, optimizer=needed.optimizer + needed.host, host=0)
+    bus = _bus_bytes(question, plan, parallel)
+    numbers = _numbers(question, parallel) / plan.data_parallel if parallel.offload != "none" else 0.0
+    offload = bus / device.bus_bytes_per_second + ADAMW_BYTES * numbers / HOST_UPDATE_BYTES_PER_SECOND
+    exposed = max(0.0, exchange - hidden)
+    usable = device.usable_bytes, device.usable_host_bytes
+    return Estimate(parallel, plan, needed, compute, exposed, *usable, bus, offload)
+
+
+def _numbers(question: Question, parallel: ParallelConfig) -> float:
+    """Parameters of a pipeline stage."""
+    return parameter_count(question.config.model, question.vocab_size) / parallel.pipeline
+
+
+def _bus_bytes(question: Question, plan: BatchPlan, parallel: ParallelConfig) -> float:
+    """Down go gradients, up weights; with accumulation reduced gradients go to and fro, but where the device has a
+    place for the share that it owns: at stage 1, which reduces once, and at stage 2 with bf16."""
+    if parallel.offload == "none":
+        return 0.0
+    weight, again = 2 if question.precision == "bf16" else 4, plan.accumulation
+    accumulates_there = parallel.zero_stage == 3 or (
+        parallel.zero_stage == 2 and again > 1 and question.precision != "bf16"
+    )
+    a_number = weight + (8 * again if accumulates_there else 4)
+    if parallel.offload == "parameters":
+        a_number += 2 * weight * again  # forward and backward of each micro-batch
+    return a_number * _numbers(question, parallel) / plan.data_parallel
 
 
 def _compute_seconds(question: Question, plan: BatchPlan, parallel: ParallelConfig) -> float:
@@ -139,7 +181,7 @@ def _exchange_seconds(question: Question, plan: BatchPlan, parallel: ParallelCon
     copies, device = plan.data_parallel, question.device
     if copies == 1:
         return 0.0
-    numbers = parameter_count(question.config.model, question.vocab_size) / parallel.pipeline
+    numbers = _numbers(question, parallel)
     weight = 2 if question.precision == "bf16" else 4
     ring = (copies - 1) / copies * numbers
     moved = {
@@ -153,8 +195,17 @@ def _exchange_seconds(question: Question, plan: BatchPlan, parallel: ParallelCon
 
 
 def survey(question: Question) -> list[Estimate | Refused]:
-    """All layouts of ZeRO stages and pipelines, legal or not, plainest first."""
-    return [_estimate_or_refusal(question, parallel) for parallel in candidates(question.config, question.world)]
+    """All layouts of ZeRO stages and pipelines, legal or not, plainest first; where none of them fits, or the
+    configuration offloads, the legal ones with something offloaded as well."""
+    config, world = question.config, question.world
+    found = [_estimate_or_refusal(question, parallel) for parallel in candidates(config, world)]
+    configured = config.parallel is not None and config.parallel.offload != "none"
+    # Of a CPU the memory is the machine's own: there is nowhere else.
+    nowhere = question.device.name == CPU or any(item.fits for item in found_estimates(found))
+    if configured or not nowhere:
+        offloaded = [_estimate_or_refusal(question, parallel) for parallel in offloaded_candidates(config, world)]
+        found += found_estimates(offloaded)
+    return found
 
 
 def _estimate_or_refusal(question: Question, parallel: ParallelConfig) -> Estimate | Refused:
@@ -165,8 +216,10 @@ def _estimate_or_refusal(question: Question, parallel: ParallelConfig) -> Estima
 
 
 def best(found: Sequence[Estimate | Refused]) -> Estimate | None:
-    """The fastest layout that fits; of those that are nearly as fast the plainest. None: nothing fits."""
+    """The fastest layout that fits; of those that are nearly as fast the plainest; with something offloaded only
+    where nothing else fits. None: nothing fits."""
     fitting = [item for item in found_estimates(found) if item.fits]
+    fitting = [item for item in fitting if item.parallel.offload == "none"] or fitting
     if not fitting:
         return None
     fastest = min(item.seconds for item in fitting)
@@ -190,10 +243,11 @@ def choose(question: Question) -> tuple[ParallelConfig, str]:
 def nothing_fits(question: Question, nearest: Estimate) -> ConfigurationError:
     """What is said of a layout that needs more than there is."""
     change, device = smallest_change(question, nearest.parallel), question.device
+    host = f"; on its machine with {HOST_USABLE:.0%} of its share" if nearest.footprint.host else ""
     return ConfigurationError(
         "the run does not fit into memory",
         got=f"{nearest.name} needs {describe(nearest.footprint)} of {nearest.usable_bytes / GIB:.3g} usable",
-        rule=f"a rank plans with {device.usable:.0%} of its device's {device.memory_bytes / GIB:.3g} GiB",
+        rule=f"a rank plans with {device.usable:.0%} of its device's {device.memory_bytes / GIB:.3g} GiB{host}",
         remedy=f"the smallest change that fits: {change}" if change else "use devices with more memory",
     )
 
@@ -206,20 +260,34 @@ def found_estimates(found: Sequence[Estimate | Refused]) -> list[Estimate]:
 def reason(found: Sequence[Estimate | Refused], chosen: Estimate) -> str:
     """Why this one and not a plainer one, in words."""
     words = []
-    for item in found:
-        if isinstance(item, Refused) or item.plainness >= chosen.plainness:
-            continue
-        if not item.fits:
-            need, room = item.footprint.total / GIB, item.usable_bytes / GIB
-            words.append(f"{item.name} needs {need:.3g} of {room:.3g} GiB")
-        else:
+    plainer = [item for item in found_estimates(found) if item.plainness < chosen.plainness]
+    if chosen.parallel.offload != "none":
+        on_device = [item for item in plainer if item.parallel.offload == "none"]
+        if on_device:
+            least = min(on_device, key=lambda item: item.footprint.total)
+            words.append(f"nothing fits without offload, of which {least.name} needs the least, {_need(least)}")
+        plainer = [item for item in plainer if item not in on_device]
+    for item in plainer:
+        if item.fits:
             words.append(f"{item.name} takes {item.seconds / chosen.seconds:.2f} times as long")
+        else:
+            words.append(f"{item.name} needs {_need(item)}")
+    if chosen.parallel.offload != "none":
+        words.append(f"each update waits {chosen.offload_seconds:.3g} s for the bus and the machine's cores")
     return "; ".join(words) or "no legal layout is plainer, and none that fits is clearly faster"
+
+
+def _need(item: Estimate) -> str:
+    """What does not fit, of what there is."""
+    need, room = item.footprint.total, item.usable_bytes
+    if need <= room and item.usable_host_bytes is not None:
+        return f"{item.footprint.host / GIB:.3g} of {item.usable_host_bytes / GIB:.3g} GiB of its machine"
+    return f"{need / GIB:.3g} of {room / GIB:.3g} GiB"
 
 
 def smallest_change(question: Question, parallel: ParallelConfig) -> str | None:
     """What makes a layout fit that does not: the first that does of recomputing what is cheap, recomputing blocks,
-    smaller micro-batches, the last two, another layout, more devices. None: nothing of it."""
+    smaller micro-batches, the last two, another layout (those with offload last), more devices. None: nothing of it."""
     training = question.config.training
     changes: list[tuple[str, Question]] = []
     full = {"activation_checkpointing": "full"}
@@ -240,7 +308,9 @@ def smallest_change(question: Question, parallel: ParallelConfig) -> str | None:
             return words
     other = best(survey(question))
     if other is not None:
-        return f"parallel.zero_stage={other.parallel.zero_stage} parallel.pipeline={other.parallel.pipeline}"
+        words = f"parallel.zero_stage={other.parallel.zero_stage} parallel.pipeline={other.parallel.pipeline}"
+        offloads = {parallel.offload, other.parallel.offload} != {"none"}
+        return f"{words} parallel.offload={other.parallel.offload}" if offloads else words
     return next((f"{world} devices" for world in _more(question) if best(survey(replace(question, world=world)))), None)
 
 

@@ -13,10 +13,12 @@ from functools import cache
 import pytest
 import torch
 
+from solomonov import engine as engine_module
 from solomonov.config import OptimizerConfig
-from solomonov.engine import Engine
+from solomonov.engine import Engine, deepspeed_config
 from solomonov.model.transformer import Transformer
 from solomonov.optim import make_optimizer
+from solomonov.partition import base_optimizer, local_pieces
 from tests.support import tiny
 from tests.support.ranks import run_ranks
 from tests.support.tiny import Layout, Outcome
@@ -39,6 +41,18 @@ CASES = [
     (4, Layout(zero_stage=1, accumulation=2, pipeline=2)),
     (4, Layout(zero_stage=1, pipeline=2, tied=True)),
     (4, Layout(zero_stage=1, pipeline=2, tied=True, shuffled=True)),
+    (1, Layout(zero_stage=1, offload="optimizer")),
+    (1, Layout(zero_stage=3, accumulation=2, offload="parameters")),
+    *[(2, Layout(zero_stage=stage, accumulation=2, offload="optimizer")) for stage in (1, 2, 3)],
+    (2, Layout(zero_stage=2, tied=True, offload="optimizer")),
+    (2, Layout(zero_stage=3, tied=True, offload="parameters")),
+    (2, Layout(zero_stage=3, accumulation=2, recompute="full", offload="parameters")),
+    (2, Layout(zero_stage=1, accumulation=2, pipeline=2, tied=True, offload="optimizer")),
+    (4, Layout(zero_stage=1, accumulation=2, pipeline=2, offload="optimizer")),
+]
+OFFLOADED = [
+    *[Layout(zero_stage=stage, offload="optimizer") for stage in (1, 2, 3)],
+    Layout(zero_stage=3, offload="parameters"),
 ]
 OPTIMIZER_OF_STAGE = {
     0: "AdamW",
@@ -79,6 +93,7 @@ def assert_layout_ran(outcomes: list[Outcome], layout: Layout) -> None:
         assert ran["optimizer"] == OPTIMIZER_OF_STAGE[layout.zero_stage]
         assert ran["zero_stage"] == layout.zero_stage
         assert ran["pipeline"] == layout.pipeline
+        assert ran["offload"] == layout.offload
         assert ran["world"] == len(outcomes)
         if layout.zero_stage == 3 or layout.pipeline > 1:
             share = parameters / (len(outcomes) if layout.zero_stage == 3 else layout.pipeline)
@@ -157,6 +172,73 @@ def test_layout_equals_plain_pytorch(world: int, layout: Layout) -> None:
         assert_equal_within(outcome, reference(layout.tied), 1e-5)
 
 
+@pytest.mark.parametrize(("kind", "pinned"), [("cpu", False), ("cuda", True)])
+def test_deepspeed_is_told_what_to_offload(kind: str, pinned: bool) -> None:
+    """Page-locked memory only where a device copies from it; nothing is said where nothing is offloaded."""
+    host = {"device": "cpu", "pin_memory": pinned}
+    for offload, expected in {
+        "none": {},
+        "optimizer": {"offload_optimizer": host},
+        "parameters": {"offload_optimizer": host, "offload_param": host},
+    }.items():
+        spec = tiny.make_spec(Layout(zero_stage=3, offload=offload), 1)
+        config = deepspeed_config(spec, torch.device(kind))
+        zero = config["zero_optimization"]
+        assert {key: value for key, value in zero.items() if key.startswith("offload")} == expected
+        assert ("zero_force_ds_cpu_optimizer" in config) == (offload != "none")
+
+
+@pytest.mark.parametrize("layout", [*[Layout(zero_stage=stage) for stage in (1, 2, 3)], *OFFLOADED], ids=str)
+def test_offloaded_state_lives_on_the_host(layout: Layout) -> None:
+    """There DeepSpeed keeps a gradient beside each master from one update to the next, and all that a rank holds of
+    offloaded parameters in one flat memory."""
+    for told, kept, held, places in run_ranks(where_state_lives, 2, layout):
+        assert told == (layout.offload != "none", layout.offload == "parameters")
+        assert (kept, held) == told
+        assert places == {"cpu"}
+
+
+def where_state_lives(layout: Layout) -> tuple[tuple[bool, bool], bool, bool, set[str]]:
+    """After a step: what DeepSpeed's configuration offloads; whether all masters have a gradient; whether all
+    parameters are in the flat memory on the host; devices of masters and moments."""
+    engine = tiny.make_engine(layout)
+    tiny.train(engine, 0, 1)
+    optimizer, zero = engine._optimizer, engine._ds._config.zero_config
+    told = tuple(part is not None and part.device == "cpu" for part in (zero.offload_optimizer, zero.offload_param))
+    flats = [piece.flat for piece in local_pieces(optimizer, engine.names)]
+    state = base_optimizer(optimizer).state
+    tensors = [*flats, *(state[flat][moment] for flat in flats for moment in ("exp_avg", "exp_avg_sq"))]
+    parameters = {getattr(p, "ds_tensor", p).untyped_storage().data_ptr() for p in engine.names}
+    host = {flat.untyped_storage().data_ptr() for flat in getattr(optimizer, "param_groups_fp16_flat_cpu_memory", ())}
+    return (
+        (told[0], told[1]),
+        all(flat.grad is not None for flat in flats),
+        parameters <= host,
+        {tensor.device.type for tensor in tensors},
+    )
+
+
+@pytest.mark.parametrize("layout", [replace(layout, accumulation=2) for layout in OFFLOADED], ids=str)
+def test_gradients_that_leave_in_many_buckets_are_whole(layout: Layout) -> None:
+    """As of a model of more than 2^27 parameters: the place of one bucket is used again for the next, before or after
+    the host has its copy. Some tensors are larger than a bucket."""
+    for outcome in run_ranks(run_in_small_buckets, 2, layout, 1500):
+        assert_equal_within(outcome, reference(layout.tied), 1e-5)
+
+
+def run_in_small_buckets(layout: Layout, elements: int) -> Outcome:
+    """A run whose gradients are reduced so many at a time."""
+    usual = engine_module.bucket_elements
+    engine_module.bucket_elements = lambda parameters: elements
+    try:
+        engine = tiny.make_engine(layout)
+    finally:
+        engine_module.bucket_elements = usual
+    assert engine._ds._config.zero_config.reduce_bucket_size == elements
+    losses, norms = tiny.train(engine, 0, STEPS)
+    return Outcome(losses, norms, engine.layout, tiny.whole_state(engine))
+
+
 @pytest.mark.parametrize(
     ("world", "layout", "optimizer"),
     [
@@ -165,6 +247,14 @@ def test_layout_equals_plain_pytorch(world: int, layout: Layout) -> None:
         (2, Layout(zero_stage=1, precision="bf16_autocast"), "DeepSpeedZeroOptimizer"),
         (2, Layout(zero_stage=1, precision="bf16", accumulation=2, pipeline=2), "BF16_Optimizer"),
         (4, Layout(zero_stage=1, precision="bf16", pipeline=2, tied=True), "BF16_Optimizer"),
+        (2, Layout(zero_stage=1, precision="bf16", accumulation=2, offload="optimizer"), "DeepSpeedZeroOptimizer"),
+        (2, Layout(zero_stage=2, precision="bf16_autocast", offload="optimizer"), "DeepSpeedZeroOptimizer"),
+        (2, Layout(zero_stage=3, precision="bf16", offload="parameters"), "DeepSpeedZeroOptimizer_Stage3"),
+        (
+            2,
+            Layout(zero_stage=1, precision="bf16", accumulation=2, pipeline=2, offload="optimizer"),
+            "DeepSpeedZeroOptimizer",
+        ),
     ],
     ids=str,
 )
@@ -172,6 +262,7 @@ def test_bf16_losses_stay_near_fp32(world: int, layout: Layout, optimizer: str) 
     for outcome in run_ranks(tiny.run, world, layout, STEPS):
         assert outcome.layout["optimizer"] == optimizer
         assert outcome.layout["precision"] == layout.precision
+        assert outcome.layout["offload"] == layout.offload
         expected = reference(layout.tied)
         torch.testing.assert_close(torch.tensor(outcome.losses), torch.tensor(expected.losses), rtol=5e-3, atol=0)
         # No gradient is missing: that of the head alone is 13 % of the norm, rounding 0.4 %.
@@ -199,16 +290,19 @@ def run_and_count_graphs(layout: Layout) -> tuple[Outcome, int]:
 
 def test_bf16_gradients_are_accumulated_and_reduced_in_fp32() -> None:
     """With four micro-batches the gradient that the optimizer gets is not a bf16 number in most places."""
-    for stage, world in ((1, 1), (2, 2)):
-        layout = Layout(zero_stage=stage, precision="bf16", accumulation=4)
-        for share in run_ranks(share_of_bf16_gradients, world, layout):
-            assert share < 0.9, f"stage {stage}: {share:.0%} of the gradient's elements are exactly bf16"
+    for world, layout in (
+        (1, Layout(zero_stage=1)),
+        (2, Layout(zero_stage=2)),
+        *[(2, layout) for layout in OFFLOADED],
+    ):
+        for share in run_ranks(share_of_bf16_gradients, world, replace(layout, precision="bf16", accumulation=4)):
+            assert share < 0.9, f"{layout}: {share:.0%} of the gradient's elements are exactly bf16"
 
 
 def share_of_bf16_gradients(layout: Layout) -> float:
-    """Share of the elements of the reduced gradients that are exactly representable in bf16."""
-    from solomonov.partition import base_optimizer
-
+    """Share of the elements of the reduced gradients that are exactly representable in bf16, in an engine that is not
+    the first one of its process: an earlier one did autocast."""
+    tiny.make_engine(replace(layout, precision="bf16_autocast"))
     # Without clipping, whose factor would make any number one that bf16 cannot hold.
     engine = Engine(replace(tiny.make_engine(layout).spec, gradient_clipping=0.0), tiny.CPU)
     base = base_optimizer(engine._optimizer)
@@ -239,10 +333,10 @@ def test_the_bound_tells_another_learning_rate() -> None:
         assert_equal_within(Outcome(expected.losses, expected.norms, {}, moved), expected, 1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_nan_skips_the_update_on_all_ranks(stage: int) -> None:
+@pytest.mark.parametrize("layout", [*[Layout(zero_stage=stage) for stage in (0, 1, 2, 3)], *OFFLOADED], ids=str)
+def test_a_nan_skips_the_update_on_all_ranks(layout: Layout) -> None:
     """One NaN in one rank's gradient: every rank skips, and the state equals that of a run without the step."""
-    for skipped, equal, finite in run_ranks(poisoned_step, 2, Layout(zero_stage=stage)):
+    for skipped, equal, finite in run_ranks(poisoned_step, 2, layout):
         assert skipped
         assert equal
         assert finite

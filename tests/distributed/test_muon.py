@@ -26,6 +26,8 @@ CASES = [
     (2, Layout(zero_stage=2, accumulation=4, muon=True)),
     (2, Layout(zero_stage=3, accumulation=2, muon=True)),
     (2, Layout(zero_stage=1, accumulation=2, pipeline=2, muon=True)),
+    (2, Layout(zero_stage=1, accumulation=2, offload="optimizer", muon=True)),
+    (2, Layout(zero_stage=3, offload="parameters", muon=True)),
     (4, Layout(zero_stage=1, muon=True)),
     (4, Layout(zero_stage=3, muon=True)),
     (4, Layout(zero_stage=1, pipeline=2, tied=True, muon=True)),

@@ -36,8 +36,8 @@ def make_engine(layout: Layout, recompute: Recompute) -> Engine:
     spec = tiny.make_engine(layout).spec
     made = engine_module.deepspeed_config
 
-    def config(spec: Any) -> dict[str, Any]:
-        result = made(spec)
+    def config(spec: Any, device: torch.device) -> dict[str, Any]:
+        result = made(spec, device)
         result["zero_optimization"] |= NOTHING_WHOLE
         return result
 

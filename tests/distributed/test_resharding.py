@@ -5,6 +5,7 @@ At the same layout everything is equal to the bit; DeepSpeed's own restore of it
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from tests.support.tiny import Layout
 pytestmark = pytest.mark.dist
 
 ZERO1 = Layout(zero_stage=1)
+OFFLOADED = [
+    *[Layout(zero_stage=stage, offload="optimizer") for stage in (1, 2, 3)],
+    Layout(zero_stage=3, offload="parameters"),
+]
 TARGETS = [
     (1, Layout(zero_stage=0)),
     (1, Layout(zero_stage=3)),
@@ -24,12 +29,16 @@ TARGETS = [
     (2, Layout(zero_stage=2)),
     (2, Layout(zero_stage=3, accumulation=2)),
     (2, Layout(zero_stage=1, accumulation=2, pipeline=2)),
+    (1, Layout(zero_stage=3, offload="parameters")),
+    *[(2, layout) for layout in OFFLOADED],
 ]
 SOURCES = [
     (1, Layout(zero_stage=0)),
     (2, Layout(zero_stage=0)),
     (2, Layout(zero_stage=3)),
     (2, Layout(zero_stage=1, accumulation=2, pipeline=2)),
+    (1, Layout(zero_stage=1, offload="optimizer")),
+    *[(2, layout) for layout in OFFLOADED],
 ]
 
 
@@ -49,6 +58,7 @@ def assert_same_rest(left: tiny.Outcome, right: tiny.Outcome, *, exact: bool) ->
 def test_zero1_on_two_ranks_loads_anywhere(world: int, target: Layout, tmp_path: Path) -> None:
     saved, rest = run_ranks(tiny.run_and_save, 2, ZERO1, 3, tmp_path / "a")[0]
     restored, goes_on = run_ranks(tiny.restore_and_run, world, target, tmp_path / "a", tmp_path / "b")[0]
+    assert goes_on.layout["offload"] == target.offload
     assert restored == saved
     assert_same_rest(goes_on, rest, exact=False)
 
@@ -56,6 +66,7 @@ def test_zero1_on_two_ranks_loads_anywhere(world: int, target: Layout, tmp_path:
 @pytest.mark.parametrize(("world", "source"), SOURCES, ids=[f"from-ranks{w}-{s}" for w, s in SOURCES])
 def test_any_layout_loads_in_zero1_on_two_ranks(world: int, source: Layout, tmp_path: Path) -> None:
     saved, rest = run_ranks(tiny.run_and_save, world, source, 3, tmp_path / "a")[0]
+    assert rest.layout["offload"] == source.offload
     restored, goes_on = run_ranks(tiny.restore_and_run, 2, ZERO1, tmp_path / "a", tmp_path / "b")[0]
     assert restored == saved
     assert_same_rest(goes_on, rest, exact=False)
@@ -68,6 +79,10 @@ SAME = [
     (1, Layout(zero_stage=1, precision="bf16")),
     (2, Layout(zero_stage=3, precision="bf16")),
     (2, Layout(zero_stage=1, accumulation=2, pipeline=2, tied=True)),
+    *[(2, replace(layout, accumulation=2)) for layout in OFFLOADED],
+    (2, Layout(zero_stage=1, precision="bf16", offload="optimizer")),
+    (2, Layout(zero_stage=3, precision="bf16", offload="parameters")),
+    (2, Layout(zero_stage=1, accumulation=2, pipeline=2, tied=True, offload="optimizer")),
 ]
 
 
@@ -80,10 +95,11 @@ def test_same_layout_goes_on_to_the_bit(world: int, layout: Layout, tmp_path: Pa
         assert_same_rest(goes_on, rest, exact=True)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_equals_deepspeeds_own_restore(stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [*[Layout(zero_stage=stage) for stage in (0, 1, 2, 3)], *OFFLOADED], ids=str)
+def test_equals_deepspeeds_own_restore(layout: Layout, tmp_path: Path) -> None:
     """Restored by us and restored by DeepSpeed from its own files: the same state and the same next losses."""
-    for ours, theirs in run_ranks(both_restores, 2, Layout(zero_stage=stage), tmp_path):
+    for ours, theirs in run_ranks(both_restores, 2, layout, tmp_path):
+        assert ours.layout["offload"] == theirs.layout["offload"] == layout.offload
         assert_same_rest(ours, theirs, exact=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import psutil
 import pytest
 
@@ -14,6 +16,12 @@ def test_data_sheets_are_in_one_unit_and_of_one_order() -> None:
         assert 40e9 < device.memory_bytes < 200e9
         assert 3 < device.bf16_flops / device.fp32_flops < 40, "tensor cores"
         assert device.link_bytes_per_second >= device.network_bytes_per_second
+        assert device.bus_bytes_per_second <= 64e9, "PCIe 5.0 x16"
+        assert device.usable_host_bytes is None, "it may be in any machine"
+
+
+def test_offload_leaves_room_on_the_machine() -> None:
+    assert replace(DEVICES["h100"], host_bytes=1000).usable_host_bytes == 700
 
 
 def test_the_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,9 +54,12 @@ def test_the_numbers_of_a_known_model(config: str, capsys: pytest.CaptureFixture
     assert found["seconds"] == pytest.approx(found["seconds_an_update"] * batch["total_steps"])
     assert found["device_hours"] == pytest.approx(found["seconds"] * 64 / 3600)
     assert found["tokens_per_second"] == pytest.approx(4194304 / found["seconds_an_update"])
-    taken = {"zero_stage": 1, "pipeline": 1, "bytes": memory["total"], "relative_seconds": 1.0, "fits": True}
+    layout = {"zero_stage": 1, "pipeline": 1, "offload": "none"}
+    taken = layout | {"bytes": memory["total"], "relative_seconds": 1.0, "fits": True}
     assert taken in found["layouts"]
-    assert {"zero_stage": 2, "pipeline": 4, "refused": "a pipeline needs ZeRO stage 1"} in found["layouts"]
+    refused = {"zero_stage": 2, "pipeline": 4, "offload": "none", "refused": "a pipeline needs ZeRO stage 1"}
+    assert refused in found["layouts"]
+    assert (found["offload"]["host_bytes"], found["offload"]["bus_bytes_an_update"]) == (0, 0.0)
 
 
 def test_people_read_the_same(config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +83,35 @@ def test_what_does_not_fit_is_said_with_what_would(config: str, capsys: pytest.C
     change = out.splitlines()[-1].removeprefix("verdict     does not fit; the smallest change that does: ")
     assert change == "training.activation_checkpointing=selective"
     assert plan(capsys, config, "--gpu", "h100", *change.split())[0] == DONE
+
+
+def test_what_fits_in_no_other_way_is_offloaded_and_says_what_that_takes(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (config, FULL, "training.micro_batch_sequences=1", "--gpu", "h100", "--gpus", "1")
+    code, out, _ = plan(capsys, *words, "--json")
+    found = json.loads(out)
+    assert code == DONE
+    assert found["layout"]["offload"] == "optimizer"
+    assert "nothing fits without offload" in found["layout"]["why"]
+    offload, parameters = found["offload"], found["parameters"]
+    assert offload["host_bytes"] == found["memory"]["host"] >= 16 * parameters
+    assert offload["bus_bytes_an_update"] == (4 + 2) * parameters, "fp32 gradients down, bf16 weights up"
+    by_hand = 6 * parameters / offload["bus_bytes_per_second"] + 28 * parameters / 4e10
+    assert offload["seconds_an_update"] == pytest.approx(by_hand)
+    code, out, _ = plan(capsys, *words)
+    rows = {line.split()[0]: line for line in out.splitlines() if line}
+    assert code == DONE
+    assert "ZeRO 1, optimizer offloaded (chosen: nothing fits without offload" in rows["layout"]
+    assert f"{offload['host_bytes'] / 2**30:.3g} GiB a rank (the size of its machine's memory is not" in rows["host"]
+    assert f"over a bus of 50 GB/s and the update by the machine's cores: {by_hand:.3g} s" in rows["host"]
+    assert out.count("  taken, optimizer offloaded\n") == 1
+    # A configured layout that does not fit is told the same, in words that can be typed behind.
+    code, out, _ = plan(capsys, *words, "parallel.zero_stage=3")
+    change = out.splitlines()[-1].rpartition("does: ")[2]
+    assert code == CONFIGURATION
+    assert change == "parallel.zero_stage=1 parallel.pipeline=1 parallel.offload=optimizer"
+    assert plan(capsys, *words, *change.split())[0] == DONE
 
 
 def test_an_illegal_layout_gets_the_nearest_legal_one(config: str, capsys: pytest.CaptureFixture[str]) -> None:

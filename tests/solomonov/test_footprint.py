@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from solomonov.batch import TokenBatch
 from solomonov.engine import Engine
-from solomonov.footprint import Allocated, footprint
+from solomonov.footprint import Allocated, Footprint, footprint
 from solomonov.model.config import ModelConfig, Recompute
 from solomonov.model.counts import parameter_count
 from solomonov.parallel import ParallelConfig
@@ -61,15 +61,26 @@ def measured_peak(layout: Layout) -> int:
         (2, Layout(zero_stage=1)),
         (2, Layout(zero_stage=3)),
         (2, Layout(zero_stage=1, accumulation=2, pipeline=2)),
+        (1, Layout(zero_stage=1, precision="bf16", offload="optimizer")),
+        (1, Layout(zero_stage=3, precision="bf16", offload="parameters")),
+        (2, Layout(zero_stage=1, accumulation=2, offload="optimizer")),
+        (2, Layout(zero_stage=2, offload="optimizer")),
+        (2, Layout(zero_stage=2, accumulation=2, offload="optimizer")),
+        (2, Layout(zero_stage=3, offload="optimizer")),
+        (2, Layout(zero_stage=3, accumulation=2, offload="parameters")),
+        (2, Layout(zero_stage=1, accumulation=2, pipeline=2, offload="optimizer")),
     ],
     ids=str,
 )
 def test_what_is_foreseen_is_what_is_there(world: int, layout: Layout) -> None:
-    """Never more than 5 % too little, for that ends runs; at most 15 % too much."""
-    parallel = ParallelConfig.model_validate({"zero_stage": layout.zero_stage, "pipeline": layout.pipeline})
+    """Never more than 5 % too little, for that ends runs; at most 15 % too much. On a CPU what is offloaded is there
+    with the rest."""
+    keys = {"zero_stage": layout.zero_stage, "pipeline": layout.pipeline, "offload": layout.offload}
+    parallel = ParallelConfig.model_validate(keys)
     recompute = Recompute(layout.recompute, layout.every)
     plan = plan_of(layout, world)
-    foreseen = footprint(MODEL, VOCAB, plan, parallel, precision=layout.precision, recompute=recompute).total
+    found = footprint(MODEL, VOCAB, plan, parallel, precision=layout.precision, recompute=recompute)
+    foreseen = found.total + found.host
     measured = max(run_ranks(measured_peak, world, layout))
     assert 0.95 * measured <= foreseen <= 1.15 * measured, f"{foreseen / measured:.3f} of what was measured"
 
@@ -83,3 +94,25 @@ def test_a_model_of_any_size_is_foreseen_without_its_memory() -> None:
     assert found.optimizer == pytest.approx(12 * share, rel=1e-3)
     assert found.weights == pytest.approx(2 * share + 2e9, rel=1e-3)
     assert found.total < 40e9
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_offloaded_leaves_the_device(precision: str) -> None:
+    """Masters and moments of a rank's share are 12 bytes a number, its weights 2 or 4: they go, and go to the host."""
+    plan = BatchPlan(SEQUENCE, ROWS, 2, 1, 4, 10)
+
+    def needed(zero_stage: int, offload: str) -> Footprint:
+        parallel = ParallelConfig.model_validate({"zero_stage": zero_stage, "offload": offload})
+        return footprint(MODEL, VOCAB, plan, parallel, precision=precision, recompute=Recompute())
+
+    share = parameter_count(MODEL, VOCAB) / 4
+    for stage in (1, 2, 3):
+        before, after = needed(stage, "none"), needed(stage, "optimizer")
+        assert (before.optimizer, before.host) == (pytest.approx(12 * share, abs=12), 0)
+        assert after.optimizer == 0
+        assert after.host >= 16 * share, "a gradient for each number is there as well"
+        assert after.total < before.total
+    some, all_of_it = needed(3, "optimizer"), needed(3, "parameters")
+    width = 4 if precision == "fp32" else 2
+    assert some.weights - all_of_it.weights == pytest.approx(width * share, abs=width)
+    assert all_of_it.host - some.host == pytest.approx(width * share, abs=width)

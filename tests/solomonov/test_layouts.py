@@ -6,7 +6,8 @@ import pytest
 
 from solomonov.config import Config, parse_config
 from solomonov.errors import ConfigurationError
-from solomonov.layouts import candidates, legal_batch
+from solomonov.layouts import candidates, legal_batch, offloaded_candidates
+from solomonov.parallel import check_layout
 
 TEXT = """\
 run: {name: tiny}
@@ -23,6 +24,18 @@ def config(*overrides: str) -> Config:
 def test_auto_considers_every_stage_and_every_pipeline_that_divides_plainest_first() -> None:
     found = [(parallel.pipeline, parallel.zero_stage) for parallel in candidates(config(), 12)]
     assert found == [(stages, zero) for stages in (1, 2, 3, 4, 6) for zero in (0, 1, 2, 3)]
+
+
+def test_what_could_be_offloaded_is_legal_and_complete() -> None:
+    """Every layout of a stage above 0 without its optimizer, every stage 3 without its parameters; no pipelines of
+    stages 2 and 3 are made legal by that."""
+    found = list(offloaded_candidates(config(), 4))
+    seen = [(parallel.offload, parallel.pipeline, parallel.zero_stage) for parallel in found]
+    assert seen == [
+        *[("optimizer", stages, zero) for stages in (1, 2, 4) for zero in (1, 2, 3)],
+        ("parameters", 1, 3),
+    ]
+    assert all(check_layout(p, precision="bf16", world=4, layers=6) for p in found if p.zero_stage == 1)
 
 
 def test_the_batch_is_that_of_the_configured_layout() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,3 +58,4 @@ def test_a_footprint_is_told_in_its_parts() -> None:
     footprint = Footprint("update", 2**30, 2**31, 3 * 2**30, 0, 2**29)
     expected = "6.5 GiB (weights 1, gradients 2, optimizer 3, activations 0.5; in the update)"
     assert describe(footprint) == expected
+    assert describe(replace(footprint, host=3 * 2**30)) == expected.replace("update)", "update; 3 on the host)")

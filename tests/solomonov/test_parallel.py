@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -54,6 +55,46 @@ def test_what_a_pipeline_excludes(keys: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         check(pipeline=2, **keys)
     assert caught.value.remedy == said
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"offload": "optimizer", "zero_stage": 0},
+            "set parallel.zero_stage to 1 (right on one rank as well), or parallel.offload to none",
+        ),
+        ({"offload": "parameters", "zero_stage": 0}, "set parallel.zero_stage to 3"),
+        (
+            {"offload": "parameters", "zero_stage": 2},
+            "set parallel.zero_stage to 3, or parallel.offload to optimizer",
+        ),
+        (
+            {"offload": "parameters", "zero_stage": 3, "pipeline": 2},
+            "set parallel.offload to optimizer and parallel.zero_stage to 1, or parallel.pipeline to 1",
+        ),
+        ({"offload": "optimizer", "zero_stage": 2, "pipeline": 2}, "set parallel.zero_stage to 1"),
+    ],
+)
+def test_what_cannot_be_offloaded(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        check(**keys)
+    assert caught.value.remedy == said
+
+
+@given(st.sampled_from(["none", "optimizer", "parameters"]), st.sampled_from([0, 1, 2, 3]), st.sampled_from([1, 2]))
+def test_whatever_is_offloaded_one_step_from_a_refusal_is_legal(offload: str, stage: int, pipeline: int) -> None:
+    """What the remedy sets, taken at its word, is a legal layout."""
+    keys: dict[str, Any] = {"offload": offload, "zero_stage": stage, "pipeline": pipeline}
+    try:
+        assert check(**keys) == 4 // pipeline
+        assert offload == "none" or stage >= (3 if offload == "parameters" else 1)
+    except ConfigurationError as error:
+        for way in error.remedy.split(", or "):
+            changes = re.findall(r"parallel\.(\w+) to (\w+)", way)
+            assert changes, "a remedy names keys"
+            changed = keys | {key: int(value) if value.isdigit() else value for key, value in changes}
+            assert check(**changed) == 4 // changed["pipeline"]
 
 
 @given(st.integers(1, 64), st.integers(2, 16), st.integers(1, 40))

@@ -20,6 +20,8 @@ CASES = [
     *[Layout(zero_stage=stage) for stage in (0, 1, 2, 3)],
     Layout(zero_stage=1, precision="bf16"),
     Layout(zero_stage=3, precision="bf16", tied=True),
+    Layout(zero_stage=2, offload="optimizer"),
+    Layout(zero_stage=3, precision="bf16", offload="parameters"),
 ]
 
 

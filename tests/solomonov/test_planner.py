@@ -47,8 +47,8 @@ def question(world: int = 8, *overrides: str, gib: float = 79.0, precision: str 
     return Question(config(*overrides), VOCAB, world, device, precision)
 
 
-def layout(zero_stage: int, pipeline: int = 1) -> ParallelConfig:
-    return ParallelConfig.model_validate({"zero_stage": zero_stage, "pipeline": pipeline})
+def layout(zero_stage: int, pipeline: int = 1, offload: str = "none") -> ParallelConfig:
+    return ParallelConfig.model_validate({"zero_stage": zero_stage, "pipeline": pipeline, "offload": offload})
 
 
 def test_products_take_their_share_of_the_peak() -> None:
@@ -147,11 +147,75 @@ def test_auto_says_why_or_what_would_fit() -> None:
     assert (parallel.zero_stage, parallel.pipeline) != (1, 1)
     assert why.startswith("ZeRO 1 needs ")
     with pytest.raises(ConfigurationError, match="does not fit into memory") as refused:
-        choose(question(1, gib=8.0))
+        choose(question(1, gib=3.0))
     assert "usable" in refused.value.got
     assert refused.value.remedy.endswith("devices")
     with pytest.raises(ConfigurationError, match="the batch does not divide"):
         choose(question(29))
+
+
+def test_offload_is_the_last_resort() -> None:
+    """Where anything fits on the devices nothing is offloaded, however fast the bus; where nothing does, the plainest
+    offloaded layout is taken that fits on the device and on its machine."""
+    fast = replace(question(8).device, bus_bytes_per_second=1e18, host_bytes=10**15)
+    assert all(item.parallel.offload == "none" for item in survey(replace(question(8), device=fast)))
+    short = replace(question(1, gib=12.0), device=replace(question(1, gib=12.0).device, host_bytes=64 * GIB))
+    parallel, why = choose(short)
+    assert (parallel.zero_stage, parallel.pipeline, parallel.offload) == (1, 1, "optimizer")
+    assert why.startswith("nothing fits without offload, of which ZeRO ")
+    seconds = estimate(short, parallel).offload_seconds
+    assert why.endswith(f"each update waits {seconds:.3g} s for the bus and the machine's cores")
+    # 16 bytes a number and more, of which 0.7 of 20 GiB has not enough room.
+    crowded = replace(short, device=replace(short.device, host_bytes=20 * GIB))
+    assert parameter_count(short.config.model, VOCAB) * 16 > 14 * GIB
+    with pytest.raises(ConfigurationError, match="does not fit into memory") as refused:
+        choose(crowded)
+    assert "on the host" in refused.value.got
+    assert "on its machine with 70% of its share" in refused.value.rule
+    # Where the table shows both, because the configuration offloads, a slow layout that fits without is preferred.
+    both = found_estimates(survey(question(8, "parallel.zero_stage=1", "parallel.offload=optimizer")))
+    slow = [replace(item, exchange_seconds=1e6) if item.parallel.offload == "none" else item for item in both]
+    preferred = best(slow)
+    assert {item.parallel.offload for item in slow} == {"none", "optimizer", "parameters"}
+    assert preferred is not None
+    assert preferred.parallel.offload == "none"
+    # The memory of a CPU is its machine's.
+    on_cpu = replace(short, device=replace(short.device, name="cpu"))
+    assert all(item.parallel.offload == "none" for item in survey(on_cpu))
+    apart, together = estimate(short, parallel).footprint, estimate(on_cpu, parallel).footprint
+    assert (together.total, together.host) == (apart.total + apart.host, 0)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "offload", "precision", "rows", "a_number"),
+    [
+        (1, "optimizer", "bf16", 2, 4 + 2),
+        (1, "optimizer", "fp32", 2, 4 + 4),
+        (2, "optimizer", "bf16", 2, 4 + 2),
+        (2, "optimizer", "fp32", 64, 4 + 4),
+        (2, "optimizer", "fp32", 32, 2 * 8 + 4),
+        (3, "optimizer", "bf16", 64, 8 + 2),
+        (3, "optimizer", "bf16", 32, 2 * 8 + 2),
+        (3, "parameters", "bf16", 32, 2 * 8 + 2 + 2 * 2 * 2),
+        (1, "none", "bf16", 2, 0),
+    ],
+)
+def test_what_goes_over_the_bus(zero_stage: int, offload: str, precision: str, rows: int, a_number: int) -> None:
+    """512 rows on 8 ranks in micro-batches of 64 or 32 are 1 or 2 of them: bytes for each number that a rank owns."""
+    asked = question(8, f"training.micro_batch_sequences={rows}", precision=precision)
+    item = estimate(asked, layout(zero_stage, offload=offload))
+    owned = parameter_count(asked.config.model, VOCAB) / 8
+    assert item.bus_bytes == pytest.approx(a_number * owned)
+    update = 28 * owned / 4e10 if offload != "none" else 0.0
+    assert item.offload_seconds == pytest.approx(item.bus_bytes / 50e9 + update)
+    assert item.seconds == item.compute_seconds + item.exchange_seconds + item.offload_seconds
+
+
+def test_an_allocation_that_failed_may_be_told_to_offload() -> None:
+    asked = question(1, "parallel.zero_stage=1", "training.micro_batch_sequences=1", gib=12.0)
+    told = cannot_allocate(asked, MemoryError("no room"), 3 * GIB)
+    change = "parallel.zero_stage=1 parallel.pipeline=1 parallel.offload=optimizer"
+    assert told.remedy == f"the smallest change that would fit: {change}"
 
 
 def test_a_refused_allocation_is_told_with_the_plan() -> None:

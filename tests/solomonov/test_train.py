@@ -79,8 +79,13 @@ def plain_losses(run: RunFolder) -> list[tuple[float, float, float]]:
 
 @pytest.mark.parametrize(
     ("world", "overrides"),
-    [(1, ("parallel.zero_stage=0",)), (2, ()), (2, ("parallel.zero_stage=3", "training.micro_batch_sequences=1"))],
-    ids=["one-rank-zero0", "two-ranks-zero1", "two-ranks-zero3"],
+    [
+        (1, ("parallel.zero_stage=0",)),
+        (2, ()),
+        (2, ("parallel.zero_stage=3", "training.micro_batch_sequences=1")),
+        (2, ("parallel.zero_stage=2", "parallel.offload=optimizer")),
+    ],
+    ids=["one-rank-zero0", "two-ranks-zero1", "two-ranks-zero3", "two-ranks-zero2-offloaded"],
 )
 def test_the_loop_is_a_plain_loop(world: int, overrides: tuple[str, ...], tmp_path: Path) -> None:
     run = made(tmp_path, *overrides, ranks=world)
@@ -95,6 +100,7 @@ def test_the_loop_is_a_plain_loop(world: int, overrides: tuple[str, ...], tmp_pa
     assert layout is not None
     assert layout["layout"]["world"] == world
     assert layout["layout"]["zero_stage"] == run.config().parallel.zero_stage
+    assert layout["layout"]["offload"] == run.config().parallel.offload
     assert run.journal.last("training_finished")["tokens"] == sum(line["tokens"] for line in lines)  # type: ignore[index]
     assert not unexpected(list(run.journal.events()))
 

@@ -19,6 +19,7 @@ from solomonov.config import OptimizerConfig
 from solomonov.distributed import Control
 from solomonov.engine import Engine, EngineSpec
 from solomonov.model.config import ModelConfig, Recompute, RecomputeMode
+from solomonov.parallel import Offload
 from solomonov.plan import BatchPlan
 from solomonov.topology import RankGrid
 
@@ -48,6 +49,7 @@ class Layout:
     muon: bool = False
     top_heavy: bool = False
     """Three layers under a head that costs more than all of them."""
+    offload: Offload = "none"
     shuffled: bool = False
     """The four ranks stand in the grid as in SHUFFLED."""
 
@@ -56,6 +58,7 @@ class Layout:
         parts += ["tied"] * self.tied + [self.recompute] * (self.recompute != "none")
         parts += [f"every{self.every}"] * (self.every > 1)
         parts += ["muon"] * self.muon + ["top-heavy"] * self.top_heavy
+        parts += [f"offload_{self.offload}"] * (self.offload != "none")
         return "-".join(parts + ["compiled"] * self.compile + ["shuffled"] * self.shuffled)
 
 
@@ -87,12 +90,12 @@ def batch(step: int, rows: list[int]) -> TokenBatch:
     return TokenBatch(step * ROWS + index, ids[index], labels[index], documents[index])
 
 
-def make_engine(layout: Layout) -> Engine:
-    """An engine over all ranks of this pool."""
-    data_parallel = dist.get_world_size() // layout.pipeline
+def make_spec(layout: Layout, world: int) -> EngineSpec:
+    """What an engine in a layout is built from, on so many ranks."""
+    data_parallel = world // layout.pipeline
     micro = ROWS // (data_parallel * layout.accumulation)
     plan = BatchPlan(SEQUENCE, ROWS, micro, layout.accumulation, data_parallel, total_steps=100)
-    spec = EngineSpec(
+    return EngineSpec(
         model=tiny_model(layout.tied, 3 if layout.top_heavy else 2),
         vocab_size=2000 if layout.top_heavy else VOCAB,
         seed=SEED,
@@ -104,8 +107,13 @@ def make_engine(layout: Layout) -> Engine:
         recompute=Recompute(layout.recompute, layout.every),
         compile=layout.compile,
         pipeline=layout.pipeline,
+        offload=layout.offload,
     )
-    return Engine(spec, CPU, SHUFFLED if layout.shuffled else None)
+
+
+def make_engine(layout: Layout) -> Engine:
+    """An engine over all ranks of this pool."""
+    return Engine(make_spec(layout, dist.get_world_size()), CPU, SHUFFLED if layout.shuffled else None)
 
 
 def train(engine: Engine, first: int, last: int) -> tuple[list[float], list[float]]:
