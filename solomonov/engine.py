@@ -148,6 +148,19 @@ def forget_earlier_engines(deepspeed: Any) -> None:
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 
+def sum_tied_gradients(pipeline: Any) -> None:
+    """Add up the gradients of a tied weight over the stages that hold it, once all micro-batches are done.
+
+    In the place of DeepSpeed's own, which looks for them where all optimizers but that of an offloaded bf16 one have
+    them, and finds none there: each stage would go on with its part of them.
+    """
+    for weight, group in pipeline.module.get_tied_weights_and_groups():
+        accumulated = getattr(weight, "grad_accum", None)
+        gradient = weight.grad if accumulated is None else accumulated
+        assert gradient is not None, "a tied weight has no gradient after all micro-batches"
+        dist.all_reduce(gradient, group=group)
+
+
 class Engine:
     """A model, its optimizer and their layout over the ranks, behind DeepSpeed.
 
@@ -179,6 +192,10 @@ class Engine:
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(spec, device), dist_init_required=False
         )
+        if spec.pipeline > 1 and getattr(self._optimizer, "use_grad_accum_attribute", False):
+            from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
+
+            self._ds._INSTRUCTION_MAP = self._ds._INSTRUCTION_MAP | {ReduceTiedGrads: sum_tied_gradients}
         self.names: dict[torch.nn.Parameter, str] = {
             p: canonical(name, self._layers) for name, p in self._ds.module.named_parameters()
         }
