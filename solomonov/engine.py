@@ -266,9 +266,11 @@ class Engine:
         apply = optimizer.step
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
-            self._norm = float(norm)
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in parameters]
+            # Of a tied weight each stage that holds it has the whole gradient: the first one's counts.
+            counted = [p.grad for p in parameters if not getattr(p, "ds_pipe_replicated", False)]
+            self._norm = self._global_norm(counted)
             if not math.isfinite(self._norm):
                 return None
             limit = self.spec.gradient_clipping
@@ -278,6 +280,17 @@ class Engine:
             return apply(*args, **kwargs)
 
         optimizer.step = step  # type: ignore[method-assign]
+
+    def _global_norm(self, gradients: Sequence[torch.Tensor]) -> float:
+        """L2 norm of reduced gradients; in a pipeline of those of all stages, the same on each."""
+        norms = [torch.linalg.vector_norm(gradient.float()) for gradient in gradients]
+        if self.spec.pipeline == 1:
+            return float(torch.linalg.vector_norm(torch.stack(norms)))
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for norm in norms:
+            squares += norm.double().square()
+        dist.all_reduce(squares, group=self._ds.grid.get_pipe_parallel_group())
+        return math.sqrt(float(squares))
 
     # ----------------------------------------------------------------------------------------------- pipeline
 

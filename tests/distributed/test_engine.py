@@ -42,6 +42,10 @@ CASES = [
     (4, Layout(zero_stage=1, accumulation=2, pipeline=2)),
     (4, Layout(zero_stage=1, pipeline=2, tied=True)),
     (4, Layout(zero_stage=1, pipeline=2, tied=True, shuffled=True)),
+    (2, Layout(zero_stage=0, accumulation=2, pipeline=2)),
+    (2, Layout(zero_stage=0, accumulation=4, pipeline=2, tied=True)),
+    (4, Layout(zero_stage=0, accumulation=2, pipeline=2, recompute="full")),
+    (4, Layout(zero_stage=0, pipeline=2, tied=True, shuffled=True)),
     (1, Layout(zero_stage=1, offload="optimizer")),
     (1, Layout(zero_stage=3, accumulation=2, offload="parameters")),
     *[(2, Layout(zero_stage=stage, accumulation=2, offload="optimizer")) for stage in (1, 2, 3)],
@@ -264,7 +268,7 @@ TIED = Layout(zero_stage=1, accumulation=2, pipeline=2, tied=True)
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
     "layout",
-    [TIED, *[replace(TIED, precision="bf16", offload=offload) for offload in ("none", "optimizer")]],
+    [TIED, replace(TIED, zero_stage=0), *[replace(TIED, precision="bf16", offload=o) for o in ("none", "optimizer")]],
     ids=str,
 )
 def test_the_copies_of_a_tied_weight_stay_equal_to_the_bit(world: int, layout: Layout) -> None:
@@ -372,7 +376,7 @@ def poisoned_step(layout: Layout) -> tuple[bool, bool, bool]:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("layout", [TIED, replace(TIED, offload="optimizer")], ids=str)
+@pytest.mark.parametrize("layout", [TIED, replace(TIED, zero_stage=0), replace(TIED, offload="optimizer")], ids=str)
 def test_a_nan_in_one_stage_skips_the_update_in_all(world: int, layout: Layout) -> None:
     """In the gradient of one weight of one rank, of the first stage or of the last one."""
     for skipped, equal, finite in run_ranks(poisoned_stages, world, layout):
