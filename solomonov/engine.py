@@ -147,6 +147,19 @@ def forget_earlier_engines(deepspeed: Any) -> None:
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 
+def sum_tied_gradients(pipeline: Any) -> None:
+    """Add up the gradients of a tied weight over the stages that hold it, once all micro-batches are done.
+
+    In the place of DeepSpeed's own, which looks for them where all optimizers but that of an offloaded bf16 one have
+    them, and finds none there: each stage would go on with its part of them.
+    """
+    for weight, group in pipeline.module.get_tied_weights_and_groups():
+        accumulated = getattr(weight, "grad_accum", None)
+        gradient = weight.grad if accumulated is None else accumulated
+        assert gradient is not None, "a tied weight has no gradient after all micro-batches"
+        dist.all_reduce(gradient, group=group)
+
+
 class Engine:
     """A model, its optimizer and their layout over the ranks, behind DeepSpeed.
 
@@ -185,6 +198,10 @@ class Engine:
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(spec, device), dist_init_required=False
         )
+        if spec.pipeline > 1 and getattr(self._optimizer, "use_grad_accum_attribute", False):
+            from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
+
+            self._ds._INSTRUCTION_MAP = self._ds._INSTRUCTION_MAP | {ReduceTiedGrads: sum_tied_gradients}
         self.names: dict[torch.nn.Parameter, str] = {
             p: canonical(name, self._layers) for name, p in self._ds.module.named_parameters() if p not in set(fillers)
         }
@@ -267,9 +284,11 @@ class Engine:
         apply = optimizer.step
 
         def step(*args: Any, **kwargs: Any) -> Any:
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
-            self._norm = float(norm)
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in parameters]
+            # Of a tied weight each stage that holds it has the whole gradient: the first one's counts.
+            counted = [p.grad for p in parameters if not getattr(p, "ds_pipe_replicated", False)]
+            self._norm = self._global_norm(counted)
             if not math.isfinite(self._norm):
                 return None
             limit = self.spec.gradient_clipping
@@ -279,6 +298,17 @@ class Engine:
             return apply(*args, **kwargs)
 
         optimizer.step = step  # type: ignore[method-assign]
+
+    def _global_norm(self, gradients: Sequence[torch.Tensor]) -> float:
+        """L2 norm of reduced gradients; in a pipeline of those of all stages, the same on each."""
+        norms = [torch.linalg.vector_norm(gradient.float()) for gradient in gradients]
+        if self.spec.pipeline == 1:
+            return float(torch.linalg.vector_norm(torch.stack(norms)))
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for norm in norms:
+            squares += norm.double().square()
+        dist.all_reduce(squares, group=self._ds.grid.get_pipe_parallel_group())
+        return math.sqrt(float(squares))
 
     # ----------------------------------------------------------------------------------------------- pipeline
 

@@ -68,7 +68,8 @@ def check_layout(parallel: ParallelConfig, *, precision: str, world: int, layers
             "bf16 parameters need ZeRO stage 1 or higher",
             got=f"parallel.zero_stage: 0 with precision {precision}",
             rule="at stage 0 DeepSpeed takes a hidden optimizer step at start, which changes the run's numbers",
-            remedy="set parallel.zero_stage to 1 (right on one rank as well), or training.precision to bf16_autocast",
+            remedy="set parallel.zero_stage to 1 (right on one rank as well), or training.precision to"
+            f" {'bf16_autocast' if parallel.pipeline == 1 else 'fp32'}",
         )
     return world // parallel.pipeline
 
@@ -94,21 +95,20 @@ def offload_refusal(parallel: ParallelConfig) -> ConfigurationError | None:
     if offload == "optimizer" and stage == 0:
         return ConfigurationError(
             "an offloaded optimizer needs ZeRO stage 1 or higher",
-            got="parallel.offload: optimizer with parallel.zero_stage: 0",
+            got=f"parallel.offload: {offload} with parallel.zero_stage: {stage}",
             rule="at stage 0 the parameters themselves are the masters, and DeepSpeed moves none of them",
-            remedy="set parallel.zero_stage to 1 (right on one rank as well)"
-            + (", or parallel.offload to none" if parallel.pipeline == 1 else ""),
+            remedy="set parallel.zero_stage to 1 (right on one rank as well), or parallel.offload to none",
         )
     return None
 
 
 def _check_pipeline(parallel: ParallelConfig, *, precision: str, world: int, layers: int) -> None:
     stages = parallel.pipeline
-    if parallel.zero_stage != 1:
+    if parallel.zero_stage > 1:
         raise ConfigurationError(
-            "a pipeline needs ZeRO stage 1",
+            "a pipeline needs ZeRO stage 1 or 0",
             got=f"parallel.zero_stage: {parallel.zero_stage} with parallel.pipeline: {stages}",
-            rule="DeepSpeed's pipeline excludes stages 2 and 3, and stage 0 has no norm over pipeline stages",
+            rule="DeepSpeed's pipeline excludes stages 2 and 3",
             remedy="set parallel.zero_stage to 1",
         )
     if precision == "bf16_autocast":

@@ -7,6 +7,7 @@ in bf16. Each case first asserts that its layout really ran.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -41,6 +42,10 @@ CASES = [
     (4, Layout(zero_stage=1, accumulation=2, pipeline=2)),
     (4, Layout(zero_stage=1, pipeline=2, tied=True)),
     (4, Layout(zero_stage=1, pipeline=2, tied=True, shuffled=True)),
+    (2, Layout(zero_stage=0, accumulation=2, pipeline=2)),
+    (2, Layout(zero_stage=0, accumulation=4, pipeline=2, tied=True)),
+    (4, Layout(zero_stage=0, accumulation=2, pipeline=2, recompute="full")),
+    (4, Layout(zero_stage=0, pipeline=2, tied=True, shuffled=True)),
     (1, Layout(zero_stage=1, offload="optimizer")),
     (1, Layout(zero_stage=3, accumulation=2, offload="parameters")),
     *[(2, Layout(zero_stage=stage, accumulation=2, offload="optimizer")) for stage in (1, 2, 3)],
@@ -252,7 +257,7 @@ def run_in_small_buckets(layout: Layout, elements: int) -> Outcome:
         (2, Layout(zero_stage=3, precision="bf16", offload="parameters"), "DeepSpeedZeroOptimizer_Stage3"),
         (
             2,
-            Layout(zero_stage=1, precision="bf16", accumulation=2, pipeline=2, offload="optimizer"),
+            Layout(zero_stage=1, precision="bf16", accumulation=2, pipeline=2, tied=True, offload="optimizer"),
             "DeepSpeedZeroOptimizer",
         ),
     ],
@@ -269,6 +274,28 @@ def test_bf16_losses_stay_near_fp32(world: int, layout: Layout, optimizer: str) 
         torch.testing.assert_close(torch.tensor(outcome.norms), torch.tensor(expected.norms), rtol=2e-2, atol=0)
         masters = [tensor for (_, kind), tensor in outcome.state.items() if kind == "master"]
         assert all(tensor.dtype == torch.float32 for tensor in masters)
+
+
+TIED = Layout(zero_stage=1, accumulation=2, pipeline=2, tied=True)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    "layout",
+    [TIED, replace(TIED, zero_stage=0), *[replace(TIED, precision="bf16", offload=o) for o in ("none", "optimizer")]],
+    ids=str,
+)
+def test_the_copies_of_a_tied_weight_stay_equal_to_the_bit(world: int, layout: Layout) -> None:
+    copies = [copy for copy in run_ranks(tied_weight, world, layout) if copy is not None]
+    assert len(copies) == world, "the first stage and the last have one each"
+    assert all(torch.equal(copies[0], copy) for copy in copies)
+
+
+def tied_weight(layout: Layout) -> torch.Tensor | None:
+    """This rank's copy of the embedding after three updates, if it has one."""
+    engine = tiny.make_engine(layout)
+    tiny.train(engine, 0, 3)
+    return next((p.detach().clone() for p, name in engine.names.items() if name == "embedding.weight"), None)
 
 
 @pytest.mark.timeout(600)
@@ -360,3 +387,36 @@ def poisoned_step(layout: Layout) -> tuple[bool, bool, bool]:
     equal = all(torch.equal(before[key], after[key]) for key in before)
     losses, norms = tiny.train(engine, 3, 4)
     return update.skipped, equal, all(torch.isfinite(torch.tensor(losses + norms)).tolist())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("layout", [TIED, replace(TIED, zero_stage=0), replace(TIED, offload="optimizer")], ids=str)
+def test_a_nan_in_one_stage_skips_the_update_in_all(world: int, layout: Layout) -> None:
+    """In the gradient of one weight of one rank, of the first stage or of the last one."""
+    for skipped, equal, finite in run_ranks(poisoned_stages, world, layout):
+        assert skipped == [False, True, False, True, False]
+        assert equal
+        assert finite
+
+
+def poisoned_stages(layout: Layout) -> tuple[list[bool], bool, bool]:
+    """Updates with a NaN on no rank, on rank 0, on none, on the last, on none: which were skipped, did the state stay,
+    were the losses finite?"""
+    import torch.distributed as dist
+
+    engine = tiny.make_engine(layout)
+    parameter = next(p for p, name in engine.names.items() if name.startswith("layers."))
+    skipped, equal, losses = [], True, []
+    for step, guilty in enumerate((None, 0, None, dist.get_world_size() - 1, None)):
+        before = tiny.whole_state(engine)
+        mine = dist.get_rank() == guilty
+        hook = parameter.register_hook(lambda gradient: gradient * float("nan")) if mine else None
+        found, norms = tiny.train(engine, step, step + 1)
+        if hook is not None:
+            hook.remove()
+        after = tiny.whole_state(engine)
+        skipped.append(not math.isfinite(norms[0]))
+        if guilty is not None:
+            equal = equal and all(torch.equal(before[key], after[key]) for key in before)
+        losses += found
+    return skipped, equal, all(math.isfinite(loss) for loss in losses)

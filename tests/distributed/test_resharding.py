@@ -29,6 +29,7 @@ TARGETS = [
     (2, Layout(zero_stage=2)),
     (2, Layout(zero_stage=3, accumulation=2)),
     (2, Layout(zero_stage=1, accumulation=2, pipeline=2)),
+    (2, Layout(zero_stage=0, accumulation=2, pipeline=2)),
     (1, Layout(zero_stage=3, offload="parameters")),
     *[(2, layout) for layout in OFFLOADED],
 ]
@@ -37,6 +38,7 @@ SOURCES = [
     (2, Layout(zero_stage=0)),
     (2, Layout(zero_stage=3)),
     (2, Layout(zero_stage=1, accumulation=2, pipeline=2)),
+    (2, Layout(zero_stage=0, accumulation=2, pipeline=2)),
     (1, Layout(zero_stage=1, offload="optimizer")),
     *[(2, layout) for layout in OFFLOADED],
 ]
@@ -79,6 +81,8 @@ SAME = [
     (1, Layout(zero_stage=1, precision="bf16")),
     (2, Layout(zero_stage=3, precision="bf16")),
     (2, Layout(zero_stage=1, accumulation=2, pipeline=2, tied=True)),
+    (2, Layout(zero_stage=0, accumulation=2, pipeline=2, tied=True)),
+    (4, Layout(zero_stage=0, accumulation=2, pipeline=2)),
     *[(2, replace(layout, accumulation=2)) for layout in OFFLOADED],
     (2, Layout(zero_stage=1, precision="bf16", offload="optimizer")),
     (2, Layout(zero_stage=3, precision="bf16", offload="parameters")),

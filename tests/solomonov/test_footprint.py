@@ -61,6 +61,7 @@ def measured_peak(layout: Layout) -> int:
         (2, Layout(zero_stage=1)),
         (2, Layout(zero_stage=3)),
         (2, Layout(zero_stage=1, accumulation=2, pipeline=2)),
+        (2, Layout(zero_stage=0, accumulation=2, pipeline=2)),
         (1, Layout(zero_stage=1, precision="bf16", offload="optimizer")),
         (1, Layout(zero_stage=3, precision="bf16", offload="parameters")),
         (2, Layout(zero_stage=1, accumulation=2, offload="optimizer")),

@@ -37,12 +37,17 @@ def test_sequence_parallel_is_not_offered() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
 def test_the_ranks_of_a_stage_are_data_parallel(world: int, stages: int, copies: int, precision: str) -> None:
     assert check(world=world, precision=precision, pipeline=stages) == copies
+    if precision != "bf16":
+        assert check(world=world, precision=precision, pipeline=stages, zero_stage=0) == copies
 
 
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"zero_stage": 0}, "set parallel.zero_stage to 1"),
+        (
+            {"zero_stage": 0, "precision": "bf16"},
+            "set parallel.zero_stage to 1 (right on one rank as well), or training.precision to fp32",
+        ),
         ({"zero_stage": 2}, "set parallel.zero_stage to 1"),
         ({"zero_stage": 3}, "set parallel.zero_stage to 1"),
         ({"precision": "bf16_autocast"}, "set training.precision to bf16 or fp32"),
