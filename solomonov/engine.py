@@ -61,6 +61,8 @@ class EngineSpec:
     recompute: Recompute = NOTHING_AGAIN
     compile: bool = False
     pipeline: int = 1
+    z_loss: float = 0.0
+    """Coefficient of the mean of ln^2 Z."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class Engine:
         self.device = device
         self._layers = layer_names(spec.model)
         self._norm = math.nan
+        self._sums = self._no_sums()
         model: torch.nn.Module
         if spec.pipeline > 1:
             model = self._pipeline_module(deepspeed, grid)
@@ -179,24 +182,46 @@ class Engine:
 
         The loss of a micro-batch is the sum over its tokens divided by the update's global count, so that a token
         weighs the same wherever it is. DeepSpeed divides by the accumulation steps and averages over the
-        data-parallel ranks; the factor below undoes both.
+        data-parallel ranks; the factor below undoes both. The z-loss is weighed alike; what is
+        returned is without it.
         """
         wanted = self.spec.plan.accumulation if self.needs_rows else 0
         assert len(batches) == wanted, f"{len(batches)} micro-batches, the plan says {wanted}"
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr
         scale = self.spec.plan.accumulation * self.spec.plan.data_parallel / max(1, valid_tokens)
+        self._sums = self._no_sums()
         if self.spec.pipeline > 1:
-            return self._pipeline_batch(batches, scale)
+            self._pipeline_batch(batches, scale)
+            return self._sums[0]
         self._ds.train()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            loss = self._ds(batch.input_ids, batch.document_ids, batch.labels)
-            total += loss.detach()
-            self._ds.backward(loss * scale)
+            found = self._ds(batch.input_ids, batch.document_ids, batch.labels, with_z=self.spec.z_loss > 0.0)
+            self._ds.backward(self._objective(found) * scale)
             if batch is not batches[-1]:
                 self._ds.step()
-        return total
+        return self._sums[0]
+
+    @property
+    def z_sum(self) -> float:
+        """This rank's sum of ln^2 Z over the predicted tokens of the last `forward_backward`; 0 without z-loss."""
+        return float(self._sums[1])
+
+    def _no_sums(self) -> torch.Tensor:
+        """Sums over an update's tokens on this rank, before the first: of cross-entropy, and of ln^2 Z."""
+        return torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def _objective(self, found: torch.Tensor) -> torch.Tensor:
+        """What is minimised, a sum over the tokens of a micro-batch; takes note of its parts.
+
+        Args:
+            found: the sum of cross-entropy; with z-loss (2,), and that of ln^2 Z.
+        """
+        if not self.spec.z_loss:
+            self._sums[0] += found.detach()
+            return found
+        self._sums += found.detach()
+        return found[0] + self.spec.z_loss * found[1]
 
     def update(self) -> Update:
         """Clip and apply the gradients of `forward_backward`, on all ranks or on none."""
@@ -288,21 +313,29 @@ class Engine:
         module: torch.nn.Module = Stages(
             layers=layers,
             topology=topology,
-            loss_fn=lambda outputs, labels: pipeline_loss(outputs, labels[0]) * labels[1][0],
+            loss_fn=self._stage_loss,
         )
         if spec.compile:
             compile_blocks(module)
         return module
 
-    def _pipeline_batch(self, batches: Sequence[TokenBatch], scale: float) -> torch.Tensor:
-        """DeepSpeed's own schedule: all micro-batches, the update included."""
+    def _stage_loss(self, outputs: tuple[torch.Tensor, torch.Tensor], labels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """On the last stage, of one micro-batch: what is minimised, or in an evaluation the sum of cross-entropy.
+
+        Args:
+            labels: (B, T) labels and (1,) factor.
+        """
+        tokens, factor = labels
+        if not self._ds.module.training:
+            return pipeline_loss(outputs, tokens) * factor[0]
+        return self._objective(pipeline_loss(outputs, tokens, with_z=self.spec.z_loss > 0.0)) * factor[0]
+
+    def _pipeline_batch(self, batches: Sequence[TokenBatch], scale: float) -> None:
+        """DeepSpeed's own schedule: all micro-batches, the update included. The last stage has the sums; the mean that
+        train_batch returns is that of what is minimised, z-loss and all."""
         factor = torch.full((1,), scale, dtype=torch.float32, device=self.device)
         micro = (((b.input_ids, b.document_ids), (b.labels, factor)) for b in batches)
-        mean = self._ds.train_batch(data_iter=iter(micro))
-        # train_batch returns the mean over micro-batches and data-parallel ranks, the same on every rank; a stage's
-        # share is such that the sum over all ranks is the sum over the update's tokens.
-        total = float(mean) * self.spec.plan.accumulation * self.spec.plan.data_parallel / scale
-        return torch.tensor(total / dist.get_world_size(), dtype=torch.float64)
+        self._ds.train_batch(data_iter=iter(micro))
 
     @property
     def data_rank(self) -> int:

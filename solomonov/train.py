@@ -126,7 +126,7 @@ def train(
             heartbeat.beat("log")
             state.step, state.tokens = line.step, state.tokens + line.tokens
             state.skipped = state.skipped + 1 if update.skipped else 0
-            line.loss = control.sum_floats([float(loss_sum)])[0] / max(1, line.tokens)
+            line.loss, line.log_z_squared = _means(control, (float(loss_sum), trainer.engine.z_sum), line.tokens)
             line.grad_norm, line.skipped = update.grad_norm, update.skipped
             flags = [int(stop.requested), int(record.superseded())]
             digests = _digests(trainer.engine, batches)
@@ -174,6 +174,11 @@ def _tell_memory(trainer: Trainer) -> None:
             foreseen = estimate(trainer.question, trainer.parallel).footprint
             fields |= {"foreseen_bytes": foreseen.total, "foreseen": describe(foreseen)}
         trainer.record.event("memory", **fields, device_bytes=trainer.question.device.memory_bytes)
+
+
+def _means(control: Control, sums: Sequence[float], tokens: int) -> list[float]:
+    """What the ranks' sums are for each of the update's predicted tokens."""
+    return [total / max(1, tokens) for total in control.sum_floats(sums)]
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -238,6 +243,7 @@ def build(
         recompute=config.training.recompute,
         compile=compile_blocks,
         pipeline=parallel.pipeline,
+        z_loss=config.training.z_loss,
     )
     info = RankInfo.from_environment()
     memory = PeakMemory(device)

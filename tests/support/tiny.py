@@ -46,11 +46,13 @@ class Layout:
     compile: bool = False
     shuffled: bool = False
     """The four ranks stand in the grid as in SHUFFLED."""
+    z_loss: float = 0.0
+    """As `tied`, it changes the numbers: layouts are compared at the same one."""
 
     def __str__(self) -> str:
         parts = [f"zero{self.zero_stage}", f"acc{self.accumulation}", f"pipe{self.pipeline}", self.precision]
         parts += ["tied"] * self.tied + [self.recompute] * (self.recompute != "none")
-        parts += [f"every{self.every}"] * (self.every > 1)
+        parts += [f"every{self.every}"] * (self.every > 1) + [f"z{self.z_loss:g}"] * (self.z_loss > 0)
         return "-".join(parts + ["compiled"] * self.compile + ["shuffled"] * self.shuffled)
 
 
@@ -99,6 +101,7 @@ def make_engine(layout: Layout) -> Engine:
         recompute=Recompute(layout.recompute, layout.every),
         compile=layout.compile,
         pipeline=layout.pipeline,
+        z_loss=layout.z_loss,
     )
     return Engine(spec, CPU, SHUFFLED if layout.shuffled else None)
 
@@ -151,22 +154,23 @@ def run_and_tell_needs(layout: Layout, steps: int) -> tuple[Outcome, bool]:
     return Outcome(losses, norms, engine.layout, whole_state(engine)), engine.needs_rows
 
 
-def evaluate_twice(layout: Layout) -> tuple[float, float]:
-    """Sum of cross-entropy over EVALUATED_ROWS rows, all ranks together; and again after a training step on them."""
-    engine = make_engine(layout)
+def evaluate(engine: Engine) -> float:
+    """Sum of cross-entropy over EVALUATED_ROWS rows of step 3, all ranks together."""
     plan = engine.spec.plan
+    mine = list(range(EVALUATED_ROWS))[engine.data_rank :: plan.data_parallel]
+    total = 0.0
+    for first in range(0, EVALUATED_ROWS, plan.micro_rows * plan.data_parallel):
+        part = mine[first // plan.data_parallel :][: plan.micro_rows]
+        total += engine.evaluate(batch(3, part) if part else empty_batch(SEQUENCE, CPU))
+    return Control().sum_floats([total])[0]
 
-    def evaluate() -> float:
-        mine = list(range(EVALUATED_ROWS))[engine.data_rank :: plan.data_parallel]
-        total = 0.0
-        for first in range(0, EVALUATED_ROWS, plan.micro_rows * plan.data_parallel):
-            part = mine[first // plan.data_parallel :][: plan.micro_rows]
-            total += engine.evaluate(batch(3, part) if part else empty_batch(SEQUENCE, CPU))
-        return Control().sum_floats([total])[0]
 
-    before = evaluate()
+def evaluate_twice(layout: Layout) -> tuple[float, float]:
+    """`evaluate` before and after a training step on the rows."""
+    engine = make_engine(layout)
+    before = evaluate(engine)
     train(engine, 3, 4)
-    return before, evaluate()
+    return before, evaluate(engine)
 
 
 def place_in_the_grid(layout: Layout) -> tuple[bool, int]:
