@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.stream import Stream
+from solomonov.branch import check_branch
 from solomonov.config import Config, Loaded
 from solomonov.errors import ConfigurationError
 from solomonov.host import visible_gpus
@@ -91,6 +92,7 @@ def prepare_run(
     with Dataset.open(folder) as dataset:
         manifest = dataset.manifest
         stream = make_stream(config, dataset).identity
+    check_branch(config, plan, stream)
     trained, asked = manifest.tokenizer, config.tokenizer
     if (trained.kind, trained.vocab_size) != (asked.kind, asked.vocab_size):
         raise ConfigurationError(

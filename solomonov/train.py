@@ -15,6 +15,7 @@ import torch
 from data_pipeline.dataset import Dataset
 from data_pipeline.stream import HeldOutRows, Stream
 from solomonov.batch import TokenBatch, empty_batch, to_tensors
+from solomonov.branch import branch_of, open_branch
 from solomonov.checkpoint.checkpointer import Checkpointer
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.config import Config
@@ -273,9 +274,14 @@ def _question(config: Config, vocab_size: int, precision: str, control: Control)
 
 
 def resume(trainer: Trainer) -> None:
-    """Restore the newest checkpoint that verifies, if there is any, and open the records at its step."""
+    """Restore the newest checkpoint that verifies, or else the one that the run branches from, if there is any, and
+    open the records at its step."""
     control, record = trainer.control, trainer.record
-    reader = trainer.checkpointer.find(record.resumes())
+    reader = own = trainer.checkpointer.find(record.resumes())
+    branch = None if own is not None else branch_of(trainer.config)
+    if branch is not None:
+        reader = open_branch(branch, control)
+        record.event("branched", **branch.facts(reader))
     if reader is not None:
         _check_same_stream(trainer, reader)
         trainer.engine.restore(reader, int(reader.scalars["optimizer_step"]))
@@ -286,8 +292,10 @@ def resume(trainer: Trainer) -> None:
         trainer.state = TrainState(step=saved["step"], tokens=saved["tokens"], skipped=saved["skipped"])
     trainer.first_step = trainer.state.step
     layout = trainer.engine.layout
-    record.begin(trainer.state.step, layout, resumed=reader is not None)
+    record.begin(trainer.state.step, layout, resumed=own is not None)
     control.barrier()
+    if branch is not None:
+        save(trainer)  # the run can go on from here, whatever becomes of the other one
 
 
 def _check_same_stream(trainer: Trainer, reader: CheckpointReader) -> None:
