@@ -34,6 +34,9 @@ class RunConfig(Section):
     """Folder that holds the run folders; relative paths start at the working directory."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights and of the data order."""
+    branch_of: str | None = Field(default=None, pattern=r"^.+@[0-9]{1,15}$")
+    """RUN@STEP: begin from that checkpoint of another run instead of step 0, with its masters, moments and place in the
+    data; RUN is a name in `folder`, or the path of a run's folder. Model, data, seed and batch must be the same."""
     deterministic: bool = False
     """Ask CUDA for deterministic kernels, at their cost in speed; CPU runs always are."""
 

@@ -156,6 +156,8 @@ def _sentence(record: Mapping[str, Any]) -> str | None:
     kind = str(record.get("event"))
     if kind == "resumed" and record["step"]:
         return f"resumed from the checkpoint of step {record['step']}"
+    if kind == "branched":
+        return f"branched from step {record['step']} of {record['parent']}"
     if kind == "fallback":
         return f"{record['what']}: {record['to']} instead ({record['reason']})"
     if kind == "evaluated":

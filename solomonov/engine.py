@@ -1,6 +1,6 @@
-"""The one door to DeepSpeed: its configuration, its engine, its optimizer's pieces.
+"""The one door to DeepSpeed: its engine, its optimizer's pieces.
 
-Nothing else imports DeepSpeed, and no key of its JSON is known elsewhere. The loop in train.py sees five verbs:
+Nothing else imports DeepSpeed; its JSON is made in engine_spec.py. The loop in train.py sees five verbs:
 forward_backward, update, evaluate, fragments, restore.
 """
 
@@ -19,11 +19,9 @@ import torch.distributed as dist
 from solomonov.batch import TokenBatch, padded
 from solomonov.checkpoint.fragments import Fragment
 from solomonov.checkpoint.reader import CheckpointReader
-from solomonov.config import OptimizerConfig
+from solomonov.engine_spec import EngineSpec, deepspeed_config
 from solomonov.errors import ConfigurationError
 from solomonov.host import cpu_model
-from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
-from solomonov.model.counts import parameter_count
 from solomonov.model.loss import pipeline_loss
 from solomonov.model.naming import canonical, layer_names
 from solomonov.model.pipeline import BlockStage, pipeline_layers
@@ -31,7 +29,6 @@ from solomonov.model.recompute import in_groups, in_turn
 from solomonov.model.transformer import Transformer, compile_blocks
 from solomonov.muon import Muon
 from solomonov.optim import make_optimizer
-from solomonov.parallel import LIVE_PARAMETERS, Offload, bucket_elements
 from solomonov.partition import (
     base_optimizer,
     create_state,
@@ -41,27 +38,7 @@ from solomonov.partition import (
     parameter_shape,
     refresh_parameters,
 )
-from solomonov.plan import BatchPlan
 from solomonov.topology import RankGrid, stage_bounds
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """All that an engine is built from."""
-
-    model: ModelConfig
-    vocab_size: int
-    seed: int
-    plan: BatchPlan
-    precision: str
-    """fp32, bf16 or bf16_autocast (resolved, never `auto`)."""
-    zero_stage: int
-    optimizer: OptimizerConfig
-    gradient_clipping: float
-    recompute: Recompute = NOTHING_AGAIN
-    compile: bool = False
-    pipeline: int = 1
-    offload: Offload = "none"
 
 
 @dataclass(frozen=True)
@@ -72,52 +49,6 @@ class Update:
     """Global L2 norm of the gradients before clipping."""
     skipped: bool
     """True where the norm was not finite and no rank changed its weights."""
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` -> bf16 on CUDA devices that compute it natively, else fp32."""
-    if precision != "auto":
-        return precision
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
-
-
-def deepspeed_config(spec: EngineSpec, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's JSON for a layout on a kind of device."""
-    bucket = bucket_elements(parameter_count(spec.model, spec.vocab_size))
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": spec.plan.micro_rows,
-        "gradient_accumulation_steps": spec.plan.accumulation,
-        # At stage 0 DeepSpeed neither reports the norm nor refuses a NaN: there norm, clipping and verdict are ours.
-        "gradient_clipping": spec.gradient_clipping if spec.zero_stage else 0.0,
-        "zero_optimization": {
-            "stage": spec.zero_stage,
-            "reduce_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": bucket,
-            "stage3_max_live_parameters": LIVE_PARAMETERS,
-            "stage3_max_reuse_distance": LIVE_PARAMETERS,
-        },
-        "steps_per_print": 2**31,
-    }
-    if spec.precision == "bf16":
-        config["bf16"] = {"enabled": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-        # Without this DeepSpeed casts the accumulated fp32 gradients to bf16 for the reduction, even on one rank.
-        config["communication_data_type"] = "fp32"
-    elif spec.precision == "bf16_autocast":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    if spec.offload != "none":
-        # Only page-locked memory is copied to and from a CUDA device at the speed of the bus, and beside its work.
-        host = {"device": "cpu", "pin_memory": device.type == "cuda"}
-        config["zero_optimization"]["offload_optimizer"] = host
-        if spec.offload == "parameters":
-            config["zero_optimization"]["offload_param"] = host
-        # Unless told otherwise DeepSpeed refuses every optimizer here but its own DeepSpeedCPUAdam, which is compiled
-        # at the first start on each machine. torch's fused AdamW comes compiled, and passes over the memory once as
-        # well: 15 GB/s on one core, of which its unfused form reaches 0.6. What is lost is the AVX-512 code of the
-        # other one, where the cores and not the memory are the limit.
-        config["zero_force_ds_cpu_optimizer"] = False
-    return config
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -177,6 +108,7 @@ class Engine:
         self.device = device
         self._layers = layer_names(spec.model)
         self._norm = math.nan
+        self._sums = self._no_sums()
         model: torch.nn.Module
         if spec.pipeline > 1:
             model = self._pipeline_module(deepspeed, grid)
@@ -223,24 +155,46 @@ class Engine:
 
         The loss of a micro-batch is the sum over its tokens divided by the update's global count, so that a token
         weighs the same wherever it is. DeepSpeed divides by the accumulation steps and averages over the
-        data-parallel ranks; the factor below undoes both.
+        data-parallel ranks; the factor below undoes both. The z-loss is weighed alike; what is
+        returned is without it.
         """
         wanted = self.spec.plan.accumulation if self.needs_rows else 0
         assert len(batches) == wanted, f"{len(batches)} micro-batches, the plan says {wanted}"
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         scale = self.spec.plan.accumulation * self.spec.plan.data_parallel / max(1, valid_tokens)
+        self._sums = self._no_sums()
         if self.spec.pipeline > 1:
-            return self._pipeline_batch(batches, scale)
+            self._pipeline_batch(batches, scale)
+            return self._sums[0]
         self._ds.train()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            loss = self._ds(batch.input_ids, batch.document_ids, batch.labels)
-            total += loss.detach()
-            self._ds.backward(loss * scale)
+            found = self._ds(batch.input_ids, batch.document_ids, batch.labels, with_z=self.spec.z_loss > 0.0)
+            self._ds.backward(self._objective(found) * scale)
             if batch is not batches[-1]:
                 self._ds.step()
-        return total
+        return self._sums[0]
+
+    @property
+    def z_sum(self) -> float:
+        """This rank's sum of ln^2 Z over the predicted tokens of the last `forward_backward`; 0 without z-loss."""
+        return float(self._sums[1])
+
+    def _no_sums(self) -> torch.Tensor:
+        """Sums over an update's tokens on this rank, before the first: of cross-entropy, and of ln^2 Z."""
+        return torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def _objective(self, found: torch.Tensor) -> torch.Tensor:
+        """What is minimised, a sum over the tokens of a micro-batch; takes note of its parts.
+
+        Args:
+            found: the sum of cross-entropy; with z-loss (2,), and that of ln^2 Z.
+        """
+        if not self.spec.z_loss:
+            self._sums[0] += found.detach()
+            return found
+        self._sums += found.detach()
+        return found[0] + self.spec.z_loss * found[1]
 
     def update(self) -> Update:
         """Clip and apply the gradients of `forward_backward`, on all ranks or on none."""
@@ -357,21 +311,29 @@ class Engine:
         module: torch.nn.Module = Stages(
             layers=layers,
             topology=topology,
-            loss_fn=lambda outputs, labels: pipeline_loss(outputs, labels[0]) * labels[1][0],
+            loss_fn=self._stage_loss,
         )
         if spec.compile:
             compile_blocks(module)
         return module
 
-    def _pipeline_batch(self, batches: Sequence[TokenBatch], scale: float) -> torch.Tensor:
-        """DeepSpeed's own schedule: all micro-batches, the update included."""
+    def _stage_loss(self, outputs: tuple[torch.Tensor, torch.Tensor], labels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """On the last stage, of one micro-batch: what is minimised, or in an evaluation the sum of cross-entropy.
+
+        Args:
+            labels: (B, T) labels and (1,) factor.
+        """
+        tokens, factor = labels
+        if not self._ds.module.training:
+            return pipeline_loss(outputs, tokens) * factor[0]
+        return self._objective(pipeline_loss(outputs, tokens, with_z=self.spec.z_loss > 0.0)) * factor[0]
+
+    def _pipeline_batch(self, batches: Sequence[TokenBatch], scale: float) -> None:
+        """DeepSpeed's own schedule: all micro-batches, the update included. The last stage has the sums; the mean that
+        train_batch returns is that of what is minimised, z-loss and all."""
         factor = torch.full((1,), scale, dtype=torch.float32, device=self.device)
         micro = (((b.input_ids, b.document_ids), (b.labels, factor)) for b in batches)
-        mean = self._ds.train_batch(data_iter=iter(micro))
-        # train_batch returns the mean over micro-batches and data-parallel ranks, the same on every rank; a stage's
-        # share is such that the sum over all ranks is the sum over the update's tokens.
-        total = float(mean) * self.spec.plan.accumulation * self.spec.plan.data_parallel / scale
-        return torch.tensor(total / dist.get_world_size(), dtype=torch.float64)
+        self._ds.train_batch(data_iter=iter(micro))
 
     @property
     def data_rank(self) -> int:

@@ -37,6 +37,9 @@ class TrainingConfig(Section):
     """torch.compile of each block; `auto`: on CUDA, not on CPU, where compiling costs more than short runs gain."""
     gradient_clipping: float = Field(default=1.0, ge=0.0)
     """Largest global L2 norm of the gradients; larger ones are scaled down to it. 0: never."""
+    z_loss: float = Field(default=0.0, ge=0.0)
+    """Coefficient of the mean of ln^2 Z over the predicted tokens, which is added to what is minimised, not to the loss
+    that is recorded; 0: none, 1e-4: as in PaLM (arXiv 2204.02311, section 5)."""
 
     @model_validator(mode="after")
     def _groups_are_recomputed(self) -> TrainingConfig:

@@ -61,7 +61,9 @@ def prove_record(run: RunFolder) -> Proof:
     batch = plan.batch_rows
     steps = [line["step"] for line in lines]
     proof = Proof(steps=len(lines), rows=len(lines) * batch)
-    proof.lost = (max(steps, default=0) - len(set(steps))) * batch
+    branched = run.journal.last("branched")
+    first = branched["step"] if branched else 0  # those up to it are another run's
+    proof.lost = (max(steps, default=first) - first - len(set(steps))) * batch
     proof.repeated = (len(steps) - len(set(steps))) * batch
     expected: dict[int, str] = {}
     with Dataset.open(run.data_folder()) as dataset:

@@ -104,7 +104,7 @@ def _no_memory(run: RunFolder, info: RankInfo, device: torch.device, error: Base
     """What the plan says to an allocation that failed on this rank."""
     from data_pipeline.dataset import Dataset
     from solomonov.devices import this_device
-    from solomonov.engine import resolve_precision
+    from solomonov.engine_spec import resolve_precision
     from solomonov.memory import peak_bytes
     from solomonov.planner import Question, cannot_allocate
 

@@ -32,6 +32,8 @@ class StepLine:
     """Number of the update, from 1."""
     loss: float = math.nan
     """Mean cross-entropy over the update's predicted tokens (nats)."""
+    log_z_squared: float = 0.0
+    """Mean of ln^2 Z over them, where there is a z-loss."""
     grad_norm: float = math.nan
     """Global L2 norm before clipping."""
     lr: float = 0.0
@@ -227,6 +229,8 @@ class RunRecord:
             "data/padding_rate": line.padding,
             "health/update_skipped": float(line.skipped),
         }
+        if self._config.training.z_loss:
+            values["train/z_loss"] = self._config.training.z_loss * line.log_z_squared
         if self._config.data.workers.backend == "ray":
             values["data/reissued_requests"] = float(line.data_reissued)
             values["data/workers_lost"] = float(line.data_workers_lost)

@@ -225,6 +225,8 @@ def _refuse_another_run(
     before = {key: entry["value"] for key, entry in old["values"].items()}
     now = {key: entry["value"] for key, entry in values.items()}
     for key in sorted({*before, *now}):
+        if key not in before and values[key]["origin"] == "default":
+            continue  # the release that began the run did not know the key yet, and did what its default says
         if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS):
             changed.append(f"{key}: was {before.get(key)!r}, now {now.get(key)!r}")
     for key in sorted({*old["data"], *data}):

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.stream import Stream
+from solomonov.branch import check_branch
 from solomonov.config import Config, Loaded
 from solomonov.errors import ConfigurationError
 from solomonov.host import visible_gpus
@@ -16,6 +17,7 @@ from solomonov.layouts import legal_batch
 from solomonov.model.counts import parameter_count
 from solomonov.plan import BatchPlan
 from solomonov.runfolder import RunFolder, open_run, run_folder, unwritable
+from solomonov.schedule import ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def prepare_run(
     if precision == "auto" and gpus:
         precision = "bf16"  # every CUDA device of the last five generations has it; the rank itself decides
     plan = legal_batch(config, precision=precision, world=ranks)
-    _check_schedule(config.schedule.warmup_steps, plan.total_steps)
+    _check_schedule(config.schedule, plan.total_steps)
     if gpus and ranks_per_node > gpus:
         raise ConfigurationError(
             "there are more ranks than GPUs",
@@ -90,6 +92,7 @@ def prepare_run(
     with Dataset.open(folder) as dataset:
         manifest = dataset.manifest
         stream = make_stream(config, dataset).identity
+    check_branch(config, plan, stream)
     trained, asked = manifest.tokenizer, config.tokenizer
     if (trained.kind, trained.vocab_size) != (asked.kind, asked.vocab_size):
         raise ConfigurationError(
@@ -127,13 +130,21 @@ def make_stream(config: Config, dataset: Dataset) -> Stream:
     )
 
 
-def _check_schedule(warmup_steps: int, total_steps: int) -> None:
-    if warmup_steps >= total_steps:
+def _check_schedule(schedule: ScheduleConfig, total_steps: int) -> None:
+    warmup, decay = schedule.warmup_steps, schedule.decay_steps or 0
+    if warmup >= total_steps:
         raise ConfigurationError(
             "the learning rate never reaches its peak",
-            got=f"schedule.warmup_steps {warmup_steps} in a run of {total_steps} updates",
+            got=f"schedule.warmup_steps {warmup} in a run of {total_steps} updates",
             rule="the warm-up is shorter than the run",
             remedy=f"set schedule.warmup_steps to {total_steps // 10}, or train longer",
+        )
+    if warmup + decay > total_steps:
+        raise ConfigurationError(
+            "warm-up and decay are longer than the run",
+            got=f"schedule.warmup_steps {warmup} and schedule.decay_steps {decay} in a run of {total_steps} updates",
+            rule="the decay begins when the warm-up has ended",
+            remedy=f"set schedule.decay_steps to at most {total_steps - warmup}, or train longer",
         )
 
 

@@ -15,12 +15,14 @@ import torch
 from data_pipeline.dataset import Dataset
 from data_pipeline.stream import HeldOutRows, Stream
 from solomonov.batch import TokenBatch, empty_batch, to_tensors
+from solomonov.branch import branch_of, open_branch
 from solomonov.checkpoint.checkpointer import Checkpointer
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.config import Config
 from solomonov.devices import this_device
 from solomonov.distributed import Control, RankInfo
-from solomonov.engine import Engine, EngineSpec, resolve_precision
+from solomonov.engine import Engine
+from solomonov.engine_spec import EngineSpec, resolve_precision
 from solomonov.errors import ConfigurationError, NumericalError, SolomonovError
 from solomonov.exits import AGAIN, DONE
 from solomonov.feed import ClusterPlace, Feed, idle_feed, open_feed
@@ -126,7 +128,7 @@ def train(
             heartbeat.beat("log")
             state.step, state.tokens = line.step, state.tokens + line.tokens
             state.skipped = state.skipped + 1 if update.skipped else 0
-            line.loss = control.sum_floats([float(loss_sum)])[0] / max(1, line.tokens)
+            line.loss, line.log_z_squared = _means(control, (float(loss_sum), trainer.engine.z_sum), line.tokens)
             line.grad_norm, line.skipped = update.grad_norm, update.skipped
             flags = [int(stop.requested), int(record.superseded())]
             digests = _digests(trainer.engine, batches)
@@ -174,6 +176,11 @@ def _tell_memory(trainer: Trainer) -> None:
             foreseen = estimate(trainer.question, trainer.parallel).footprint
             fields |= {"foreseen_bytes": foreseen.total, "foreseen": describe(foreseen)}
         trainer.record.event("memory", **fields, device_bytes=trainer.question.device.memory_bytes)
+
+
+def _means(control: Control, sums: Sequence[float], tokens: int) -> list[float]:
+    """What the ranks' sums are for each of the update's predicted tokens."""
+    return [total / max(1, tokens) for total in control.sum_floats(sums)]
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -239,6 +246,7 @@ def build(
         compile=compile_blocks,
         pipeline=parallel.pipeline,
         offload=parallel.offload,
+        z_loss=config.training.z_loss,
     )
     info = RankInfo.from_environment()
     memory = PeakMemory(device)
@@ -268,9 +276,14 @@ def _question(config: Config, vocab_size: int, precision: str, control: Control)
 
 
 def resume(trainer: Trainer) -> None:
-    """Restore the newest checkpoint that verifies, if there is any, and open the records at its step."""
+    """Restore the newest checkpoint that verifies, or else the one that the run branches from, if there is any, and
+    open the records at its step."""
     control, record = trainer.control, trainer.record
-    reader = trainer.checkpointer.find(record.resumes())
+    reader = own = trainer.checkpointer.find(record.resumes())
+    branch = None if own is not None else branch_of(trainer.config)
+    if branch is not None:
+        reader = open_branch(branch, control)
+        record.event("branched", **branch.facts(reader))
     if reader is not None:
         _check_same_stream(trainer, reader)
         trainer.engine.restore(reader, int(reader.scalars["optimizer_step"]))
@@ -281,8 +294,10 @@ def resume(trainer: Trainer) -> None:
         trainer.state = TrainState(step=saved["step"], tokens=saved["tokens"], skipped=saved["skipped"])
     trainer.first_step = trainer.state.step
     layout = trainer.engine.layout
-    record.begin(trainer.state.step, layout, resumed=reader is not None)
+    record.begin(trainer.state.step, layout, resumed=own is not None)
     control.barrier()
+    if branch is not None:
+        save(trainer)  # the run can go on from here, whatever becomes of the other one
 
 
 def _check_same_stream(trainer: Trainer, reader: CheckpointReader) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from solomonov.model.attention import Attention, AttentionContext, Linear, RMSNorm
 from solomonov.model.cache import LayerCache
 from solomonov.model.config import ModelConfig
-from solomonov.model.loss import cross_entropy_sum
+from solomonov.model.loss import cross_entropy_and_z_sums, cross_entropy_sum
 from solomonov.model.recompute import keeping_products
 
 
@@ -102,8 +102,10 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, config.d_model))
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> logits (B, T, V); with labels (B, T) -> fp32 sum of their cross-entropy."""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, *, with_z: bool = False) -> Tensor:
+        """(B, T, D) -> logits (B, T, V); with labels (B, T) -> fp32 sum of their cross-entropy, or (2,) with ln^2 Z."""
         if labels is None:
             return functional.linear(hidden, self.weight)
+        if with_z:
+            return cross_entropy_and_z_sums(hidden, self.weight, labels)
         return cross_entropy_sum(hidden, self.weight, labels)

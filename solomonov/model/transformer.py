@@ -52,6 +52,7 @@ class Transformer(nn.Module):
         labels: Tensor | None = None,
         *,
         cache: KeyValueCache | None = None,
+        with_z: bool = False,
     ) -> Tensor:
         """Logits, or the loss.
 
@@ -60,10 +61,12 @@ class Transformer(nn.Module):
             document_ids: (B, T) integers, equal within a document, -1 on padding.
             labels: (B, T) integers, -100 where nothing is predicted.
             cache: keys and values of the tokens before these; these are added to it.
+            with_z: with labels, also the sum of ln^2 Z.
 
         Returns:
             Without labels: logits (B, T, V). With labels: fp32 scalar, the sum of the cross-entropy over the
-            labels that count; divide it by their number over the whole batch.
+            labels that count; divide it by their number over the whole batch. With `with_z`, fp32 (2,): that sum, and
+            that of ln^2 Z, see `loss.cross_entropy_and_z_sums`.
         """
         seen = document_ids if cache is None else cache.append_documents(document_ids)
         context = attention_context(seen, self.config, new_tokens=input_ids.shape[1])
@@ -73,7 +76,7 @@ class Transformer(nn.Module):
         else:
             for index, block in enumerate(self.layers):
                 hidden = block(hidden, context, None if cache is None else cache.layers[index])
-        return self.head(self.final_norm(hidden), labels)  # type: ignore[no-any-return]
+        return self.head(self.final_norm(hidden), labels, with_z=with_z)  # type: ignore[no-any-return]
 
 
 def compile_blocks(model: nn.Module) -> int:

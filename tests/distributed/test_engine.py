@@ -14,9 +14,12 @@ from functools import cache
 import pytest
 import torch
 
-from solomonov import engine as engine_module
+from solomonov import engine_spec as spec_module
+from solomonov.batch import TokenBatch
 from solomonov.config import OptimizerConfig
-from solomonov.engine import Engine, deepspeed_config
+from solomonov.distributed import Control
+from solomonov.engine import Engine
+from solomonov.engine_spec import deepspeed_config
 from solomonov.model.transformer import Transformer
 from solomonov.optim import make_optimizer
 from solomonov.partition import base_optimizer, local_pieces
@@ -67,9 +70,13 @@ OPTIMIZER_OF_STAGE = {
 }
 
 
+Z_LOSS = 0.002
+"""Twenty times the usual one: without it, or with another weight of a token, norms differ by far more than 1e-5."""
+
+
 @cache
-def reference(tied: bool) -> Outcome:
-    """The same five steps in plain PyTorch, the whole batch at once."""
+def reference(tied: bool, z_loss: float = 0.0) -> Outcome:
+    """The same five steps in plain PyTorch, the whole batch at once; the z-loss on whole logits."""
     torch.manual_seed(0)
     model = Transformer(tiny.tiny_model(tied), tiny.VOCAB, seed=tiny.SEED)
     optimizer = make_optimizer(model.named_parameters(), OptimizerConfig(lr=tiny.LEARNING_RATE), fused=False)
@@ -77,7 +84,7 @@ def reference(tied: bool) -> Outcome:
     for step in range(STEPS):
         rows = tiny.batch(step, list(range(tiny.ROWS)))
         loss = model(rows.input_ids, rows.document_ids, rows.labels) / rows.valid_tokens
-        loss.backward()
+        (loss + z_loss * mean_z(model, rows) if z_loss else loss).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), tiny.CLIPPING)))
         optimizer.step()
         optimizer.zero_grad()
@@ -88,6 +95,12 @@ def reference(tied: bool) -> Outcome:
         for moment in ("exp_avg", "exp_avg_sq"):
             state[name, moment] = optimizer.state[parameter][moment].reshape(-1)
     return Outcome(losses, norms, {}, state)
+
+
+def mean_z(model: Transformer, rows: TokenBatch) -> torch.Tensor:
+    """ln^2 Z, averaged over the predicted tokens."""
+    logits = model(rows.input_ids, rows.document_ids)[rows.labels != -100]
+    return logits.exp().sum(-1).log().square().mean()
 
 
 def assert_layout_ran(outcomes: list[Outcome], layout: Layout) -> None:
@@ -233,15 +246,67 @@ def test_gradients_that_leave_in_many_buckets_are_whole(layout: Layout) -> None:
 
 def run_in_small_buckets(layout: Layout, elements: int) -> Outcome:
     """A run whose gradients are reduced so many at a time."""
-    usual = engine_module.bucket_elements
-    engine_module.bucket_elements = lambda parameters: elements
+    usual = spec_module.bucket_elements
+    spec_module.bucket_elements = lambda parameters: elements
     try:
         engine = tiny.make_engine(layout)
     finally:
-        engine_module.bucket_elements = usual
+        spec_module.bucket_elements = usual
     assert engine._ds._config.zero_config.reduce_bucket_size == elements
     losses, norms = tiny.train(engine, 0, STEPS)
     return Outcome(losses, norms, engine.layout, tiny.whole_state(engine))
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, Layout(zero_stage=0, accumulation=4, z_loss=Z_LOSS)),
+        (2, Layout(zero_stage=2, accumulation=2, z_loss=Z_LOSS)),
+        (2, Layout(zero_stage=3, z_loss=Z_LOSS, recompute="full")),
+        (2, Layout(zero_stage=1, accumulation=2, pipeline=2, z_loss=Z_LOSS)),
+        (4, Layout(zero_stage=1, accumulation=2, pipeline=2, tied=True, z_loss=Z_LOSS)),
+    ],
+    ids=str,
+)
+def test_z_loss_is_weighed_by_the_tokens_of_the_whole_update(world: int, layout: Layout) -> None:
+    """The state is that of the reference; the loss that is told is the cross-entropy; ln^2 Z is told beside it."""
+    expected = reference(layout.tied, Z_LOSS)
+    for outcome, z_mean, evaluated in run_ranks(run_with_z, world, layout):
+        assert_equal_within(outcome, expected, 1e-5)
+        assert z_mean == pytest.approx(float(z_of_first_step(layout.tied)), rel=1e-5)
+        assert evaluated == pytest.approx(cross_entropy_after_training(layout), rel=1e-5)
+    without = reference(layout.tied)
+    assert expected.losses[0] == pytest.approx(without.losses[0], rel=1e-12), "the first step has equal weights"
+    assert expected.norms[0] != pytest.approx(without.norms[0], rel=1e-4), "the z-loss is too weak to be seen"
+
+
+@torch.no_grad()
+def z_of_first_step(tied: bool) -> torch.Tensor:
+    """The mean of ln^2 Z at the initial weights."""
+    model = Transformer(tiny.tiny_model(tied), tiny.VOCAB, seed=tiny.SEED)
+    return mean_z(model, tiny.batch(0, list(range(tiny.ROWS))))
+
+
+@torch.no_grad()
+def cross_entropy_after_training(layout: Layout) -> float:
+    """Of all rows of step 3, on the reference's weights."""
+    model = Transformer(tiny.tiny_model(layout.tied), tiny.VOCAB, seed=tiny.SEED)
+    masters = reference(layout.tied, Z_LOSS).state
+    for name, parameter in model.named_parameters():
+        parameter.copy_(masters[name, "master"].view_as(parameter))
+    rows = tiny.batch(3, list(range(tiny.EVALUATED_ROWS)))
+    return float(model(rows.input_ids, rows.document_ids, rows.labels))
+
+
+def run_with_z(layout: Layout) -> tuple[Outcome, float, float]:
+    """A run; the mean of ln^2 Z of its first step; and the cross-entropy of an evaluation after it."""
+    engine = tiny.make_engine(layout)
+    losses, norms = tiny.train(engine, 0, 1)
+    tokens = tiny.batch(0, list(range(tiny.ROWS))).valid_tokens
+    z_mean = Control().sum_floats([engine.z_sum])[0] / tokens
+    more = tiny.train(engine, 1, STEPS)
+    state = tiny.whole_state(engine)
+    return Outcome(losses + more[0], norms + more[1], engine.layout, state), z_mean, tiny.evaluate(engine)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
     with TrainingDisplay(empty, 60, PLAN):
         log_step(empty, 12)
         empty.journal.write("resumed", step=0)  # the beginning: no news
+        empty.journal.write("branched", step=10, parent="runs/old", digest="ab")
         empty.journal.write("resumed", step=10)
         empty.journal.write("evaluated", step=12, loss=3.25, bits_per_byte=1.5, rows=8)
         empty.journal.write("fallback", what="torch.compile", to="eager", reason="no compiler")
@@ -78,6 +79,7 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
     output = said(capsys)
     for words in (
         f"run {empty.path} batch {PLAN} watch solomonov tensorboard {empty.path}",
+        "branched from step 10 of runs/old",
         "resumed from the checkpoint of step 10",
         "held-out loss 3.2500 (1.500 bits a byte) at step 12",
         "torch.compile: eager instead (no compiler)",

@@ -44,6 +44,17 @@ def test_a_line_that_is_being_written_is_not_one_yet(run: RunFolder) -> None:
     assert proof.steps == 12
 
 
+def test_the_rows_before_a_branch_are_the_other_run_s(run: RunFolder) -> None:
+    lines = write_record(run, 12)
+    run.journal.write("branched", step=5)
+    write(run.metrics, lines[5:])
+    proof = prove_record(run)
+    assert proof.holds
+    assert (proof.steps, proof.rows) == (7, 56)
+    write(run.metrics, lines[6:])
+    assert prove_record(run).lost == 8
+
+
 @pytest.mark.parametrize(
     ("falsify", "what"),
     [

@@ -148,6 +148,16 @@ def test_what_is_learned_may_not_change(user: User) -> None:
     assert {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()} == before, "it was changed"
 
 
+def test_a_key_of_a_later_release_is_at_its_default(user: User) -> None:
+    """A run that an older release began has no value for it: it goes on with the default, and with no other value."""
+    run = opened(user)
+    record = run.resolved()
+    del record["values"]["training.z_loss"]
+    run.resolved_path.write_text(json.dumps(record))
+    assert "training.z_loss: was None, now 0.1" in refusal(user, "training.z_loss=0.1").got
+    assert opened(user).config().training.z_loss == 0.0
+
+
 def test_a_folder_with_something_else_is_refused(user: User) -> None:
     notes = user.folder / "runs/own/notes.txt"
     notes.parent.mkdir(parents=True)

@@ -84,6 +84,13 @@ def test_a_warm_up_as_long_as_the_run_is_refused(user: User) -> None:
     assert error.remedy == "set schedule.warmup_steps to 2, or train longer"
 
 
+def test_a_decay_that_begins_within_the_warm_up_is_refused(user: User) -> None:
+    words = ("training.total_steps=20", "schedule.warmup_steps=5")
+    assert prepared(user, *words, "schedule.decay_steps=15").plan.total_steps == 20
+    error = refusal(user, *words, "schedule.decay_steps=16")
+    assert error.remedy == "set schedule.decay_steps to at most 15, or train longer"
+
+
 def test_a_home_folder_is_found(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(user.folder))
     made = prepared(user, "data.folder=~/dataset", "run.folder=~/elsewhere")

@@ -24,6 +24,7 @@ from solomonov.model.transformer import Transformer
 from solomonov.runfolder import RunFolder, write_atomically
 from solomonov.signals import StopRequest
 from tests.solomonov.checkpoint.common import small_disk
+from tests.support.events import read_scalars
 from tests.support.ranks import run_ranks
 from tests.support.runs import model_state
 from tests.support.tiny import CPU
@@ -50,8 +51,12 @@ def free_of_time(run: RunFolder) -> list[dict[str, Any]]:
 # --- numbers -------------------------------------------------------------------------------------------------
 
 
-def plain_losses(run: RunFolder) -> list[tuple[float, float, float]]:
-    """(loss, norm, rate) of each step: torch's AdamW on the whole batch, the schedule from its definition."""
+def plain_losses(run: RunFolder, z_terms: list[float] | None = None) -> list[tuple[float, float, float]]:
+    """(loss, norm, rate) of each step: torch's AdamW on the whole batch, the schedule from its definition.
+
+    Args:
+        z_terms: gets the z-loss of each step.
+    """
     config = run.config()
     model = Transformer(config.model, config.tokenizer.vocab_size, seed=config.run.seed)
     plain = [p for name, p in model.named_parameters() if name.endswith("norm.weight") or name == "embedding.weight"]
@@ -67,14 +72,30 @@ def plain_losses(run: RunFolder) -> list[tuple[float, float, float]]:
             # wsd: up over 4 updates, down to 0 over the last fifth (1 of 6), which would end at update 6.
             rate = 0.003 * (min(1.0, (step + 1) / 4) if step < 5 else 1.0)
             loss = model(batch.input_ids, batch.document_ids, batch.labels) / batch.valid_tokens
-            loss.backward()
+            logits = model(batch.input_ids, batch.document_ids)[batch.labels != -100]
+            z = config.training.z_loss * logits.exp().sum(-1).log().square().mean()
+            (loss + z).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
             found.append((float(loss.detach()), float(norm), rate))
+            if z_terms is not None:
+                z_terms.append(float(z.detach()))
     return found
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_z_loss_is_minimised_and_recorded_beside_the_loss(pipeline: int, tmp_path: Path) -> None:
+    layout = (f"parallel.pipeline={pipeline}", "metrics.tensorboard=true")
+    run = made(tmp_path, "training.z_loss=0.002", *layout)
+    assert train(run) == [DONE, DONE]
+    expected: list[float] = []
+    for line, (loss, norm, _) in zip(lines_of(run), plain_losses(run, expected), strict=True):
+        assert (line["loss"], line["grad_norm"]) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5))
+    points = read_scalars(run.path / "tensorboard")["train/z_loss"]
+    assert list(points.values()) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from solomonov.checkpoint.checkpointer import Checkpointer
 from solomonov.checkpoint.reader import digest
 from solomonov.config import OptimizerConfig
 from solomonov.distributed import Control
-from solomonov.engine import Engine, EngineSpec
+from solomonov.engine import Engine
+from solomonov.engine_spec import EngineSpec
 from solomonov.model.config import ModelConfig, Recompute, RecomputeMode
 from solomonov.parallel import Offload
 from solomonov.plan import BatchPlan
@@ -52,13 +53,15 @@ class Layout:
     offload: Offload = "none"
     shuffled: bool = False
     """The four ranks stand in the grid as in SHUFFLED."""
+    z_loss: float = 0.0
+    """As `tied`, it changes the numbers: layouts are compared at the same one."""
 
     def __str__(self) -> str:
         parts = [f"zero{self.zero_stage}", f"acc{self.accumulation}", f"pipe{self.pipeline}", self.precision]
         parts += ["tied"] * self.tied + [self.recompute] * (self.recompute != "none")
-        parts += [f"every{self.every}"] * (self.every > 1)
         parts += ["muon"] * self.muon + ["top-heavy"] * self.top_heavy
         parts += [f"offload_{self.offload}"] * (self.offload != "none")
+        parts += [f"every{self.every}"] * (self.every > 1) + [f"z{self.z_loss:g}"] * (self.z_loss > 0)
         return "-".join(parts + ["compiled"] * self.compile + ["shuffled"] * self.shuffled)
 
 
@@ -108,6 +111,7 @@ def make_spec(layout: Layout, world: int) -> EngineSpec:
         compile=layout.compile,
         pipeline=layout.pipeline,
         offload=layout.offload,
+        z_loss=layout.z_loss,
     )
 
 
@@ -164,22 +168,23 @@ def run_and_tell_needs(layout: Layout, steps: int) -> tuple[Outcome, bool]:
     return Outcome(losses, norms, engine.layout, whole_state(engine)), engine.needs_rows
 
 
-def evaluate_twice(layout: Layout) -> tuple[float, float]:
-    """Sum of cross-entropy over EVALUATED_ROWS rows, all ranks together; and again after a training step on them."""
-    engine = make_engine(layout)
+def evaluate(engine: Engine) -> float:
+    """Sum of cross-entropy over EVALUATED_ROWS rows of step 3, all ranks together."""
     plan = engine.spec.plan
+    mine = list(range(EVALUATED_ROWS))[engine.data_rank :: plan.data_parallel]
+    total = 0.0
+    for first in range(0, EVALUATED_ROWS, plan.micro_rows * plan.data_parallel):
+        part = mine[first // plan.data_parallel :][: plan.micro_rows]
+        total += engine.evaluate(batch(3, part) if part else empty_batch(SEQUENCE, CPU))
+    return Control().sum_floats([total])[0]
 
-    def evaluate() -> float:
-        mine = list(range(EVALUATED_ROWS))[engine.data_rank :: plan.data_parallel]
-        total = 0.0
-        for first in range(0, EVALUATED_ROWS, plan.micro_rows * plan.data_parallel):
-            part = mine[first // plan.data_parallel :][: plan.micro_rows]
-            total += engine.evaluate(batch(3, part) if part else empty_batch(SEQUENCE, CPU))
-        return Control().sum_floats([total])[0]
 
-    before = evaluate()
+def evaluate_twice(layout: Layout) -> tuple[float, float]:
+    """`evaluate` before and after a training step on the rows."""
+    engine = make_engine(layout)
+    before = evaluate(engine)
     train(engine, 3, 4)
-    return before, evaluate()
+    return before, evaluate(engine)
 
 
 def place_in_the_grid(layout: Layout) -> tuple[bool, int]:

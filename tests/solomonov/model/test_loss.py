@@ -1,6 +1,8 @@
-"""Chunked cross-entropy against torch's own on whole logits, in float64, and against a float64 loop."""
+"""Chunked cross-entropy against torch's own on whole logits, in float64, and against a float64 loop; z-loss too."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from solomonov.model.loss import cross_entropy_sum, pipeline_loss
+from solomonov.model.loss import cross_entropy_and_z_sums, cross_entropy_sum, pipeline_loss
 from tests.support import naive
 
 
@@ -45,6 +47,39 @@ def test_value_equals_a_loop() -> None:
     assert pipeline_loss((hidden, weight), labels).item() == pytest.approx(expected, rel=1e-6)
 
 
+def _naive_sums(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """(2,) float64: cross-entropy and ln^2 Z from exp, sum and log of whole logits, label by label."""
+    logits = (hidden @ weight.T)[0]
+    rows = [(logits[i], int(label)) for i, label in enumerate(labels[0]) if int(label) >= 0]
+    log_z = [row.exp().sum().log() for row, _ in rows]
+    losses = [z - row[label] for z, (row, label) in zip(log_z, rows, strict=True)]
+    return torch.stack([torch.stack(losses).sum(), torch.stack([z * z for z in log_z]).sum()])
+
+
+@pytest.mark.parametrize("coefficient", [1e-4, 0.3])
+@given(chunk_tokens=st.integers(1, 13))
+def test_z_loss_and_its_gradients_equal_naive_ones_for_any_chunk(chunk_tokens: int, coefficient: float) -> None:
+    hidden, weight, labels = _case()
+    found = cross_entropy_and_z_sums(hidden, weight, labels, chunk_tokens=chunk_tokens)
+    gradients = torch.autograd.grad(found[0] + coefficient * found[1], (hidden, weight))
+    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    expected = _naive_sums(*wide, labels)
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+    for mine, theirs in zip(gradients, torch.autograd.grad(expected[0] + coefficient * expected[1], wide), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-6)
+    assert torch.equal(
+        pipeline_loss((hidden, weight), labels, with_z=True), cross_entropy_and_z_sums(hidden, weight, labels)
+    )
+
+
+def test_z_loss_of_large_logits_is_finite() -> None:
+    hidden, weight, labels = _case()
+    found = cross_entropy_and_z_sums(hidden * 1e3, weight, labels)
+    assert torch.isfinite(found).all()
+    assert found[0].item() == pytest.approx(cross_entropy_sum(hidden * 1e3, weight, labels).item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("chunk_tokens", [4, 4096])
 def test_without_labels_loss_and_gradients_are_zero(chunk_tokens: int) -> None:
     hidden, weight, labels = _case()
@@ -52,6 +87,9 @@ def test_without_labels_loss_and_gradients_are_zero(chunk_tokens: int) -> None:
     gradients = torch.autograd.grad(loss, (hidden, weight))
     assert loss.item() == 0.0
     assert all(not gradient.any() for gradient in gradients)
+    with_z = cross_entropy_and_z_sums(hidden, weight, torch.full_like(labels, -100), chunk_tokens=chunk_tokens)
+    assert with_z.tolist() == [0.0, 0.0]
+    assert all(not gradient.any() for gradient in torch.autograd.grad(with_z.sum(), (hidden, weight)))
 
 
 def test_bf16_logits_are_summed_in_fp32() -> None:
@@ -76,8 +114,9 @@ class _LargestResult(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def test_whole_logits_never_exist() -> None:
+@pytest.mark.parametrize("loss_of", [cross_entropy_sum, cross_entropy_and_z_sums])
+def test_whole_logits_never_exist(loss_of: Callable[..., Tensor]) -> None:
     hidden, weight, labels = _case(tokens=64, width=2, vocab=50)
     with _LargestResult() as seen:  # type: ignore[no-untyped-call]
-        cross_entropy_sum(hidden, weight, labels, chunk_tokens=8).backward()  # type: ignore[no-untyped-call]
+        loss_of(hidden, weight, labels, chunk_tokens=8).sum().backward()  # type: ignore[no-untyped-call]
     assert seen.largest == 8 * 50
