@@ -15,19 +15,21 @@ from pathlib import Path
 from solomonov import exits
 
 JOB_VERBS = ("submit", "status", "runs", "logs", "cancel", "resume", "wait")
+GRACE_SECONDS = 5.0
+"""What ranks that have nothing to save get between being asked to leave and being killed."""
 INTERNAL_VERBS = ("supervise", "requeue")
 """What submitted runs are started with; not for typing."""
 ANSWERING = (
-    *("plan", "prepare", "checkpoints", "evaluate", "generate", "export", "doctor"),
+    *("plan", "prove", "prepare", "checkpoints", "evaluate", "generate", "export", "doctor"),
     *("submit", "resume", "status", "runs"),
 )
 """Verbs whose answer a script may want to read."""
-OVERRIDABLE = ("plan", "prepare", "train", "submit", "resume")
+OVERRIDABLE = ("plan", "prove", "prepare", "train", "submit", "resume")
 """Verbs that take key=value words."""
 
 EXIT_CODES = """\
 exit codes:
-  0 done   2 usage   70 numerical failure   74 data or checkpoints damaged beyond repair
+  0 done   1 a proof does not hold   2 usage   70 numerical failure   74 data or checkpoints damaged beyond repair
   75 saved, run me again   78 the configuration is wrong   130 interrupted at once   else: a crash
 """
 
@@ -51,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     for name, text in (
         ("plan", "every number that follows from a configuration, on any devices; nothing is allocated"),
+        ("prove", "train a configuration, scaled down, in every kind of layout, and compare the numbers"),
         ("prepare", "raw data -> tokenizer -> shards + manifest"),
         ("train", "train here and now on all local ranks; goes on by itself where it stopped"),
     ):
@@ -61,6 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     plan = verbs.choices["plan"]
     plan.add_argument("--gpus", type=_at_least_one, metavar="N", help="ranks (default: launch.nodes x ranks_per_node)")
     plan.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, b200 or l40s (default: what is here)")
+
+    prove = verbs.choices["prove"]
+    prove.add_argument("--layouts", action="store_true", required=True, help="that all layouts train the same numbers")
+    prove.add_argument("--ranks", type=_at_least_one, default=4, metavar="N", help="most ranks (default: 4)")
+    prove.add_argument("--to", metavar="FILE", help="write the certificate there, as JSON")
 
     checkpoints = verbs.add_parser("checkpoints", help="list, verify, digest, diff or prune a run's checkpoints")
     checkpoints.add_argument("action", choices=("list", "verify", "digest", "diff", "prune"))
@@ -203,6 +211,8 @@ def _dispatch(options: argparse.Namespace) -> int:
         return prepare(options)
     if options.verb == "plan":
         return plan(options)
+    if options.verb == "prove":
+        return prove(options)
     from solomonov import commands, jobs
 
     body = getattr(jobs if options.verb in JOB_VERBS else commands, options.verb)
@@ -235,6 +245,39 @@ def plan(options: argparse.Namespace) -> int:
     loaded = load_config(Path(options.config), options.overrides)
     launch = launch_section(loaded)
     return commands.plan(options, loaded.config, launch.nodes, ranks_per_node(launch))
+
+
+def prove(options: argparse.Namespace) -> int:
+    """`solomonov prove CONFIG --layouts [--ranks N] [--to FILE]`."""
+    from solomonov import commands
+    from solomonov.config import load_config
+
+    return commands.prove(options, load_config(Path(options.config), options.overrides).config, run_module)
+
+
+def run_module(module: Sequence[str], ranks: int, logs: Path) -> str:
+    """Run a Python module as so many ranks of this machine, on the CPU; see `certificate.Start`.
+
+    Raises:
+        KeyboardInterrupt: it was asked to stop meanwhile, by whatever signal.
+    """
+    from launcher.config import LaunchConfig
+    from launcher.job import JobSpec
+    from launcher.local import LocalLauncher
+
+    stopped: list[str] = []
+
+    def note(kind: str, /, **fields: object) -> None:
+        if kind == "stopping":
+            stopped.append(kind)
+
+    environment = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    spec = JobSpec([sys.executable, "-m", *module], log_folder=logs, ranks=ranks, environment=environment)
+    launcher = LocalLauncher(LaunchConfig(max_restarts=0, grace_seconds=GRACE_SECONDS), on_event=note)
+    job = launcher.run(spec)
+    if stopped:
+        raise KeyboardInterrupt
+    return "" if job.wait() == exits.DONE else f"{job.attempts[-1].describe()}: {' | '.join(job.tail[-3:])}"
 
 
 def quickstart(options: argparse.Namespace) -> int:

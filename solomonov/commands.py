@@ -15,6 +15,7 @@ from solomonov import exits
 from solomonov.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from solomonov.certificate import Start
     from solomonov.config import Config
 
 
@@ -53,6 +54,23 @@ def plan(options: argparse.Namespace, config: Config, nodes: int, ranks_per_node
     else:
         print("\n".join(lines(explanation)))
     return exits.DONE if explanation.taken.fits else exits.CONFIGURATION
+
+
+def prove(options: argparse.Namespace, config: Config, start: Start) -> int:
+    """`solomonov prove CONFIG --layouts [key=value ...]`.
+
+    Args:
+        start: starts ranks of this machine, see `certificate.Start`.
+    """
+    from solomonov.certificate import check_target, lines, prove_layouts, write
+
+    if options.to is not None:
+        check_target(Path(options.to))
+    certificate = prove_layouts(config, options.ranks, start, lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(certificate) if options.json else "\n".join(lines(certificate)))
+    if options.to is not None:
+        write(Path(options.to), certificate)
+    return exits.DONE if certificate["holds"] else exits.DIFFERS
 
 
 def checkpoints(options: argparse.Namespace) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 DONE = 0
 """All work is done."""
+DIFFERS = 1
+"""What was to be proven does not hold. A crash ends with 1 too, and with a traceback."""
 USAGE = 2
 """The command line was wrong."""
 NUMERICAL = 70

@@ -24,6 +24,7 @@ from tests.support.user import User
 VERBS = [
     "quickstart",
     "plan",
+    "prove",
     "prepare",
     "train",
     "checkpoints",

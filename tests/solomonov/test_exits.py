@@ -15,6 +15,7 @@ def codes() -> dict[str, int]:
 def test_values_are_those_that_scripts_rely_on() -> None:
     assert codes() == {
         "DONE": 0,
+        "DIFFERS": 1,
         "USAGE": 2,
         "NUMERICAL": 70,
         "DAMAGED": 74,
