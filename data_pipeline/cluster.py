@@ -109,7 +109,7 @@ def join(address: str, namespace: str) -> None:
                 logging_level="ERROR",
                 _node_ip_address=_own_address(address),
             )
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             failure.append(error)
 
     # Not in the main thread: there Ray takes SIGTERM for itself.
@@ -120,6 +120,8 @@ def join(address: str, namespace: str) -> None:
         raise ClusterLost(f"no answer from {address} within {JOIN_SECONDS:g} s")
     if failure:
         raise ClusterLost(f"{address}: {failure[0]}") from failure[0]
+    if not ray.is_initialized():  # any later call would start a Ray of its own
+        raise ClusterLost(f"{address}: Ray gave up with an error that it wrote to this process's log")
 
 
 def _knock(address: str) -> None:

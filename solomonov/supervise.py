@@ -408,9 +408,16 @@ class Session:
             "durable_step": durable,
             "steps_lost": lost,
             "done": done,
+            "last_lines": self._last_lines(place.get("rank")),
         }
         self._run.journal.try_write("incident", **fields)
         self._display.incident(fields)
+
+    def _last_lines(self, rank: int | None) -> list[str]:
+        """What a rank of this attempt said last: the next attempt's log is another one."""
+        from launcher.job import log_path, tail
+
+        return [] if rank is None else tail(log_path(self._run.logs / f"attempt-{self._attempt}", rank), lines=12)
 
 
 def legal_worlds(config: Config, launch: LaunchConfig) -> list[int]:

@@ -80,7 +80,7 @@ def assert_exact(user: User, name: str = "own") -> None:
     proof = prove_record(RunFolder(user.run(name)))
     assert proof.holds, proof
     assert proof.steps > 0
-    why = user.journal("hang", "rank_exited", name=name)
+    why = user.journal("hang", "rank_exited", "incident", name=name)
     assert len(user.journal("attempt_started", name=name)) == 1, f"training started again: {why}"
 
 

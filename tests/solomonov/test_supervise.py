@@ -339,6 +339,19 @@ def test_a_hang_is_told_with_its_call_and_not_by_those_that_were_killed_for_it(u
     assert (found["rank"], found["section"], found["call"], found["steps_lost"]) == (1, "data", "f (x:1)", 2)
 
 
+def test_an_incident_keeps_the_last_lines_of_the_rank(user: User) -> None:
+    made = session(user)
+    started(made, 1)
+    for rank in (0, 1):
+        log = made._run.logs / "attempt-1" / f"rank-{rank}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(f"line {n} of rank {rank}\n" for n in range(20)))
+    ended(made, 1, 1)
+    restarted(made)
+    (found,) = incidents(made)
+    assert found["last_lines"] == [f"line {n} of rank 1" for n in range(8, 20)]
+
+
 def test_each_attempt_has_its_own_incident(user: User) -> None:
     made = session(user)
     started(made, 1)
