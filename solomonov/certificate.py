@@ -14,7 +14,18 @@ from typing import Any
 import xxhash
 
 from solomonov.config import Config, flatten
-from solomonov.equivalence import MOST_RANKS, REFERENCE, Case, Outcome, Trial, Verdict, compare, draw_cases, scale_down
+from solomonov.equivalence import (
+    MOST_RANKS,
+    REFERENCE,
+    Case,
+    Outcome,
+    Trial,
+    Verdict,
+    all_cases,
+    compare,
+    draw_cases,
+    scale_down,
+)
 from solomonov.equivalence_rank import TRIAL, load_outcome
 from solomonov.errors import ConfigurationError, SolomonovError
 from solomonov.host import cpu_model, versions
@@ -34,8 +45,11 @@ Say = Callable[[str], None]
 """Takes a line on how far it is."""
 
 
-def prove_layouts(config: Config, ranks: int, start: Start, say: Say) -> dict[str, Any]:
+def prove_layouts(config: Config, ranks: int, start: Start, say: Say, *, every: bool = False) -> dict[str, Any]:
     """Train a configuration, scaled down, in many layouts on up to so many ranks, and compare.
+
+    Args:
+        every: in all that are legal, not in some that show each pair of values.
 
     Returns:
         the certificate: plain JSON.
@@ -52,7 +66,7 @@ def prove_layouts(config: Config, ranks: int, start: Start, say: Say) -> dict[st
             remedy=f"give --ranks {MOST_RANKS} or fewer; 4 show every kind of layout",
         )
     trial = scale_down(config, ranks)
-    cases = [REFERENCE, *draw_cases(trial, ranks, config.training.precision)]
+    cases = [REFERENCE, *(all_cases if every else draw_cases)(trial, ranks, config.training.precision)]
     with tempfile.TemporaryDirectory(prefix="solomonov-prove-") as name:
         folder = Path(name)
         (folder / TRIAL).write_text(trial.model_dump_json(), encoding="utf-8")
@@ -70,7 +84,8 @@ def prove_layouts(config: Config, ranks: int, start: Start, say: Say) -> dict[st
             for number, case in enumerate(cases)
             if number
         ]
-    return _certificate(config, trial, ranks, reference, verdicts)
+    found = _certificate(config, trial, ranks, reference, verdicts)
+    return found | {"layouts": "all that are legal" if every else "each two values of two axes"}
 
 
 def run_cases(folder: Path, cases: Sequence[Case], start: Start, say: Say) -> dict[int, str]:
@@ -172,6 +187,7 @@ def _row(item: Mapping[str, Any]) -> dict[str, str]:
         "ranks": str(case.ranks),
         "ZeRO": str(case.zero_stage),
         "stages": str(case.pipeline),
+        "offload": case.offload,
         "accum.": str(case.accumulation),
         "recompute": again,
         "precision": case.precision,

@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     prove = verbs.choices["prove"]
     prove.add_argument("--layouts", action="store_true", required=True, help="that all layouts train the same numbers")
     prove.add_argument("--ranks", type=_at_least_one, default=4, metavar="N", help="most ranks (default: 4)")
+    prove.add_argument("--all", action="store_true", help="every legal layout, some 1,000; half an hour and more")
     prove.add_argument("--to", metavar="FILE", help="write the certificate there, as JSON")
 
     checkpoints = verbs.add_parser("checkpoints", help="list, verify, digest, diff or prune a run's checkpoints")
@@ -248,7 +249,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def prove(options: argparse.Namespace) -> int:
-    """`solomonov prove CONFIG --layouts [--ranks N] [--to FILE]`."""
+    """`solomonov prove CONFIG --layouts [--ranks N] [--all] [--to FILE]`."""
     from solomonov import commands
     from solomonov.config import load_config
 

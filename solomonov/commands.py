@@ -66,7 +66,13 @@ def prove(options: argparse.Namespace, config: Config, start: Start) -> int:
 
     if options.to is not None:
         check_target(Path(options.to))
-    certificate = prove_layouts(config, options.ranks, start, lambda line: print(line, file=sys.stderr, flush=True))
+    certificate = prove_layouts(
+        config,
+        options.ranks,
+        start,
+        lambda line: print(line, file=sys.stderr, flush=True),
+        every=options.all,
+    )
     print(json.dumps(certificate) if options.json else "\n".join(lines(certificate)))
     if options.to is not None:
         write(Path(options.to), certificate)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise, product
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import xxhash
@@ -25,7 +25,7 @@ from solomonov.metrics import LOSS_BOUND
 from solomonov.model.config import ModelConfig, RecomputeMode
 from solomonov.model.counts import parameter_count, parameter_shapes
 from solomonov.model.naming import layer_names
-from solomonov.parallel import ParallelConfig, check_layout
+from solomonov.parallel import Offload, ParallelConfig, check_layout
 from solomonov.partition import MOMENTUM
 from solomonov.section import Section
 from solomonov.topology import stage_bounds
@@ -53,6 +53,8 @@ class Case(Section):
     """What DeepSpeed partitions."""
     pipeline: int = 1
     """Stages."""
+    offload: Offload = "none"
+    """What lies in the host's memory."""
     accumulation: int = 1
     """Micro-batches of a rank in an update."""
     recompute: RecomputeMode = "none"
@@ -70,8 +72,9 @@ class Case(Section):
     def __str__(self) -> str:
         again = f", {self.recompute}" + (f" every {self.every}" if self.every > 1 else "")
         stages = f", {self.pipeline} stages" if self.pipeline > 1 else ""
+        offload = f", {self.offload} offloaded" if self.offload != "none" else ""
         ranks = f"{self.ranks} rank{'s' * (self.ranks > 1)}"
-        return f"{ranks}, ZeRO {self.zero_stage}{stages}, x{self.accumulation}{again}, {self.precision}"
+        return f"{ranks}, ZeRO {self.zero_stage}{stages}{offload}, x{self.accumulation}{again}, {self.precision}"
 
 
 REFERENCE = Case()
@@ -165,15 +168,17 @@ def worlds(ranks: int) -> list[int]:
 
 def legal_cases(trial: Trial, ranks: int) -> Iterator[Case]:
     """All legal layouts in fp32 but the reference."""
-    kinds = [(stage, 1) for stage in (0, 1, 2, 3)] + [(1, stages) for stages in range(2, ranks + 1)]
     again: list[tuple[str, int]] = [("none", 1), ("selective", 1), ("full", 1)]
     again += [("full", 2)] * (trial.model.layers > 1)
-    for (stage, stages), world, accumulation, (mode, every) in product(kinds, worlds(ranks), ACCUMULATIONS, again):
+    for world, stage, stages, offload, accumulation, (mode, every) in product(
+        worlds(ranks), (0, 1, 2, 3), range(1, ranks + 1), get_args(Offload), ACCUMULATIONS, again
+    ):
         case = Case.model_validate(
             {
                 "ranks": world,
                 "zero_stage": stage,
                 "pipeline": stages,
+                "offload": offload,
                 "accumulation": accumulation,
                 "recompute": mode,
                 "every": every,
@@ -184,7 +189,8 @@ def legal_cases(trial: Trial, ranks: int) -> Iterator[Case]:
 
 
 def _is_legal(case: Case, trial: Trial) -> bool:
-    parallel = ParallelConfig.model_validate({"zero_stage": case.zero_stage, "pipeline": case.pipeline})
+    fields = {"zero_stage": case.zero_stage, "pipeline": case.pipeline, "offload": case.offload}
+    parallel = ParallelConfig.model_validate(fields)
     try:
         check_layout(parallel, precision=case.precision, world=case.ranks, layers=trial.model.layers)
     except ConfigurationError:
@@ -192,34 +198,51 @@ def _is_legal(case: Case, trial: Trial) -> bool:
     return trial.rows % (case.data_parallel * case.accumulation) == 0
 
 
+def all_cases(trial: Trial, ranks: int, precision: str) -> list[Case]:
+    """Every legal layout, by number of ranks; where the configuration may compute in bf16, each of them that may does
+    so as well."""
+    found = list(legal_cases(trial, ranks))
+    if kind := reduced_precision(precision):
+        reduced = (case.model_copy(update={"precision": kind}) for case in [REFERENCE, *found])
+        found += [case for case in reduced if _is_legal(case, trial)]
+    return sorted(found, key=lambda case: (case.ranks, str(case)))
+
+
 def draw_cases(trial: Trial, ranks: int, precision: str) -> list[Case]:
     """Layouts in which each two values of two axes meet at least once, wherever that is legal; by number of ranks.
 
-    The axes are ZeRO stage or pipeline, ranks, accumulation and recomputation. Greedy: each time the layout with the
-    most pairs that have not met; of equals the one whose digest is least, so that the draw is the same everywhere.
+    The axes are ZeRO stage, pipeline, offload, ranks, accumulation and recomputation. Greedy: each time the layout with
+    the most pairs that have not met; of equals the one whose digest is least, so that the draw is the same everywhere.
     Where the configuration may compute in bf16, one layout of each kind does.
     """
     left = sorted(legal_cases(trial, ranks), key=lambda case: xxhash.xxh3_64_intdigest(str(case).encode()))
-    waiting = {pair for case in left for pair in _pairs(case)}
+    pairs = {case: _pairs(case) for case in left}
+    waiting = set[tuple[Any, ...]]().union(*pairs.values())
     drawn: list[Case] = []
     while waiting:
-        best = max(left, key=lambda case: len(waiting & _pairs(case)))
-        waiting -= _pairs(best)
+        best = max(left, key=lambda case: len(waiting & pairs[case]))
+        waiting -= pairs[best]
         drawn.append(best)
     return sorted([*drawn, *_in_bf16(trial, ranks, precision)], key=lambda case: (case.ranks, str(case)))
 
 
 def _pairs(case: Case) -> set[tuple[Any, ...]]:
-    values = [(case.zero_stage, case.pipeline), case.ranks, case.accumulation, (case.recompute, case.every)]
+    values = [case.zero_stage, case.pipeline, case.offload, case.ranks, case.accumulation, (case.recompute, case.every)]
     return set(combinations(enumerate(values), 2))
 
 
+def reduced_precision(precision: str) -> str | None:
+    """The kind of bf16 that a configuration with this precision may compute in."""
+    return {"fp32": None, "bf16_autocast": "bf16_autocast"}.get(precision, "bf16")
+
+
 def _in_bf16(trial: Trial, ranks: int, precision: str) -> list[Case]:
-    if precision == "fp32":
+    kind = reduced_precision(precision)
+    if kind is None:
         return []
-    kind = "bf16_autocast" if precision == "bf16_autocast" else "bf16"
-    wanted = [(1, 0, 1, 1), (1, 1, 1, 2), (ranks, 1, 1, 1), (ranks, 2, 1, 2), (ranks, 3, 1, 2), (ranks, 1, 2, 4)]
-    names = ("ranks", "zero_stage", "pipeline", "accumulation")
+    wanted = [(1, 0, 1, 1, "none"), (1, 1, 1, 2, "none"), (ranks, 1, 1, 1, "none"), (ranks, 2, 1, 2, "optimizer")]
+    wanted += [(ranks, 3, 1, 2, "none"), (ranks, 3, 1, 1, "parameters"), (ranks, 1, 2, 4, "none")]
+    names = ("ranks", "zero_stage", "pipeline", "accumulation", "offload")
     cases = [Case.model_validate({**dict(zip(names, each, strict=True)), "precision": kind}) for each in wanted]
     return [case for case in dict.fromkeys(cases) if _is_legal(case, trial)]
 
@@ -233,7 +256,8 @@ def optimizer_of(case: Case) -> str:
         return "AdamW"
     if case.zero_stage == 3:
         return "DeepSpeedZeroOptimizer_Stage3"
-    return "BF16_Optimizer" if case.precision == "bf16" and case.zero_stage == 1 else "DeepSpeedZeroOptimizer"
+    mixed = case.precision == "bf16" and case.zero_stage == 1 and case.offload == "none"
+    return "BF16_Optimizer" if mixed else "DeepSpeedZeroOptimizer"
 
 
 def parameters_held(case: Case, trial: Trial) -> list[int]:
@@ -263,6 +287,7 @@ def layout_problem(case: Case, trial: Trial, layouts: Sequence[Mapping[str, Any]
         "optimizer": optimizer_of(case),
         "zero_stage": case.zero_stage,
         "pipeline": case.pipeline,
+        "offload": case.offload,
         "world": case.ranks,
         "data_parallel": case.data_parallel,
         "accumulation": case.accumulation,

@@ -96,7 +96,8 @@ def local_pieces(optimizer: Any, names: Mapping[torch.nn.Parameter, str]) -> Ite
     else:
         for group in optimizer.param_groups:
             for p in group["params"]:
-                yield Piece(names[p], tuple(p.shape), 0, p, 0, p.numel())
+                if p in names:
+                    yield Piece(names[p], tuple(p.shape), 0, p, 0, p.numel())
 
 
 def _mapped_pieces(groups: Any, flats: Any, names: Mapping[torch.nn.Parameter, str]) -> Iterator[Piece]:

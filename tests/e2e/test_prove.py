@@ -16,22 +16,27 @@ from tests.support.user import User
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
-def test_the_user_s_own_configuration_is_proven(user: User) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_user_s_own_configuration_is_proven(optimizer: str, user: User) -> None:
+    """The README's command: the matrix of layouts over up to four ranks."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [shown] = re.findall(r"^\$ solomonov (prove .*)$", readme, re.MULTILINE)
     words = ["own.yaml" if word.startswith("configs/") else word for word in shlex.split(shown)]
-    output = user.must(*words, "--ranks", "2")
+    code, output = user.solomonov(*words, f"optimizer.kind={optimizer}", "model.layers=6", deadline=550.0)
+    assert code == 0, output
     certificate = json.loads((user.folder / words[words.index("--to") + 1]).read_text())
     assert certificate["holds"] is True
     assert certificate["scaled"]["training.total_steps"] == {"from": 60, "to": 4}
     assert certificate["config"]["name"] == "own"
     assert certificate["versions"]["deepspeed"]
     cases = certificate["cases"]
-    assert len(cases) > 20
+    assert len(cases) > 25
     assert {item["verdict"] for item in cases} <= {"equal", "within bound"}
     assert {(item["case"]["zero_stage"], item["case"]["pipeline"]) for item in cases} == {
-        (0, 1), (1, 1), (2, 1), (3, 1), (1, 2)
+        *((stage, 1) for stage in range(4)), *((stage, stages) for stage in (0, 1) for stages in (2, 3, 4))
     }  # fmt: skip
+    assert {item["case"]["offload"] for item in cases} == {"none", "optimizer", "parameters"}
+    assert {item["case"]["precision"] for item in cases} == {"fp32", "bf16"}
     assert max(certificate["worst_fp32"].values()) <= 1e-5
     assert re.search(r"^verdict     holds: ", output, re.MULTILINE)
     assert len(re.findall(r"(?:within bound|equal)$", output, re.MULTILINE)) >= len(cases)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from solomonov.equivalence import (
     Case,
     Outcome,
     Trial,
+    all_cases,
     compare,
     draw_cases,
     legal_cases,
@@ -83,7 +84,8 @@ def test_any_model_scales_down_to_one_of_its_kind(
 
 
 def axes(case: Case) -> list[object]:
-    return [(case.zero_stage, case.pipeline), case.ranks, case.accumulation, (case.recompute, case.every)]
+    again = (case.recompute, case.every)
+    return [case.zero_stage, case.pipeline, case.offload, case.ranks, case.accumulation, again]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
@@ -101,10 +103,29 @@ def test_four_ranks_see_every_kind_of_layout_in_about_thirty() -> None:
     drawn = draw_cases(trial(), 4, "auto")
     assert 28 <= len(drawn) <= 42
     assert [case.ranks for case in drawn] == sorted(case.ranks for case in drawn)
-    assert {(case.zero_stage, case.pipeline) for case in drawn} == {*((s, 1) for s in range(4)), (1, 2), (1, 3), (1, 4)}
+    assert {case.zero_stage for case in drawn} == {0, 1, 2, 3}
+    assert {(case.zero_stage, case.pipeline) for case in drawn if case.pipeline > 1} == set(product((0, 1), (2, 3, 4)))
+    assert {(case.zero_stage, case.offload) for case in drawn if case.offload != "none"} == {
+        (1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")
+    }  # fmt: skip
     assert Case(ranks=4, zero_stage=3, accumulation=2, precision="bf16") in drawn
     assert {case.precision for case in draw_cases(trial(), 4, "bf16_autocast")} == {"fp32", "bf16_autocast"}
     assert {case.precision for case in draw_cases(trial(), 4, "fp32")} == {"fp32"}
+
+
+def test_all_are_all_that_are_legal_each_once_and_again_in_bf16() -> None:
+    found = all_cases(trial(), 4, "auto")
+    assert len(found) == len(set(found))
+    assert {case for case in found if case.precision == "fp32"} == set(legal_cases(trial(), 4))
+    reduced = [case for case in found if case.precision == "bf16"]
+    assert {case.model_copy(update={"precision": "fp32"}) for case in reduced} == {
+        case for case in legal_cases(trial(), 4) if case.zero_stage
+    }, "DeepSpeed has no stage 0 with bf16 parameters"
+    assert set(all_cases(trial(), 4, "fp32")) == set(legal_cases(trial(), 4))
+    # One rank, by hand: stages 0 to 3 without offload, 1 to 3 with the optimizer, 3 with parameters.
+    kinds = {(case.zero_stage, case.offload) for case in found if case.ranks == 1}
+    assert kinds == {*product(range(4), ["none"]), *product((1, 2, 3), ["optimizer"]), (3, "parameters")}
+    assert sum(case.ranks == 1 and case.precision == "fp32" for case in found) == 8 * 3 * 4 - 1
 
 
 def test_a_model_of_one_layer_has_no_pipeline_and_no_groups() -> None:
@@ -129,6 +150,7 @@ def outcome(case: Case, of: Trial) -> Outcome:
             "optimizer": optimizer_of(case),
             "zero_stage": case.zero_stage,
             "pipeline": case.pipeline,
+            "offload": case.offload,
             "world": case.ranks,
             "data_parallel": case.data_parallel,
             "accumulation": case.accumulation,
@@ -195,6 +217,7 @@ def test_bf16_is_held_to_its_loss_alone() -> None:
         ("optimizer", "AdamW", "optimizer of rank 1 is AdamW, not DeepSpeedZeroOptimizer_Stage3"),
         ("zero_stage", 2, "zero_stage of rank 1 is 2, not 3"),
         ("pipeline", 2, "pipeline of rank 1 is 2, not 1"),
+        ("offload", "optimizer", "offload of rank 1 is optimizer, not none"),
         ("accumulation", 1, "accumulation of rank 1 is 1, not 2"),
         ("parameters_held", 10**6, "the ranks hold"),
     ],
