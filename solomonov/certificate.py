@@ -187,6 +187,7 @@ def _row(item: Mapping[str, Any]) -> dict[str, str]:
         "ranks": str(case.ranks),
         "ZeRO": str(case.zero_stage),
         "stages": str(case.pipeline),
+        "sequence": str(case.sequence),
         "offload": case.offload,
         "accum.": str(case.accumulation),
         "recompute": again,

@@ -22,6 +22,7 @@ from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.engine_spec import EngineSpec, deepspeed_config
 from solomonov.errors import ConfigurationError
 from solomonov.host import cpu_model
+from solomonov.model.attention import SequenceShare, attend
 from solomonov.model.loss import pipeline_loss
 from solomonov.model.naming import canonical, layer_names
 from solomonov.model.pipeline import BlockStage, pipeline_layers
@@ -38,7 +39,7 @@ from solomonov.partition import (
     parameter_shape,
     refresh_parameters,
 )
-from solomonov.topology import RankGrid, stage_bounds
+from solomonov.topology import Place, RankGrid, rank_grid, stage_bounds
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Engine:
     Args:
         spec: what is built.
         device: of this rank.
-        grid: where each rank stands in a pipeline; None: the first ranks are the first stage, and so on.
+        grid: where each rank stands in a pipeline, or among the ranks that share rows: there a stage is a run of each
+            row's tokens. None: the first ranks are the first stage, and so on.
     """
 
     def __init__(self, spec: EngineSpec, device: torch.device, grid: RankGrid | None = None) -> None:
@@ -109,11 +111,15 @@ class Engine:
         self._layers = layer_names(spec.model)
         self._norm = math.nan
         self._sums = self._no_sums()
+        self._share, self._copy = None, dist.get_rank()
+        if spec.sequence > 1:
+            self._share, self._copy = self._sequence_share(grid)
         model: torch.nn.Module
         if spec.pipeline > 1:
             model = self._pipeline_module(deepspeed, grid)
         else:
             plain = Transformer(spec.model, spec.vocab_size, seed=spec.seed, recompute=spec.recompute)
+            plain.share = self._share
             if spec.compile:
                 compile_blocks(plain)
             model = plain.to(device)
@@ -154,22 +160,23 @@ class Engine:
             this rank's sum of cross-entropy over its predicted tokens (nats), float64, detached.
 
         The loss of a micro-batch is the sum over its tokens divided by the update's global count, so that a token
-        weighs the same wherever it is. DeepSpeed divides by the accumulation steps and averages over the
-        data-parallel ranks; the factor below undoes both. The z-loss is weighed alike; what is
-        returned is without it.
+        weighs the same wherever it is. DeepSpeed divides by the accumulation steps and averages over the ranks that
+        have their own tokens, those that share rows among them; the factor below undoes both. The z-loss
+        is weighed alike; what is returned is without it.
         """
         wanted = self.spec.plan.accumulation if self.needs_rows else 0
         assert len(batches) == wanted, f"{len(batches)} micro-batches, the plan says {wanted}"
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        scale = self.spec.plan.accumulation * self.spec.plan.data_parallel / max(1, valid_tokens)
+        plan = self.spec.plan
+        scale = plan.accumulation * plan.data_parallel * self.spec.sequence / max(1, valid_tokens)
         self._sums = self._no_sums()
         if self.spec.pipeline > 1:
             self._pipeline_batch(batches, scale)
             return self._sums[0]
         self._ds.train()
         for batch in batches:
-            found = self._ds(batch.input_ids, batch.document_ids, batch.labels, with_z=self.spec.z_loss > 0.0)
+            found = self._ds(*self._own_tokens(batch), with_z=self.spec.z_loss > 0.0)
             self._ds.backward(self._objective(found) * scale)
             if batch is not batches[-1]:
                 self._ds.step()
@@ -217,7 +224,26 @@ class Engine:
             mean = self._ds.eval_batch(iter(micro), num_micro_batches=1)  # over the data-parallel ranks
             return float(mean) / self.spec.pipeline
         self._ds.eval()
-        return float(self._ds(batch.input_ids, batch.document_ids, batch.labels))
+        return float(self._ds(*self._own_tokens(batch)))
+
+    def _sequence_share(self, grid: RankGrid | None) -> tuple[SequenceShare, int]:
+        """This rank's share of its rows, and which of the `plan.data_parallel` groups of ranks has these rows."""
+        from deepspeed.sequence.layer import DistributedAttention
+
+        ranks = self.spec.sequence
+        if grid is None:
+            grid = rank_grid([Place(0, rank) for rank in range(dist.get_world_size())], ranks)
+        part, copy = grid.coordinates()[dist.get_rank()]
+        groups = [dist.new_group(list(row)) for row in zip(*grid.stages, strict=True)]  # all ranks make all of them
+        across = DistributedAttention(attend, groups[copy], scatter_idx=2, gather_idx=1)  # heads, tokens
+        return SequenceShare(part, ranks, across), copy
+
+    def _own_tokens(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Input ids, document ids and labels as the model takes them."""
+        if self._share is None:
+            return batch.input_ids, batch.document_ids, batch.labels
+        mine = self._share.tokens(batch.input_ids.shape[1])
+        return batch.input_ids[:, mine].contiguous(), batch.document_ids, batch.labels[:, mine].contiguous()
 
     def _muon(self) -> Muon:
         """Muon over the pieces that this rank will hold."""
@@ -338,11 +364,14 @@ class Engine:
     @property
     def data_rank(self) -> int:
         """Which of the `plan.data_parallel` shares of a batch is this rank's."""
-        return dist.get_rank() if self.spec.pipeline == 1 else int(self._ds.grid.get_data_parallel_rank())
+        return self._copy if self.spec.pipeline == 1 else int(self._ds.grid.get_data_parallel_rank())
 
     @property
     def counts_rows(self) -> bool:
-        """Whether sums over rows count this rank's: one rank of each share does, of a pipeline the first stage's."""
+        """Whether sums over rows count this rank's: one rank of each share does, of a pipeline the first stage's, of
+        those that share rows the one with the first tokens."""
+        if self._share is not None:
+            return self._share.rank == 0
         return self.spec.pipeline == 1 or bool(self._ds.is_first_stage())
 
     @property
@@ -372,6 +401,7 @@ class Engine:
             "optimizer": type(self._optimizer).__name__,
             "zero_stage": int(self._ds.zero_optimization_stage()),
             "pipeline": self.spec.pipeline,
+            "sequence": self.spec.sequence,
             "offload": offloaded(self._optimizer),
             "world": dist.get_world_size(),
             "data_parallel": self.spec.plan.data_parallel,

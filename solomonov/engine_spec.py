@@ -30,6 +30,8 @@ class EngineSpec:
     recompute: Recompute = NOTHING_AGAIN
     compile: bool = False
     pipeline: int = 1
+    sequence: int = 1
+    """Ranks that share a row; with more than 1 there is no pipeline."""
     offload: Offload = "none"
     z_loss: float = 0.0
     """Coefficient of the mean of ln^2 Z."""

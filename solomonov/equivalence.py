@@ -53,6 +53,8 @@ class Case(Section):
     """What DeepSpeed partitions."""
     pipeline: int = 1
     """Stages."""
+    sequence: int = 1
+    """Ranks that share each row."""
     offload: Offload = "none"
     """What lies in the host's memory."""
     accumulation: int = 1
@@ -66,12 +68,13 @@ class Case(Section):
 
     @property
     def data_parallel(self) -> int:
-        """Ranks that see different rows."""
-        return self.ranks // self.pipeline
+        """Copies of the model that see different rows."""
+        return self.ranks // (self.pipeline * self.sequence)
 
     def __str__(self) -> str:
         again = f", {self.recompute}" + (f" every {self.every}" if self.every > 1 else "")
         stages = f", {self.pipeline} stages" if self.pipeline > 1 else ""
+        stages += f", rows on {self.sequence}" if self.sequence > 1 else ""
         offload = f", {self.offload} offloaded" if self.offload != "none" else ""
         ranks = f"{self.ranks} rank{'s' * (self.ranks > 1)}"
         return f"{ranks}, ZeRO {self.zero_stage}{stages}{offload}, x{self.accumulation}{again}, {self.precision}"
@@ -170,14 +173,16 @@ def legal_cases(trial: Trial, ranks: int) -> Iterator[Case]:
     """All legal layouts in fp32 but the reference."""
     again: list[tuple[str, int]] = [("none", 1), ("selective", 1), ("full", 1)]
     again += [("full", 2)] * (trial.model.layers > 1)
-    for world, stage, stages, offload, accumulation, (mode, every) in product(
-        worlds(ranks), (0, 1, 2, 3), range(1, ranks + 1), get_args(Offload), ACCUMULATIONS, again
+    cuts = [(stages, 1) for stages in range(1, ranks + 1)] + [(1, sharing) for sharing in range(2, ranks + 1)]
+    for world, stage, (stages, sharing), offload, accumulation, (mode, every) in product(
+        worlds(ranks), (0, 1, 2, 3), cuts, get_args(Offload), ACCUMULATIONS, again
     ):
         case = Case.model_validate(
             {
                 "ranks": world,
                 "zero_stage": stage,
                 "pipeline": stages,
+                "sequence": sharing,
                 "offload": offload,
                 "accumulation": accumulation,
                 "recompute": mode,
@@ -189,10 +194,16 @@ def legal_cases(trial: Trial, ranks: int) -> Iterator[Case]:
 
 
 def _is_legal(case: Case, trial: Trial) -> bool:
-    fields = {"zero_stage": case.zero_stage, "pipeline": case.pipeline, "offload": case.offload}
+    fields = case.model_dump(include={"zero_stage", "pipeline", "sequence", "offload"})
     parallel = ParallelConfig.model_validate(fields)
     try:
-        check_layout(parallel, precision=case.precision, world=case.ranks, layers=trial.model.layers)
+        check_layout(
+            parallel,
+            precision=case.precision,
+            world=case.ranks,
+            model=trial.model,
+            sequence_tokens=trial.sequence_tokens,
+        )
     except ConfigurationError:
         return False
     return trial.rows % (case.data_parallel * case.accumulation) == 0
@@ -211,8 +222,9 @@ def all_cases(trial: Trial, ranks: int, precision: str) -> list[Case]:
 def draw_cases(trial: Trial, ranks: int, precision: str) -> list[Case]:
     """Layouts in which each two values of two axes meet at least once, wherever that is legal; by number of ranks.
 
-    The axes are ZeRO stage, pipeline, offload, ranks, accumulation and recomputation. Greedy: each time the layout with
-    the most pairs that have not met; of equals the one whose digest is least, so that the draw is the same everywhere.
+    The axes are ZeRO stage, pipeline or sequence, offload, ranks, accumulation and recomputation. Greedy: each time the
+    layout with the most pairs that have not met; of equals the one whose digest is least, so that the draw is the same
+    everywhere.
     Where the configuration may compute in bf16, one layout of each kind does.
     """
     left = sorted(legal_cases(trial, ranks), key=lambda case: xxhash.xxh3_64_intdigest(str(case).encode()))
@@ -227,7 +239,8 @@ def draw_cases(trial: Trial, ranks: int, precision: str) -> list[Case]:
 
 
 def _pairs(case: Case) -> set[tuple[Any, ...]]:
-    values = [case.zero_stage, case.pipeline, case.offload, case.ranks, case.accumulation, (case.recompute, case.every)]
+    cut, again = (case.pipeline, case.sequence), (case.recompute, case.every)
+    values = [case.zero_stage, cut, case.offload, case.ranks, case.accumulation, again]
     return set(combinations(enumerate(values), 2))
 
 
@@ -287,6 +300,7 @@ def layout_problem(case: Case, trial: Trial, layouts: Sequence[Mapping[str, Any]
         "optimizer": optimizer_of(case),
         "zero_stage": case.zero_stage,
         "pipeline": case.pipeline,
+        "sequence": case.sequence,
         "offload": case.offload,
         "world": case.ranks,
         "data_parallel": case.data_parallel,

@@ -91,6 +91,7 @@ def _spec(trial: Trial, case: Case) -> EngineSpec:
         gradient_clipping=trial.gradient_clipping,
         recompute=Recompute(case.recompute, case.every),
         pipeline=case.pipeline,
+        sequence=case.sequence,
         offload=case.offload,
         z_loss=trial.z_loss,
     )

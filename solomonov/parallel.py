@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
 
 from solomonov.errors import ConfigurationError
+from solomonov.model.config import ModelConfig
 from solomonov.section import Section
 
 Offload = Literal["none", "optimizer", "parameters"]
@@ -33,36 +35,36 @@ class ParallelConfig(Section):
     pipeline: int = Field(default=1, ge=1)
     """Pipeline stages: each holds consecutive layers; the ranks of one stage are data-parallel."""
     sequence: int = Field(default=1, ge=1)
-    """Ranks that share one row (sequence parallel). Only 1 can be asked for in this release."""
+    """Ranks that share each row (sequence parallelism, Ulysses): each has its run of the tokens, and in attention all
+    tokens for its part of the heads. For rows so long that one does not fit, or fewer rows than ranks."""
     offload: Offload = "none"
     """What lives in the memory of the rank's machine instead of its device's: `optimizer`: masters, moments and their
     update (with zero_stage 1, 2 or 3); `parameters`: these and the parameters between two uses (with zero_stage 3).
     Each update then waits for the bus and for the machine's own cores: for models that fit in no other way."""
 
 
-def check_layout(parallel: ParallelConfig, *, precision: str, world: int, layers: int) -> int:
-    """Data-parallel ranks of a legal layout.
+def check_layout(
+    parallel: ParallelConfig, *, precision: str, world: int, model: ModelConfig, sequence_tokens: int
+) -> int:
+    """Copies of the model that train on different rows, in a legal layout.
 
     Args:
         precision: the resolved precision: fp32, bf16 or bf16_autocast.
         world: number of ranks.
-        layers: of the model, embedding and head not counted.
+        model: its layers, embedding and head not counted, are spread over a pipeline, its heads over ranks that
+            share rows.
+        sequence_tokens: of a row.
 
     Raises:
         ConfigurationError: the layout is illegal; the message names the nearest legal one.
     """
-    if parallel.sequence != 1:
-        raise ConfigurationError(
-            "parallel.sequence cannot be more than 1 in this release",
-            got=f"parallel.sequence: {parallel.sequence}",
-            rule="parallel.sequence must be 1",
-            remedy="remove parallel.sequence, or set it to 1, and let the ranks be data-parallel",
-        )
+    if parallel.sequence > 1:
+        _check_sequence(parallel, world=world, heads=model.heads, sequence_tokens=sequence_tokens)
     refusal = offload_refusal(parallel)
     if refusal is not None:
         raise refusal
     if parallel.pipeline > 1:
-        _check_pipeline(parallel, precision=precision, world=world, layers=layers)
+        _check_pipeline(parallel, precision=precision, world=world, layers=model.layers)
     if precision == "bf16" and parallel.zero_stage == 0:
         raise ConfigurationError(
             "bf16 parameters need ZeRO stage 1 or higher",
@@ -71,7 +73,28 @@ def check_layout(parallel: ParallelConfig, *, precision: str, world: int, layers
             remedy="set parallel.zero_stage to 1 (right on one rank as well), or training.precision to"
             f" {'bf16_autocast' if parallel.pipeline == 1 else 'fp32'}",
         )
-    return world // parallel.pipeline
+    return world // (parallel.pipeline * parallel.sequence)
+
+
+def _check_sequence(parallel: ParallelConfig, *, world: int, heads: int, sequence_tokens: int) -> None:
+    ranks = parallel.sequence
+    if parallel.pipeline > 1:
+        raise ConfigurationError(
+            "a pipeline does not share rows",
+            got=f"parallel.sequence: {ranks} with parallel.pipeline: {parallel.pipeline}",
+            rule="what travels between pipeline stages is whole rows",
+            remedy="set parallel.pipeline to 1, or parallel.sequence to 1",
+        )
+    for count, what in ((world, "the ranks"), (heads, "model.heads"), (sequence_tokens, "data.sequence_tokens")):
+        if count % ranks:
+            common = math.gcd(world, heads, sequence_tokens)
+            legal = [size for size in range(1, common + 1) if common % size == 0]
+            raise ConfigurationError(
+                f"parallel.sequence does not divide {what}",
+                got=f"parallel.sequence: {ranks}; {world} ranks, {heads} heads, rows of {sequence_tokens} tokens",
+                rule="ranks that share a row have equally many of its tokens, and of the heads in attention",
+                remedy=f"set parallel.sequence to {min(legal, key=lambda size: (abs(size - ranks), size))}",
+            )
 
 
 def offload_refusal(parallel: ParallelConfig) -> ConfigurationError | None:

@@ -72,7 +72,8 @@ class RankGrid:
 
     stages: tuple[tuple[int, ...], ...]
     """[stage][replica] -> rank. The ranks of one stage hold the same layers; those of one replica, one behind the
-    other, the whole model."""
+    other, the whole model. With sequence parallelism a stage is a run of each row's tokens instead, and those of one
+    replica have the whole row."""
 
     def coordinates(self) -> dict[int, tuple[int, int]]:
         """Rank -> (stage, replica)."""

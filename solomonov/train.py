@@ -136,8 +136,8 @@ def train(
             if superseded:  # its files are another attempt's now
                 record.event("superseded", step=state.step)
                 return AGAIN
-            if digest != of_losses:
-                raise _stages_differ(line.step, digest, of_losses)
+            if of_losses != digest * trainer.parallel.sequence % 2**64:
+                raise _rows_differ(line.step, digest, of_losses)
             line.data_digest = f"{digest:016x}"
             line.data_reissued, line.data_workers_lost = faults
             line.padding = 1.0 - line.tokens / (plan.batch_rows * plan.sequence_tokens)
@@ -245,13 +245,14 @@ def build(
         recompute=config.training.recompute,
         compile=compile_blocks,
         pipeline=parallel.pipeline,
+        sequence=parallel.sequence,
         offload=parallel.offload,
         z_loss=config.training.z_loss,
     )
     info = RankInfo.from_environment()
     memory = PeakMemory(device)
     places = control.all_gather_object(Place(info.node, info.local_rank))
-    engine = Engine(spec, device, rank_grid(places, spec.pipeline))
+    engine = Engine(spec, device, rank_grid(places, spec.pipeline * spec.sequence))
     checkpointer = Checkpointer(
         run.checkpoints,
         control,
@@ -381,17 +382,18 @@ def _tokens(engine: Engine, batches: Sequence[TokenBatch]) -> int:
 
 
 def _digests(engine: Engine, batches: Sequence[TokenBatch]) -> tuple[int, int]:
-    """This rank's parts of the digest of the step's rows: as counted, and as the losses were taken from them. In a
-    pipeline the first stage and the last one build the same rows, each for itself."""
+    """This rank's parts of the digest of the step's rows: as counted, and as the losses were taken from them. The first
+    stage of a pipeline and the last one, and all ranks that share rows, build the same rows, each for itself."""
     mine = sum(batch.digest() for batch in batches) % 2**64
     return mine * engine.counts_rows, mine * engine.takes_loss
 
 
-def _stages_differ(step: int, first: int, last: int) -> SolomonovError:
+def _rows_differ(step: int, counted: int, taken: int) -> SolomonovError:
     return SolomonovError(
-        "the first and the last pipeline stage were given different rows",
-        got=f"step {step}: digest {first:016x} on the first stage, {last:016x} on the last",
-        rule="both compute on the same rows of a step",
+        "ranks that compute on the same rows were given different ones",
+        got=f"step {step}: the digest of the rows is {counted:016x}; where losses were taken the digests add up to"
+        f" {taken:016x}",
+        rule="the first and the last stage of a pipeline, or all ranks that share rows, have the same rows of a step",
         remedy="start the run again: it goes on from the newest checkpoint; tell its makers",
     )
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from solomonov.model.attention import attention_context
+from solomonov.model.attention import SequenceShare, attention_context
 from solomonov.model.cache import KeyValueCache
 from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.init import initialise
@@ -22,6 +22,9 @@ class Transformer(nn.Module):
         vocab_size: V.
         seed: of the initial values; None leaves all parameters unset, to be loaded.
         recompute: what the backward pass computes again.
+
+    Attributes:
+        share: this rank's share of rows that several ranks compute together; None: it has them whole.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.recompute = recompute
+        self.share: SequenceShare | None = None
         self.embedding = Embedding(config, vocab_size)
         selective = recompute.mode == "selective"
         self.layers = nn.ModuleList([Block(config, selective=selective) for _ in range(config.layers)])
@@ -57,8 +61,8 @@ class Transformer(nn.Module):
         """Logits, or the loss.
 
         Args:
-            input_ids: (B, T) integers.
-            document_ids: (B, T) integers, equal within a document, -1 on padding.
+            input_ids: (B, T) integers; with `share` this rank's tokens, likewise `labels`.
+            document_ids: (B, T) integers, equal within a document, -1 on padding; with `share` of all tokens.
             labels: (B, T) integers, -100 where nothing is predicted.
             cache: keys and values of the tokens before these; these are added to it.
             with_z: with labels, also the sum of ln^2 Z.
@@ -69,7 +73,8 @@ class Transformer(nn.Module):
             that of ln^2 Z, see `loss.cross_entropy_and_z_sums`.
         """
         seen = document_ids if cache is None else cache.append_documents(document_ids)
-        context = attention_context(seen, self.config, new_tokens=input_ids.shape[1])
+        new_tokens = input_ids.shape[1] if self.share is None else None
+        context = attention_context(seen, self.config, new_tokens=new_tokens, share=self.share)
         hidden = self.embedding(input_ids)
         if self.recompute.mode == "full" and self.training and cache is None:
             hidden = in_groups([partial(block, context=context) for block in self.layers], hidden, self.recompute.every)
