@@ -111,7 +111,7 @@ def facts(explanation: Explanation) -> dict[str, Any]:
 
 
 def _layout(item: Estimate | Refused) -> dict[str, Any]:
-    return item.parallel.model_dump(include={"zero_stage", "pipeline", "offload"})
+    return item.parallel.model_dump()
 
 
 def _row(item: Estimate | Refused, taken: Estimate) -> dict[str, Any]:
@@ -162,13 +162,13 @@ def lines(explanation: Explanation) -> Iterator[str]:
 
 def _table(explanation: Explanation) -> Iterator[str]:
     taken = explanation.taken
-    yield "ZeRO  pipeline  memory GiB  time   verdict"
+    yield "ZeRO  pipeline  sequence  memory GiB  time   verdict"
     for item in found_estimates(explanation.found):
         verdict = "does not fit" if not item.fits else "taken" if item.parallel == taken.parallel else "fits"
         offloaded = f", {item.parallel.offload} offloaded" if item.parallel.offload != "none" else ""
         yield (
-            f"{item.parallel.zero_stage:<4}  {item.parallel.pipeline:<8}  {item.footprint.total / GIB:<10.4g}"
-            f"  {item.seconds / taken.seconds:<5.2f}  {verdict}{offloaded}"
+            f"{item.parallel.zero_stage:<4}  {item.parallel.pipeline:<8}  {item.parallel.sequence:<8}"
+            f"  {item.footprint.total / GIB:<10.4g}  {item.seconds / taken.seconds:<5.2f}  {verdict}{offloaded}"
         )
     refused = sorted((item for item in explanation.found if isinstance(item, Refused)), key=lambda item: item.reason)
     for why, items in groupby(refused, key=lambda item: item.reason):

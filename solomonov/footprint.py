@@ -172,6 +172,8 @@ def footprint(
         recompute: what the backward pass computes again.
     """
     bounds = stage_bounds(model, vocab_size, plan.sequence_tokens, parallel.pipeline)
+    # Ranks that share rows have all tokens in attention alone, for their part of the heads: as many numbers.
+    here = replace(plan, sequence_tokens=plan.sequence_tokens // parallel.sequence)
     names = layer_names(model)
     bucket = 4 * bucket_elements(parameter_count(model, vocab_size))
     sizes = dict.fromkeys(names, 0)
@@ -187,7 +189,7 @@ def footprint(
         if parallel.offload != "none":
             state = _offloaded(state, held_parameters, max(sizes.values()), parallel, plan, precision)
         in_flight = min(plan.accumulation, parallel.pipeline - stage)
-        head, last_block, first_block = _activations(model, vocab_size, plan, held, in_flight, precision, recompute)
+        head, last_block, first_block = _activations(model, vocab_size, here, held, in_flight, precision, recompute)
         # Gradients come one by one; where they are accumulated, or have a place of their own, all are there before.
         early = state.gradients if state.early or plan.accumulation > 1 else 0
         during = bucket if parallel.zero_stage else 0
@@ -208,7 +210,7 @@ def footprint(
 def _reduction(parallel: ParallelConfig, plan: BatchPlan, state: _State, bucket: int) -> int:
     """Bytes beside the gradients while the last of them are reduced, when no activation is left."""
     if parallel.zero_stage == 0:
-        return min(state.gradients, 4 * STAGE_0_BUCKET_ELEMENTS) if plan.data_parallel > 1 else 0
+        return min(state.gradients, 4 * STAGE_0_BUCKET_ELEMENTS) if _sharers(parallel, plan) > 1 else 0
     # At stage 3 a bucket is copied in the order of its owners, and that is reduced into another one.
     return 3 * bucket if parallel.zero_stage == 3 else bucket
 
@@ -230,11 +232,16 @@ class _State:
     """Not on the device."""
 
 
+def _sharers(parallel: ParallelConfig, plan: BatchPlan) -> int:
+    """Ranks over which ZeRO partitions a stage's state: those that share rows as well."""
+    return plan.data_parallel * parallel.sequence
+
+
 def _state(parameters: int, parallel: ParallelConfig, plan: BatchPlan, precision: str) -> _State:
     """4 bytes a number, but for bf16 weights, which have 2; AdamW has two moments."""
     stage, share, width = (
         parallel.zero_stage,
-        math.ceil(parameters / plan.data_parallel),
+        math.ceil(parameters / _sharers(parallel, plan)),
         2 if precision == "bf16" else 4,
     )
     if stage == 0:
@@ -260,7 +267,7 @@ def _offloaded(
         parameters: of this pipeline stage.
         largest: numbers in the largest layer, of which a buffer holds the largest tensor.
     """
-    share, width = math.ceil(parameters / plan.data_parallel), 2 if precision == "bf16" else 4
+    share, width = math.ceil(parameters / _sharers(parallel, plan)), 2 if precision == "bf16" else 4
     host = (12 + 4) * share  # masters, moments, and a gradient for each
     if parallel.zero_stage == 3:
         host += 4 * share  # the reduced gradients, before they are copied to those

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from solomonov.config import Config
@@ -16,6 +17,16 @@ def candidates(config: Config, world: int) -> Iterator[ParallelConfig]:
         if world % stages == 0:
             for zero_stage in (0, 1, 2, 3):
                 yield ParallelConfig.model_validate({"zero_stage": zero_stage, "pipeline": stages})
+
+
+def sequence_candidates(config: Config, world: int) -> Iterator[ParallelConfig]:
+    """What `parallel: auto` considers where none of those fits, plainest first: so many ranks to a row as divide ranks,
+    heads and tokens."""
+    most = math.gcd(world, config.model.heads, config.data.sequence_tokens)
+    for ranks in range(2, most + 1):
+        if most % ranks == 0:
+            for zero_stage in (0, 1, 2, 3):
+                yield ParallelConfig.model_validate({"zero_stage": zero_stage, "sequence": ranks})
 
 
 def offloaded_candidates(config: Config, world: int) -> Iterator[ParallelConfig]:
@@ -46,7 +57,7 @@ def legal_batch(config: Config, *, precision: str, world: int) -> BatchPlan:
     """
     if config.parallel is not None:
         return batch_of(config, config.parallel, precision=precision, world=world)
-    for parallel in candidates(config, world):
+    for parallel in [*candidates(config, world), *sequence_candidates(config, world)]:
         try:
             return batch_of(config, parallel, precision=precision, world=world)
         except ConfigurationError:

@@ -7,6 +7,7 @@ is offloaded a fourth: what goes over the bus, and the update by the machine's c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -15,7 +16,7 @@ from solomonov.config import Config
 from solomonov.devices import CPU, GIB, HOST_USABLE, Device
 from solomonov.errors import ConfigurationError
 from solomonov.footprint import Footprint, footprint
-from solomonov.layouts import batch_of, candidates, legal_batch, offloaded_candidates
+from solomonov.layouts import batch_of, candidates, legal_batch, offloaded_candidates, sequence_candidates
 from solomonov.memory import describe
 from solomonov.model.counts import flops_per_token, layer_flops, parameter_count
 from solomonov.parallel import Offload, ParallelConfig
@@ -40,7 +41,8 @@ def layout_name(parallel: ParallelConfig) -> str:
     """A layout in words."""
     stages = f" with {parallel.pipeline} pipeline stages" if parallel.pipeline > 1 else ""
     offloaded = f", {parallel.offload} offloaded" if parallel.offload != "none" else ""
-    return f"ZeRO {parallel.zero_stage}{stages}{offloaded}"
+    shared = f" with rows on {parallel.sequence} ranks" if parallel.sequence > 1 else ""
+    return f"ZeRO {parallel.zero_stage}{stages}{shared}{offloaded}"
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,10 @@ class Estimate:
         return self.footprint.total <= self.usable_bytes and on_host
 
     @property
-    def plainness(self) -> tuple[int, int, int]:
+    def plainness(self) -> tuple[int, int, int, int]:
         """The smaller, the fewer moving parts."""
-        return OFFLOADS.index(self.parallel.offload), self.parallel.pipeline, self.parallel.zero_stage
+        parallel = self.parallel
+        return OFFLOADS.index(parallel.offload), parallel.sequence, parallel.pipeline, parallel.zero_stage
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,9 @@ def estimate(question: Question, parallel: ParallelConfig) -> Estimate:
     if device.name == CPU:  # whose memory is the machine's
         needed = replace(needed, optimizer=needed.optimizer + needed.host, host=0)
     bus = _bus_bytes(question, plan, parallel)
-    numbers = _numbers(question, parallel) / plan.data_parallel if parallel.offload != "none" else 0.0
+    numbers = _numbers(question, parallel) / _sharers(plan, parallel) if parallel.offload != "none" else 0.0
     offload = bus / device.bus_bytes_per_second + ADAMW_BYTES * numbers / HOST_UPDATE_BYTES_PER_SECOND
-    exposed = max(0.0, exchange - hidden)
+    exposed = max(0.0, exchange - hidden) + _row_exchange_seconds(question, plan, parallel)
     usable = device.usable_bytes, device.usable_host_bytes
     return Estimate(parallel, plan, needed, compute, exposed, *usable, bus, offload)
 
@@ -153,7 +156,12 @@ def _bus_bytes(question: Question, plan: BatchPlan, parallel: ParallelConfig) ->
     a_number = weight + (8 * again if accumulates_there else 4)
     if parallel.offload == "parameters":
         a_number += 2 * weight * again  # forward and backward of each micro-batch
-    return a_number * _numbers(question, parallel) / plan.data_parallel
+    return a_number * _numbers(question, parallel) / _sharers(plan, parallel)
+
+
+def _sharers(plan: BatchPlan, parallel: ParallelConfig) -> int:
+    """Ranks that reduce gradients of the same parameters: data-parallel ones, and those that share rows."""
+    return plan.data_parallel * parallel.sequence
 
 
 def _compute_seconds(question: Question, plan: BatchPlan, parallel: ParallelConfig) -> float:
@@ -178,7 +186,7 @@ def _dearest_stage(question: Question, stages: int) -> float:
 
 def _exchange_seconds(question: Question, plan: BatchPlan, parallel: ParallelConfig) -> float:
     """Ring collectives move (n - 1) / n of a buffer in a reduce-scatter or a gather, twice that in an all-reduce."""
-    copies, device = plan.data_parallel, question.device
+    copies, device = _sharers(plan, parallel), question.device
     if copies == 1:
         return 0.0
     numbers = _numbers(question, parallel)
@@ -194,11 +202,31 @@ def _exchange_seconds(question: Question, plan: BatchPlan, parallel: ParallelCon
     return moved / (device.link_bytes_per_second if one_machine else device.network_bytes_per_second)
 
 
+def _row_exchange_seconds(question: Question, plan: BatchPlan, parallel: ParallelConfig) -> float:
+    """Ranks that share rows exchange queries, keys, values and what attention makes of them, in each layer, forward and
+    backward, and again where blocks are computed again; attention waits for it."""
+    ranks, device, model = parallel.sequence, question.device, question.config.model
+    if ranks == 1:
+        return 0.0
+    keys = math.lcm(model.kv_head_count, ranks)
+    channels = 2 * (model.heads + keys) * model.head_width
+    passes = 3 if question.config.training.recompute.mode == "full" else 2
+    tokens = plan.micro_rows * plan.accumulation * plan.sequence_tokens / ranks
+    width = 4 if question.precision == "fp32" else 2
+    moved = passes * model.layers * tokens * channels * width * (ranks - 1) / ranks
+    one_machine = ranks <= device.per_machine
+    return moved / (device.link_bytes_per_second if one_machine else device.network_bytes_per_second)
+
+
 def survey(question: Question) -> list[Estimate | Refused]:
     """All layouts of ZeRO stages and pipelines, legal or not, plainest first; where none of them fits, or the
-    configuration offloads, the legal ones with something offloaded as well."""
+    configuration has such a one, the legal ones that share rows as well, and likewise those that offload."""
     config, world = question.config, question.world
     found = [_estimate_or_refusal(question, parallel) for parallel in candidates(config, world)]
+    shares = config.parallel is not None and config.parallel.sequence > 1
+    if shares or not any(item.fits for item in found_estimates(found)):
+        sharing = [_estimate_or_refusal(question, parallel) for parallel in sequence_candidates(config, world)]
+        found += found_estimates(sharing)
     configured = config.parallel is not None and config.parallel.offload != "none"
     # Of a CPU the memory is the machine's own: there is nowhere else.
     nowhere = question.device.name == CPU or any(item.fits for item in found_estimates(found))
@@ -309,6 +337,7 @@ def smallest_change(question: Question, parallel: ParallelConfig) -> str | None:
     other = best(survey(question))
     if other is not None:
         words = f"parallel.zero_stage={other.parallel.zero_stage} parallel.pipeline={other.parallel.pipeline}"
+        words += f" parallel.sequence={other.parallel.sequence}" if parallel.sequence != other.parallel.sequence else ""
         offloads = {parallel.offload, other.parallel.offload} != {"none"}
         return f"{words} parallel.offload={other.parallel.offload}" if offloads else words
     return next((f"{world} devices" for world in _more(question) if best(survey(replace(question, world=world)))), None)

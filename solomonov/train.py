@@ -226,7 +226,7 @@ def build(
     held_out = HeldOutRows(dataset, sequence_tokens=config.data.sequence_tokens, packing=config.data.packing)
     record = stack.enter_context(RunRecord(run, config, plan, rank=control.rank, attempt=attempt))
     if why:
-        record.event("layout_chosen", **parallel.model_dump(include={"zero_stage", "pipeline", "offload"}), reason=why)
+        record.event("layout_chosen", **parallel.model_dump(), reason=why)
     compile_blocks = config.training.compile is True or (config.training.compile == "auto" and device.type == "cuda")
     if compile_blocks:
         problems = [text for text in control.all_gather_object(compiler_problem(device)) if text]

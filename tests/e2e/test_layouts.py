@@ -56,3 +56,24 @@ def test_a_pipeline_is_killed_goes_on_and_is_left_for_another_layout(user: User,
     assert 0 < steps[1] <= steps[2]
     assert [event["layout"]["pipeline"] for event in user.journal("resumed")] == [2, 2, 1]
     assert not unexpected(user.journal())
+
+
+def test_ranks_that_share_rows_are_killed_go_on_and_are_left_for_another_layout(user: User, undisturbed: User) -> None:
+    """Two copies of the model on two ranks each; then a pipeline finishes the run."""
+    draw = sampler("kill of ranks that share rows")
+    with user.command("train", "own.yaml", "parallel.sequence=2", "launch.ranks_per_node=4") as program:
+        killed_at = draw.randrange(6, 12)
+        program.wait_for(lambda: user.steps_done() >= killed_at, deadline=120, what="some steps")
+        os.kill(user.journal("attempt_started")[0]["pids"][draw.randrange(4)], signal.SIGKILL)
+        program.wait_for(lambda: len(user.journal("resumed")) == 2, deadline=120, what="it goes on")
+        target = user.journal("resumed")[-1]["step"] + 3
+        program.wait_for(lambda: user.steps_done() >= target, deadline=120, what=f"step {target}")
+        program.send(signal.SIGTERM)
+        assert program.wait(deadline=120) == 75, program.output()
+    user.must("train", "own.yaml", "parallel.pipeline=2")
+    assert_same_run(user, undisturbed)
+    resumed = user.journal("resumed")
+    assert 0 < resumed[1]["step"] <= resumed[2]["step"]
+    shapes = [(event["layout"]["sequence"], event["layout"]["data_parallel"]) for event in resumed]
+    assert shapes == [(2, 2), (2, 2), (1, 1)]
+    assert not unexpected(user.journal())

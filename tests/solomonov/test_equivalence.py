@@ -85,7 +85,7 @@ def test_any_model_scales_down_to_one_of_its_kind(
 
 def axes(case: Case) -> list[object]:
     again = (case.recompute, case.every)
-    return [case.zero_stage, case.pipeline, case.offload, case.ranks, case.accumulation, again]
+    return [case.zero_stage, (case.pipeline, case.sequence), case.offload, case.ranks, case.accumulation, again]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
@@ -150,6 +150,7 @@ def outcome(case: Case, of: Trial) -> Outcome:
             "optimizer": optimizer_of(case),
             "zero_stage": case.zero_stage,
             "pipeline": case.pipeline,
+            "sequence": case.sequence,
             "offload": case.offload,
             "world": case.ranks,
             "data_parallel": case.data_parallel,

@@ -15,7 +15,7 @@ from solomonov.equivalence_rank import load_outcome, rows_of, run_case, save_out
 from tests.support.faulty_rank import FAULTY, scale_a_gradient
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.dist(world=2)
+pytestmark = pytest.mark.dist(world=4)
 CONFIG = """\
 run: {name: proven, seed: 3}
 model: {layers: 3, d_model: 32, heads: 4, kv_heads: 2, d_ff: 64}
@@ -48,6 +48,8 @@ CASES = [
     Case(ranks=2, zero_stage=3),
     Case(ranks=2, zero_stage=1, pipeline=2, accumulation=2),
     Case(ranks=2, zero_stage=0, pipeline=2),
+    Case(ranks=2, zero_stage=1, sequence=2, accumulation=2, recompute="selective"),
+    Case(ranks=2, zero_stage=0, sequence=2, recompute="full"),
     Case(ranks=2, zero_stage=3, offload="parameters", accumulation=2),
     Case(ranks=2, zero_stage=1, precision="bf16"),
 ]
@@ -76,8 +78,18 @@ def test_layouts_hold_with_muon() -> None:
         assert verdict.holds, verdict
 
 
+def test_rows_are_shared_by_more_ranks_than_there_are_key_heads() -> None:
+    """Each of four ranks gets a copy of one of the two; or there are two copies of the model, on two ranks each."""
+    of = trial()
+    [[reference]] = run_ranks(run_cases, 1, of, [REFERENCE], False)
+    cases = [Case(ranks=4, zero_stage=1, sequence=4), Case(ranks=4, zero_stage=3, sequence=2, accumulation=2)]
+    for case, found in zip(cases, run_ranks(run_cases, 4, of, cases, False, timeout=180)[0], strict=True):
+        verdict = compare(case, of, found, reference)
+        assert verdict.holds, verdict
+
+
 def test_a_gradient_that_is_off_by_a_thousandth_is_found_in_its_layer(reference: Outcome) -> None:
-    outcomes = run_ranks(run_cases, 2, trial(), CASES[:6], True, timeout=180)[0]
+    outcomes = run_ranks(run_cases, 2, trial(), CASES[:8], True, timeout=180)[0]
     for case, found in zip(CASES, outcomes, strict=False):
         verdict = compare(case, trial(), found, reference)
         assert verdict.verdict == "differs", verdict

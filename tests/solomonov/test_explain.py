@@ -54,10 +54,11 @@ def test_the_numbers_of_a_known_model(config: str, capsys: pytest.CaptureFixture
     assert found["seconds"] == pytest.approx(found["seconds_an_update"] * batch["total_steps"])
     assert found["device_hours"] == pytest.approx(found["seconds"] * 64 / 3600)
     assert found["tokens_per_second"] == pytest.approx(4194304 / found["seconds_an_update"])
-    layout = {"zero_stage": 1, "pipeline": 1, "offload": "none"}
+    layout = {"zero_stage": 1, "pipeline": 1, "sequence": 1, "offload": "none"}
     taken = layout | {"bytes": memory["total"], "relative_seconds": 1.0, "fits": True}
     assert taken in found["layouts"]
-    refused = {"zero_stage": 2, "pipeline": 4, "offload": "none", "refused": "a pipeline needs ZeRO stage 1 or 0"}
+    shape = {"zero_stage": 2, "pipeline": 4, "sequence": 1, "offload": "none"}
+    refused = {**shape, "refused": "a pipeline needs ZeRO stage 1 or 0"}
     assert refused in found["layouts"]
     assert (found["offload"]["host_bytes"], found["offload"]["bus_bytes_an_update"]) == (0, 0.0)
 
@@ -78,11 +79,24 @@ def test_people_read_the_same(config: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_what_does_not_fit_is_said_with_what_would(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = plan(capsys, config, "--gpu", "h100")
+    configured = (config, "--gpu", "h100", "parallel.zero_stage=3")
+    code, out, _ = plan(capsys, *configured)
     assert code == CONFIGURATION
     change = out.splitlines()[-1].removeprefix("verdict     does not fit; the smallest change that does: ")
     assert change == "training.activation_checkpointing=selective"
-    assert plan(capsys, config, "--gpu", "h100", *change.split())[0] == DONE
+    assert plan(capsys, *configured, *change.split())[0] == DONE
+
+
+def test_where_nothing_else_fits_ranks_share_rows(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each then has a part of a row's activations."""
+    code, out, _ = plan(capsys, config, "--gpu", "h100", "--json")
+    found = json.loads(out)
+    assert code == DONE
+    ranks = found["layout"]["sequence"]
+    assert ranks > 1
+    assert all(row["sequence"] > 1 for row in found["layouts"] if row.get("fits"))
+    assert found["batch"]["data_parallel"] * ranks == found["world"]
+    assert f"rows on {ranks} ranks (chosen: " in plan(capsys, config, "--gpu", "h100")[1]
 
 
 def test_what_fits_in_no_other_way_is_offloaded_and_says_what_that_takes(

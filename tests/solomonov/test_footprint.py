@@ -24,7 +24,7 @@ MODEL = ModelConfig(layers=6, d_model=192, heads=4)
 
 
 def plan_of(layout: Layout, world: int) -> BatchPlan:
-    copies = world // layout.pipeline
+    copies = world // (layout.pipeline * layout.sequence)
     return BatchPlan(SEQUENCE, ROWS, ROWS // copies // layout.accumulation, layout.accumulation, copies, 10)
 
 
@@ -59,6 +59,8 @@ def measured_peak(layout: Layout) -> int:
         (1, Layout(zero_stage=1, precision="bf16")),
         (2, Layout(zero_stage=2, precision="bf16")),
         (2, Layout(zero_stage=1)),
+        (2, Layout(zero_stage=1, sequence=2)),
+        (2, Layout(zero_stage=3, accumulation=2, sequence=2, recompute="full")),
         (2, Layout(zero_stage=3)),
         (2, Layout(zero_stage=1, accumulation=2, pipeline=2)),
         (2, Layout(zero_stage=0, accumulation=2, pipeline=2)),
@@ -76,7 +78,7 @@ def measured_peak(layout: Layout) -> int:
 def test_what_is_foreseen_is_what_is_there(world: int, layout: Layout) -> None:
     """Never more than 5 % too little, for that ends runs; at most 15 % too much. On a CPU what is offloaded is there
     with the rest."""
-    keys = {"zero_stage": layout.zero_stage, "pipeline": layout.pipeline, "offload": layout.offload}
+    keys = {name: getattr(layout, name) for name in ("zero_stage", "pipeline", "sequence", "offload")}
     parallel = ParallelConfig.model_validate(keys)
     recompute = Recompute(layout.recompute, layout.every)
     plan = plan_of(layout, world)

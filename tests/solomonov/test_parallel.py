@@ -10,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from solomonov.errors import ConfigurationError
+from solomonov.model.config import ModelConfig
 from solomonov.parallel import ParallelConfig, check_layout
 
 
-def check(world: int = 4, precision: str = "fp32", layers: int = 12, **keys: Any) -> int:
-    return check_layout(ParallelConfig.model_validate(keys), precision=precision, world=world, layers=layers)
+def check(world: int = 4, precision: str = "fp32", layers: int = 12, heads: int = 4, **keys: Any) -> int:
+    model = ModelConfig(layers=layers, heads=heads, d_model=16 * heads)
+    parallel = ParallelConfig.model_validate(keys)
+    return check_layout(parallel, precision=precision, world=world, model=model, sequence_tokens=64)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -28,9 +31,26 @@ def test_bf16_needs_stage_1() -> None:
         check(world=2, precision="bf16", zero_stage=0)
 
 
-def test_sequence_parallel_is_not_offered() -> None:
-    with pytest.raises(ConfigurationError, match=r"parallel.sequence"):
-        check(sequence=2)
+@pytest.mark.parametrize(("world", "ranks", "copies"), [(2, 2, 1), (4, 2, 2), (12, 4, 3), (4, 4, 1)])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ranks_that_share_rows_see_the_same_ones(world: int, ranks: int, copies: int, stage: int) -> None:
+    assert check(world=world, sequence=ranks, zero_stage=stage) == copies
+
+
+@pytest.mark.parametrize(
+    ("keys", "what", "remedy"),
+    [
+        ({"world": 6, "sequence": 4}, "the ranks", "set parallel.sequence to 2"),
+        ({"world": 12, "sequence": 3}, "model.heads", "set parallel.sequence to 2"),
+        ({"world": 12, "heads": 12, "sequence": 12}, "data.sequence_tokens", "set parallel.sequence to 4"),
+        ({"sequence": 2, "pipeline": 2}, "a pipeline does not share rows", "set parallel.pipeline to 1, or"),
+    ],
+)
+def test_what_cannot_share_rows_is_told_what_can(keys: dict[str, Any], what: str, remedy: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        check(**keys)
+    assert what in caught.value.what
+    assert caught.value.remedy.startswith(remedy)
 
 
 @pytest.mark.parametrize(("world", "stages", "copies"), [(2, 2, 1), (4, 2, 2), (12, 4, 3), (12, 12, 1)])

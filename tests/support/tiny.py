@@ -41,6 +41,7 @@ class Layout:
     zero_stage: int = 1
     accumulation: int = 1
     pipeline: int = 1
+    sequence: int = 1
     precision: str = "fp32"
     tied: bool = False
     recompute: RecomputeMode = "none"
@@ -58,6 +59,7 @@ class Layout:
 
     def __str__(self) -> str:
         parts = [f"zero{self.zero_stage}", f"acc{self.accumulation}", f"pipe{self.pipeline}", self.precision]
+        parts += [f"rows-on{self.sequence}"] * (self.sequence > 1)
         parts += ["tied"] * self.tied + [self.recompute] * (self.recompute != "none")
         parts += ["muon"] * self.muon + ["top-heavy"] * self.top_heavy
         parts += [f"offload_{self.offload}"] * (self.offload != "none")
@@ -95,7 +97,7 @@ def batch(step: int, rows: list[int]) -> TokenBatch:
 
 def make_spec(layout: Layout, world: int) -> EngineSpec:
     """What an engine in a layout is built from, on so many ranks."""
-    data_parallel = world // layout.pipeline
+    data_parallel = world // (layout.pipeline * layout.sequence)
     micro = ROWS // (data_parallel * layout.accumulation)
     plan = BatchPlan(SEQUENCE, ROWS, micro, layout.accumulation, data_parallel, total_steps=100)
     return EngineSpec(
@@ -110,6 +112,7 @@ def make_spec(layout: Layout, world: int) -> EngineSpec:
         recompute=Recompute(layout.recompute, layout.every),
         compile=layout.compile,
         pipeline=layout.pipeline,
+        sequence=layout.sequence,
         offload=layout.offload,
         z_loss=layout.z_loss,
     )
