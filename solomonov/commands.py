@@ -206,7 +206,7 @@ def export(options: argparse.Namespace) -> int:
     from solomonov.export import export_hf
     from solomonov.loading import load_model
 
-    model = load_model(options.run, step=options.step)
+    model = load_model(options.run, step=options.step, ema=options.ema)
     if model.run is None:
         raise ConfigurationError(
             "this is an export already",
@@ -214,7 +214,8 @@ def export(options: argparse.Namespace) -> int:
             rule="export reads a run's checkpoint",
             remedy="give a run's name or folder",
         )
-    folder = Path(options.to) if options.to else model.run.exports / f"step-{model.step:08d}"
+    name = f"step-{model.step:08d}{'-ema' if options.ema else ''}"
+    folder = Path(options.to) if options.to else model.run.exports / name
     report = export_hf(
         model.state,
         model.config,
@@ -223,7 +224,7 @@ def export(options: argparse.Namespace) -> int:
         sequence_tokens=model.sequence_tokens,
         dtype=options.dtype,
     )
-    model.run.journal.try_write("exported", step=model.step, folder=str(folder))
+    model.run.journal.try_write("exported", step=model.step, ema=options.ema, folder=str(folder))
     answer(options, {"folder": str(folder), "step": model.step, **dataclasses.asdict(report)})
     return exits.DONE
 

@@ -162,7 +162,11 @@ def _sentence(record: Mapping[str, Any]) -> str | None:
         return f"{record['what']}: {record['to']} instead ({record['reason']})"
     if kind == "evaluated":
         bits = f"{record['bits_per_byte']:.3f} bits a byte"
-        return f"held-out loss {record['loss']:.4f} ({bits}) at step {record['step']}"
+        average = f", {record['ema_loss']:.4f} of the averaged weights" if "ema_loss" in record else ""
+        return f"held-out loss {record['loss']:.4f} ({bits}){average} at step {record['step']}"
+    if kind in ("ema_begun", "ema_dropped"):
+        done = "begins anew, as the weights" if kind == "ema_begun" else "is dropped"
+        return f"average of the weights {done} at step {record['step']}: {record['reason']}"
     if kind.startswith("data_"):
         return _data_sentence(kind, record)
     if kind == "preflight":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from solomonov.batch import TokenBatch, padded
 from solomonov.checkpoint.fragments import Fragment
 from solomonov.checkpoint.reader import CheckpointReader
+from solomonov.ema import WeightAverage
 from solomonov.engine_spec import EngineSpec, deepspeed_config
 from solomonov.errors import ConfigurationError
 from solomonov.host import cpu_model
@@ -31,6 +33,8 @@ from solomonov.model.transformer import Transformer, compile_blocks
 from solomonov.muon import Muon
 from solomonov.optim import make_optimizer
 from solomonov.partition import (
+    EMA,
+    Piece,
     base_optimizer,
     create_state,
     kinds,
@@ -145,6 +149,8 @@ class Engine:
         }
         frozen = [name for p, name in self.names.items() if not p.requires_grad]
         assert not frozen, f"frozen parameters are in no optimizer and would not be saved: {frozen}"
+        decay = spec.ema_decay
+        self._average = WeightAverage(decay, self._optimizer) if decay is not None else None
 
     # ----------------------------------------------------------------------------------------------- training
 
@@ -210,7 +216,10 @@ class Engine:
         if self.spec.zero_stage:
             norm = self._ds.get_global_grad_norm()
             self._norm = math.nan if norm is None else float(norm)
-        return Update(self._norm, skipped=not math.isfinite(self._norm))
+        skipped = not math.isfinite(self._norm)
+        if self._average is not None and not skipped:
+            self._average.update()
+        return Update(self._norm, skipped)
 
     @torch.no_grad()
     def evaluate(self, batch: TokenBatch) -> float:
@@ -244,6 +253,12 @@ class Engine:
             return batch.input_ids, batch.document_ids, batch.labels
         mine = self._share.tokens(batch.input_ids.shape[1])
         return batch.input_ids[:, mine].contiguous(), batch.document_ids, batch.labels[:, mine].contiguous()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, `evaluate` uses the moving average of the weights, where `spec.ema_decay` asks for one. All ranks
+        enter it together, between `update` and the next `forward_backward`."""
+        assert self._average is not None, "no average is kept"
+        return self._average.in_use()
 
     def _muon(self) -> Muon:
         """Muon over the pieces that this rank will hold."""
@@ -417,9 +432,22 @@ class Engine:
 
     def shapes(self) -> dict[tuple[str, str], tuple[int, ...]]:
         """(canonical name, kind) -> shape, for all state of this rank's parameters."""
-        muon, updated = self.spec.optimizer.kind == "muon", bool(self.updates_applied())
+        updated = bool(self.updates_applied())
         shapes = {name: parameter_shape(p) for p, name in self.names.items()}
-        return {(name, kind): s for name, s in shapes.items() for kind in kinds(name, s, muon=muon, updated=updated)}
+        return {(name, kind): s for name, s in shapes.items() for kind in self._kinds(name, s, updated)}
+
+    def _kinds(self, name: str, shape: tuple[int, ...], updated: bool) -> tuple[str, ...]:
+        muon, ema = self.spec.optimizer.kind == "muon", self._average is not None
+        return kinds(name, shape, muon=muon, updated=updated, ema=ema)
+
+    def _values(self, piece: Piece, kind: str) -> torch.Tensor:
+        """One kind of a piece, 1-D, sharing memory with what is trained."""
+        if kind == "master":
+            return piece.view(piece.flat)
+        if kind == EMA:
+            assert self._average is not None, "no average is kept"
+            return piece.view(self._average.of(piece.flat))
+        return piece.view(base_optimizer(self._optimizer).state[piece.flat][kind])
 
     def updates_applied(self) -> int:
         """AdamW's own count of updates; skipped ones are not in it."""
@@ -429,12 +457,11 @@ class Engine:
         return 0
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's share of masters and moments; over all ranks they tile everything once.
+        """This rank's share of masters, moments and average; over all ranks they tile everything once.
 
         They share memory with the optimizer: use them between `update` and the next `forward_backward`.
         """
-        state = base_optimizer(self._optimizer).state
-        muon, updated = self.spec.optimizer.kind == "muon", bool(self.updates_applied())
+        updated = bool(self.updates_applied())
         group = self._ds.seq_data_parallel_group
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         for piece in local_pieces(self._optimizer, self.names):
@@ -445,27 +472,30 @@ class Engine:
                 low, high = piece.numel * rank // size, piece.numel * (rank + 1) // size
             if low == high:
                 continue
-            for kind in kinds(piece.name, piece.shape, muon=muon, updated=updated):
-                source = piece.view(piece.flat if kind == "master" else state[piece.flat][kind])
-                data = source[low:high]
+            for kind in self._kinds(piece.name, piece.shape, updated):
+                data = self._values(piece, kind)[low:high]
                 start = piece.start + low
                 yield Fragment(piece.name, kind, piece.shape, start, start + data.numel(), data)
 
     def restore(self, reader: CheckpointReader, updates_applied: int) -> None:
         """Overwrite masters and moments from a verified checkpoint of any layout, and refresh the parameters.
 
+        An average that is kept is overwritten as well, or begins as the masters where the checkpoint holds none.
+
         Raises:
             ConfigurationError: the checkpoint holds other parameters or shapes than this model.
         """
         self._check_same_model(reader)
         create_state(self._optimizer, updates_applied)
-        state = base_optimizer(self._optimizer).state
-        muon, updated = self.spec.optimizer.kind == "muon", bool(updates_applied)
+        without = () if EMA in reader.kinds() else (EMA,)
         with torch.no_grad():
             for piece in local_pieces(self._optimizer, self.names):
-                for kind in kinds(piece.name, piece.shape, muon=muon, updated=updated):
-                    target = piece.view(piece.flat if kind == "master" else state[piece.flat][kind])
-                    target.copy_(reader.read(piece.name, kind, piece.start, piece.end))
+                for kind in self._kinds(piece.name, piece.shape, bool(updates_applied)):
+                    if kind not in without:
+                        stored = reader.read(piece.name, kind, piece.start, piece.end)
+                        self._values(piece, kind).copy_(stored)
+        if self._average is not None and without:
+            self._average.begin()
         refresh_parameters(self._optimizer)
 
     def _check_same_model(self, reader: CheckpointReader) -> None:

@@ -35,6 +35,8 @@ class EngineSpec:
     offload: Offload = "none"
     z_loss: float = 0.0
     """Coefficient of the mean of ln^2 Z."""
+    ema_decay: float | None = None
+    """Decay of the moving average of the weights; None: none is kept."""
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -26,7 +26,7 @@ from solomonov.model.config import ModelConfig, RecomputeMode
 from solomonov.model.counts import parameter_count, parameter_shapes
 from solomonov.model.naming import layer_names
 from solomonov.parallel import Offload, ParallelConfig, check_layout
-from solomonov.partition import MOMENTUM
+from solomonov.partition import EMA, MOMENTUM
 from solomonov.section import Section
 from solomonov.topology import stage_bounds
 
@@ -105,6 +105,8 @@ class Trial(Section):
     """As configured."""
     z_loss: float
     """As configured."""
+    ema_decay: float | None
+    """As configured."""
     changed: dict[str, tuple[Any, Any]] = Field(strict=False)
     """Dotted key -> value in the configuration, value here."""
 
@@ -157,6 +159,7 @@ def scale_down(config: Config, ranks: int) -> Trial:
         optimizer=config.optimizer.model_copy(update={"eps": now["optimizer.eps"], "newton_schulz": "fp32"}),
         gradient_clipping=config.training.gradient_clipping,
         z_loss=config.training.z_loss,
+        ema_decay=config.training.ema_decay,
         changed={key: (before[key], now[key]) for key in before if before[key] != now[key]},
     )
 
@@ -346,7 +349,7 @@ class Verdict:
     grad_norm: float | None = None
     """The same of a gradient norm."""
     master: float | None = None
-    """Largest ||a - b|| / ||b|| of a parameter's fp32 master."""
+    """Largest ||a - b|| / ||b|| of a parameter's fp32 master, or of its moving average."""
     first_moment: float | None = None
     """The same of first moments."""
     parts: str | None = None
@@ -373,7 +376,7 @@ def compare(case: Case, trial: Trial, found: Outcome, expected: Outcome) -> Verd
         return Verdict(case, "within bound" if holds else "differs", _finite(loss), parts=parts)
     norm = _worst(found.norms, expected.norms)
     tensors = {key: relative(found.state[key], expected.state[key]) for key in expected.state}
-    master = max(value for (_, kind), value in tensors.items() if kind == "master")
+    master = max(value for (_, kind), value in tensors.items() if kind in ("master", EMA))
     moment = max(value for (_, kind), value in tensors.items() if kind in ("exp_avg", MOMENTUM))
     worst = max(loss, norm, master, moment)
     verdict: Literal["equal", "within bound", "differs"] = "within bound" if worst <= bound else "differs"

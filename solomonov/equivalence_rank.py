@@ -20,12 +20,12 @@ from solomonov.engine import Engine
 from solomonov.engine_spec import EngineSpec
 from solomonov.equivalence import Case, Outcome, State, Trial
 from solomonov.model.config import Recompute
-from solomonov.partition import MOMENTUM
+from solomonov.partition import EMA, MOMENTUM
 from solomonov.plan import BatchPlan
 
 CPU = torch.device("cpu")
 TRIAL = "trial.json"
-COMPARED = ("master", "exp_avg", MOMENTUM)
+COMPARED = ("master", "exp_avg", MOMENTUM, EMA)
 """Kinds of state that are compared after the last update."""
 
 
@@ -94,6 +94,7 @@ def _spec(trial: Trial, case: Case) -> EngineSpec:
         sequence=case.sequence,
         offload=case.offload,
         z_loss=trial.z_loss,
+        ema_decay=trial.ema_decay,
     )
 
 

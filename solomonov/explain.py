@@ -31,6 +31,8 @@ from solomonov.topology import stage_bounds
 
 CHECKPOINT_BYTES = 12
 """A parameter's master and its two moments, in fp32."""
+EMA_CHECKPOINT_BYTES = 4
+"""Its moving average, if one is kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,7 @@ def facts(explanation: Explanation) -> dict[str, Any]:
     question, taken, seconds = explanation.question, explanation.taken, explanation.seconds
     plan, model = taken.plan, question.config.model
     parameters = parameter_count(model, question.vocab_size)
+    ema = question.config.training.ema_decay is not None
     tokens = plan.batch_rows * plan.sequence_tokens
     flops = flops_per_token(model, question.vocab_size, plan.sequence_tokens)
     bounds = stage_bounds(model, question.vocab_size, plan.sequence_tokens, taken.parallel.pipeline)
@@ -97,7 +100,7 @@ def facts(explanation: Explanation) -> dict[str, Any]:
             "bus_bytes_per_second": explanation.device.bus_bytes_per_second,
             "seconds_an_update": taken.offload_seconds,
         },
-        "checkpoint_bytes": CHECKPOINT_BYTES * parameters,
+        "checkpoint_bytes": (CHECKPOINT_BYTES + EMA_CHECKPOINT_BYTES * ema) * parameters,
         "checkpoints_kept": question.config.checkpoint.keep_last,
         "seconds_an_update": seconds,
         "seconds_range": [seconds * FASTER, seconds * SLOWER],

@@ -47,7 +47,7 @@ class Footprint:
     gradients: int
     """As far as they are there at that moment."""
     optimizer: int
-    """Masters and moments."""
+    """Masters, moments, and the moving average of the weights."""
     buffers: int
     """For communication, or of the update."""
     activations: int
@@ -162,6 +162,7 @@ def footprint(
     *,
     precision: str,
     recompute: Recompute,
+    ema: bool = False,
 ) -> Footprint:
     """What the rank that needs the most needs.
 
@@ -170,7 +171,9 @@ def footprint(
         parallel: a legal layout.
         precision: resolved: fp32, bf16 or bf16_autocast.
         recompute: what the backward pass computes again.
+        ema: whether a moving average of the weights is kept.
     """
+    kept = 16 if ema else 12
     bounds = stage_bounds(model, vocab_size, plan.sequence_tokens, parallel.pipeline)
     # Ranks that share rows have all tokens in attention alone, for their part of the heads: as many numbers.
     here = replace(plan, sequence_tokens=plan.sequence_tokens // parallel.sequence)
@@ -185,7 +188,7 @@ def footprint(
     for stage, (begin, end) in enumerate(pairwise(bounds)):
         held = names[begin:end]
         held_parameters = sum(sizes[name] for name in held)
-        state = _state(held_parameters, parallel, plan, precision)
+        state = _state(held_parameters, parallel, plan, precision, kept)
         if parallel.offload != "none":
             state = _offloaded(state, held_parameters, max(sizes.values()), parallel, plan, precision)
         in_flight = min(plan.accumulation, parallel.pipeline - stage)
@@ -237,22 +240,26 @@ def _sharers(parallel: ParallelConfig, plan: BatchPlan) -> int:
     return plan.data_parallel * parallel.sequence
 
 
-def _state(parameters: int, parallel: ParallelConfig, plan: BatchPlan, precision: str) -> _State:
-    """4 bytes a number, but for bf16 weights, which have 2; AdamW has two moments."""
+def _state(parameters: int, parallel: ParallelConfig, plan: BatchPlan, precision: str, kept: int) -> _State:
+    """4 bytes a number, but for bf16 weights, which have 2; AdamW has two moments.
+
+    Args:
+        kept: bytes of a parameter's master, moments and average.
+    """
     stage, share, width = (
         parallel.zero_stage,
         math.ceil(parameters / _sharers(parallel, plan)),
         2 if precision == "bf16" else 4,
     )
     if stage == 0:
-        return _State(4 * parameters, 4 * parameters, False, 8 * parameters, 0)
+        return _State(4 * parameters, 4 * parameters, False, (kept - 4) * parameters, 0)
     whole = stage == 1 and (plan.accumulation > 1 or precision == "bf16")
     return _State(
         # At stage 3 what was gathered for one layer stays while it is needed again soon.
         weights=width * (share + min(parameters, LIVE_PARAMETERS) if stage == 3 else parameters),
         gradients=4 * (parameters if whole else share),
         early=stage == 3 or (stage == 1 and precision == "bf16"),
-        optimizer=12 * share,
+        optimizer=kept * share,
         # The gradients in one piece; AdamW's two temporary results beside them where its kernel is not fused.
         update=12 * share,
     )
@@ -268,7 +275,7 @@ def _offloaded(
         largest: numbers in the largest layer, of which a buffer holds the largest tensor.
     """
     share, width = math.ceil(parameters / _sharers(parallel, plan)), 2 if precision == "bf16" else 4
-    host = (12 + 4) * share  # masters, moments, and a gradient for each
+    host = state.optimizer + 4 * share  # masters, moments, average, and a gradient for each
     if parallel.zero_stage == 3:
         host += 4 * share  # the reduced gradients, before they are copied to those
         weights = state.weights

@@ -15,6 +15,7 @@ from solomonov.errors import ConfigurationError
 from solomonov.export import load_hf
 from solomonov.model.config import ModelConfig
 from solomonov.model.transformer import Transformer
+from solomonov.partition import EMA
 from solomonov.runfolder import RunFolder, find_run
 
 
@@ -50,11 +51,14 @@ class LoadedModel:
         return model.to(device).eval()
 
 
-def load_model(target: str, *, step: int | None = None) -> LoadedModel:
+def load_model(target: str, *, step: int | None = None, ema: bool = False) -> LoadedModel:
     """Load a run (its newest checkpoint that verifies, or the one of `step`) or the folder of an export.
 
+    Args:
+        ema: the moving average of a run's weights in their place; an export holds one kind of weights only.
+
     Raises:
-        ConfigurationError: there is no such run, export or checkpoint.
+        ConfigurationError: there is no such run, export or checkpoint, or the checkpoint holds no average.
         DamagedCheckpointError: the checkpoint's bytes are not those of its manifest.
     """
     if (Path(target) / "config.json").is_file():
@@ -91,7 +95,15 @@ def load_model(target: str, *, step: int | None = None) -> LoadedModel:
         )
     reader = CheckpointReader.open(folder)
     reader.verify()
-    state = {name: reader.read_tensor(name, "master") for name in reader.names("master")}
+    if ema and EMA not in reader.kinds():
+        raise ConfigurationError(
+            "the checkpoint holds no average of the weights",
+            got=f"{folder}, which holds {', '.join(reader.kinds())}",
+            rule="a run keeps one from when training.ema_decay is set",
+            remedy="leave out --ema, or set training.ema_decay and train on",
+        )
+    kind = EMA if ema else "master"
+    state = {name: reader.read_tensor(name, kind) for name in reader.names(kind)}
     return LoadedModel(
         config=config.model,
         state=state,

@@ -27,6 +27,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's moments: kinds that a checkpoint holds beside the masters."""
 MOMENTUM = "momentum"
 """Muon's one moment."""
+EMA = "ema"
+"""The exponential moving average of the weights (see `ema`)."""
 
 
 @dataclass(frozen=True)
@@ -127,35 +129,39 @@ def _stage3_pieces(optimizer: Any, names: Mapping[torch.nn.Parameter, str]) -> I
 def refresh_parameters(optimizer: Any) -> None:
     """After masters were overwritten: make the parameters that the forward uses equal to them (a collective)."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        # A forward without a backward leaves parameters gathered, which the next one would use as they are; small ones
+        # are always gathered.
+        optimizer._partition_all_parameters()
         for index in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         persistent = optimizer.persistent_parameters
         if persistent:
-            # Small parameters stay gathered on every rank, so the copy that the forward uses is refreshed as well.
-            persistent[0].partition(persistent, has_been_updated=False)
             persistent[0].all_gather(persistent)
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def kinds(name: str, shape: tuple[int, ...], *, muon: bool, updated: bool) -> tuple[str, ...]:
-    """What there is of a parameter: the master and, after the first update, its optimizer's moments.
+def kinds(name: str, shape: tuple[int, ...], *, muon: bool, updated: bool, ema: bool) -> tuple[str, ...]:
+    """What there is of a parameter: the master, its average if one is kept and, after the first update, its
+    optimizer's moments.
 
     Args:
         muon: the run's hidden matrices are Muon's.
         updated: an update was applied.
+        ema: the moving average of the weights is kept.
     """
+    weights = ("master", EMA) if ema else ("master",)
     if not updated:
-        return ("master",)
-    return ("master", MOMENTUM) if muon and is_hidden_matrix(name, shape) else ("master", *MOMENTS)
+        return weights
+    return (*weights, MOMENTUM) if muon and is_hidden_matrix(name, shape) else (*weights, *MOMENTS)
 
 
 def create_state(optimizer: Any, step: int) -> None:
     """Give the optimizer's lazily created state its tensors (zeros), and set AdamW's update count to `step`."""
     base = base_optimizer(optimizer)
     fused = bool(base.defaults.get("fused") or base.defaults.get("capturable"))
-    for flat, muon in _flats(optimizer):
+    for flat, muon in master_flats(optimizer):
         state = base.state[flat]
         for moment in (MOMENTUM,) if muon else MOMENTS:
             state[moment] = torch.zeros_like(flat, memory_format=torch.preserve_format).detach()
@@ -165,7 +171,7 @@ def create_state(optimizer: Any, step: int) -> None:
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
 
 
-def _flats(optimizer: Any) -> Iterator[tuple[torch.Tensor, bool]]:
+def master_flats(optimizer: Any) -> Iterator[tuple[torch.Tensor, bool]]:
     """The tensors that hold this rank's masters, and whether they are Muon's."""
     groups = base_optimizer(optimizer).param_groups
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):

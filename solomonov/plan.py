@@ -40,6 +40,10 @@ class TrainingConfig(Section):
     z_loss: float = Field(default=0.0, ge=0.0)
     """Coefficient of the mean of ln^2 Z over the predicted tokens, which is added to what is minimised, not to the loss
     that is recorded; 0: none, 1e-4: as in PaLM (arXiv 2204.02311, section 5)."""
+    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Decay d of an exponential moving average of the weights, a <- d a + (1 - d) w after each update, which is kept in
+    fp32 (4 bytes a parameter), saved, evaluated beside the weights and exported on demand; null: none. It begins as the
+    weights; after n updates those still count for d^n, so 1 / (1 - d) is to be a small part of the run's updates."""
 
     @model_validator(mode="after")
     def _groups_are_recomputed(self) -> TrainingConfig:

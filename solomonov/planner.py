@@ -34,6 +34,8 @@ HOST_UPDATE_BYTES_PER_SECOND = 4e10
 bandwidth. One core reaches 1.5e10 with torch's fused AdamW."""
 ADAMW_BYTES = 28
 """Of each number in an update: gradient, master and two moments read, the last three written."""
+EMA_BYTES = 12
+"""The same for the moving average of the weights: master and average read, the average written."""
 OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
 
 
@@ -121,8 +123,9 @@ def estimate(question: Question, parallel: ParallelConfig) -> Estimate:
     config = question.config
     plan = batch_of(config, parallel, precision=question.precision, world=question.world)
     recompute = config.training.recompute
+    ema = config.training.ema_decay is not None
     needed = footprint(
-        config.model, question.vocab_size, plan, parallel, precision=question.precision, recompute=recompute
+        config.model, question.vocab_size, plan, parallel, precision=question.precision, recompute=recompute, ema=ema
     )
     compute = _compute_seconds(question, plan, parallel)
     exchange = _exchange_seconds(question, plan, parallel)
@@ -133,7 +136,8 @@ def estimate(question: Question, parallel: ParallelConfig) -> Estimate:
         needed = replace(needed, optimizer=needed.optimizer + needed.host, host=0)
     bus = _bus_bytes(question, plan, parallel)
     numbers = _numbers(question, parallel) / _sharers(plan, parallel) if parallel.offload != "none" else 0.0
-    offload = bus / device.bus_bytes_per_second + ADAMW_BYTES * numbers / HOST_UPDATE_BYTES_PER_SECOND
+    touched = ADAMW_BYTES + EMA_BYTES * ema
+    offload = bus / device.bus_bytes_per_second + touched * numbers / HOST_UPDATE_BYTES_PER_SECOND
     exposed = max(0.0, exchange - hidden) + _row_exchange_seconds(question, plan, parallel)
     usable = device.usable_bytes, device.usable_host_bytes
     return Estimate(parallel, plan, needed, compute, exposed, *usable, bus, offload)

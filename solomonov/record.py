@@ -194,11 +194,20 @@ class RunRecord:
         if self._tensorboard is not None:
             self._tensorboard.scalars(step, {"perf/checkpoint_stall_seconds": seconds})
 
-    def evaluated(self, step: int, loss: float, bits_per_byte: float, rows: int) -> None:
-        """A held-out evaluation is done."""
-        self.event("evaluated", step=step, loss=loss, bits_per_byte=bits_per_byte, rows=rows)
+    def evaluated(self, step: int, loss: float, bits_per_nat: float, rows: int, ema_loss: float | None = None) -> None:
+        """A held-out evaluation is done.
+
+        Args:
+            loss: nats a token.
+            bits_per_nat: bits a byte of text for each nat a token.
+            ema_loss: of the moving average of the weights, if one is kept.
+        """
+        found = {"loss": loss, "bits_per_byte": loss * bits_per_nat}
+        if ema_loss is not None:
+            found |= {"ema_loss": ema_loss, "ema_bits_per_byte": ema_loss * bits_per_nat}
+        self.event("evaluated", step=step, **found, rows=rows)
         if self._tensorboard is not None:
-            self._tensorboard.scalars(step, {"eval/loss": loss, "eval/bits_per_byte": bits_per_byte})
+            self._tensorboard.scalars(step, {f"eval/{name}": value for name, value in found.items()})
 
     def sync(self) -> None:
         """Before a checkpoint: no durable step may lack its line or its point."""

@@ -29,6 +29,7 @@ FREE_KEYS = (
     "training.micro_batch_sequences",
     "training.activation_checkpointing",
     "training.compile",
+    "training.ema_decay",
     "checkpoint.",
     "resilience.",
     "evaluation.",

@@ -22,7 +22,7 @@ FLUSH_SECONDS = 10.0
 
 LAYOUT = {
     "Training": {
-        "loss": ["Multiline", ["train/loss", "eval/loss"]],
+        "loss": ["Multiline", ["train/loss", "eval/loss", "eval/ema_loss"]],
         "gradient norm": ["Multiline", ["train/grad_norm"]],
         "learning rate": ["Multiline", ["train/lr"]],
     },

@@ -31,6 +31,7 @@ from solomonov.layouts import batch_of
 from solomonov.memory import WORTH_FORESEEING, PeakMemory, describe
 from solomonov.model.counts import parameter_count
 from solomonov.parallel import ParallelConfig
+from solomonov.partition import EMA
 from solomonov.plan import BatchPlan
 from solomonov.planner import Question, choose, estimate
 from solomonov.record import RunRecord, StepLine
@@ -248,6 +249,7 @@ def build(
         sequence=parallel.sequence,
         offload=parallel.offload,
         z_loss=config.training.z_loss,
+        ema_decay=config.training.ema_decay,
     )
     info = RankInfo.from_environment()
     memory = PeakMemory(device)
@@ -291,6 +293,7 @@ def resume(trainer: Trainer) -> None:
         before, now = reader.manifest.topology["precision"], trainer.engine.spec.precision
         if before != now:
             record.event("fallback", what=f"precision {before}", to=now, reason="training.precision resolved anew")
+        _tell_average(trainer, reader)
         saved = reader.state
         trainer.state = TrainState(step=saved["step"], tokens=saved["tokens"], skipped=saved["skipped"])
     trainer.first_step = trainer.state.step
@@ -299,6 +302,15 @@ def resume(trainer: Trainer) -> None:
     control.barrier()
     if branch is not None:
         save(trainer)  # the run can go on from here, whatever becomes of the other one
+
+
+def _tell_average(trainer: Trainer, reader: CheckpointReader) -> None:
+    """Where the moving average of the weights is kept and the checkpoint holds none, or the other way round."""
+    kept, stored = trainer.config.training.ema_decay, EMA in reader.kinds()
+    if kept is not None and not stored:
+        trainer.record.event("ema_begun", step=reader.step, decay=kept, reason="the checkpoint holds no average")
+    if kept is None and stored:
+        trainer.record.event("ema_dropped", step=reader.step, reason="training.ema_decay is null")
 
 
 def _check_same_stream(trainer: Trainer, reader: CheckpointReader) -> None:
@@ -336,11 +348,23 @@ def save(trainer: Trainer) -> bool:
 
 
 def evaluate_held_out(trainer: Trainer) -> None:
-    """Loss on `evaluation.rows` held-out rows, spread evenly over all of them, the same ones every time."""
-    held_out, plan = trainer.held_out, trainer.plan
+    """Loss on `evaluation.rows` held-out rows, spread evenly over all of them, the same ones every time; also that of
+    the moving average of the weights, if one is kept."""
+    held_out = trainer.held_out
     if held_out is None:
         return
     rows = min(len(held_out), trainer.config.evaluation.rows)
+    loss, ema_loss = _held_out_loss(trainer, held_out, rows), None
+    if trainer.engine.spec.ema_decay is not None:
+        with trainer.engine.averaged():
+            ema_loss = _held_out_loss(trainer, held_out, rows)
+    nats_to_bits_per_byte = held_out.tokens / max(1, held_out.text_bytes) / math.log(2)
+    trainer.record.evaluated(trainer.state.step, loss, nats_to_bits_per_byte, rows, ema_loss)
+
+
+def _held_out_loss(trainer: Trainer, held_out: HeldOutRows, rows: int) -> float:
+    """Mean cross-entropy (nats a token) on so many held-out rows."""
+    plan = trainer.plan
     chosen = [index * len(held_out) // rows for index in range(rows)]
     mine = chosen[trainer.engine.data_rank :: plan.data_parallel]
     forwards = math.ceil(math.ceil(rows / plan.data_parallel) / plan.micro_rows)
@@ -356,9 +380,7 @@ def evaluate_held_out(trainer: Trainer) -> None:
         total += trainer.engine.evaluate(batch)
         tokens += batch.valid_tokens * trainer.engine.counts_rows
     tokens = trainer.control.sum_integers([tokens])[0]
-    loss = trainer.control.sum_floats([total])[0] / max(1, tokens)
-    nats_to_bits_per_byte = held_out.tokens / max(1, held_out.text_bytes) / math.log(2)
-    trainer.record.evaluated(trainer.state.step, loss, loss * nats_to_bits_per_byte, rows)
+    return trainer.control.sum_floats([total])[0] / max(1, tokens)
 
 
 def _feed(trainer: Trainer, place: ClusterPlace | None) -> AbstractContextManager[Feed]:

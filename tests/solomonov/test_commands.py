@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from solomonov import doctor, exits
 from solomonov.checkpoint.reader import digest
@@ -169,6 +170,19 @@ def test_a_run_is_evaluated_exported_and_continued(run: RunFolder, capsys: Captu
     assert answer(capsys, "generate", exported["folder"], *words) == [text]
     assert main(["generate", "own", *words]) == exits.DONE
     assert capsys.readouterr().out == f"the quick{text['text']}\n"
+
+
+def test_the_average_is_exported_beside_the_weights(run: RunFolder, capsys: Capture) -> None:
+    average = model_state(run, 10)
+    write_checkpoint(run, 9, model_state(run, 9), average)
+    [weights], [exported] = answer(capsys, "export", "own"), answer(capsys, "export", "own", "--ema")
+    assert (weights["folder"], exported["folder"]) == (
+        "runs/own/exports/step-00000009",
+        "runs/own/exports/step-00000009-ema",
+    )
+    assert torch.equal(load_model(exported["folder"]).state["embedding.weight"], average["embedding.weight"])
+    assert [event["ema"] for event in run.journal.events("exported")] == [False, True]
+    assert "holds no average" in refusal(capsys, "export", "own", "--step", "3", "--ema")
 
 
 def load_device() -> Any:

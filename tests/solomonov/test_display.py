@@ -63,6 +63,9 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
         empty.journal.write("branched", step=10, parent="runs/old", digest="ab")
         empty.journal.write("resumed", step=10)
         empty.journal.write("evaluated", step=12, loss=3.25, bits_per_byte=1.5, rows=8)
+        empty.journal.write("evaluated", step=14, loss=3.0, bits_per_byte=1.25, ema_loss=2.5, rows=8)
+        empty.journal.write("ema_begun", step=10, decay=0.9, reason="there was none")
+        empty.journal.write("ema_dropped", step=11, reason="it is not wanted")
         empty.journal.write("fallback", what="torch.compile", to="eager", reason="no compiler")
         empty.journal.write("checkpoint_failed", step=12, cause="ENOSPC", message="no space", path="step-12")
         empty.journal.write("metrics_failed", attempt=1, message="[Errno 28]")
@@ -82,6 +85,9 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
         "branched from step 10 of runs/old",
         "resumed from the checkpoint of step 10",
         "held-out loss 3.2500 (1.500 bits a byte) at step 12",
+        "held-out loss 3.0000 (1.250 bits a byte), 2.5000 of the averaged weights at step 14",
+        "average of the weights begins anew, as the weights at step 10: there was none",
+        "average of the weights is dropped at step 11: it is not wanted",
         "torch.compile: eager instead (no compiler)",
         "no checkpoint at step 12, training goes on: no space (step-12)",
         'metrics failed: {"message": "[Errno 28]"}',

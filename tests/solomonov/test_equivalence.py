@@ -143,7 +143,7 @@ def outcome(case: Case, of: Trial) -> Outcome:
     state = {
         (name, kind): torch.randn(math.prod(shape), generator=generator)
         for name, shape in shapes.items()
-        for kind in ("gradient", "master", "exp_avg")
+        for kind in ("gradient", "master", "exp_avg", "ema")
     }
     layouts = [
         {
@@ -180,6 +180,7 @@ def test_equal_is_to_the_bit_and_the_bound_is_the_promise() -> None:
     for found in (
         changed(expected, ("head.weight", "master"), by=2e-5),
         changed(expected, ("head.weight", "exp_avg"), by=2e-5),
+        changed(expected, ("head.weight", "ema"), by=2e-5),
         replace(expected, losses=[5.0, 4.0, 3.0 * (1 + 2e-5)]),
         replace(expected, norms=[1.0, 2.0, 3.0 * (1 + 2e-5)]),
         replace(expected, losses=[5.0, math.nan, 3.0]),

@@ -20,7 +20,7 @@ CONFIG = """\
 run: {name: proven, seed: 3}
 model: {layers: 3, d_model: 32, heads: 4, kv_heads: 2, d_ff: 64}
 data: {folder: d, sources: [{name: own, path: x}]}
-training: {total_steps: 9, gradient_clipping: 0.5, z_loss: 0.001}
+training: {total_steps: 9, gradient_clipping: 0.5, z_loss: 0.001, ema_decay: 0.8}
 """
 
 

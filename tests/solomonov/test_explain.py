@@ -51,6 +51,11 @@ def test_the_numbers_of_a_known_model(config: str, capsys: pytest.CaptureFixture
     memory = found["memory"]
     parts = ("weights", "gradients", "optimizer", "buffers", "activations")
     assert memory["total"] == sum(memory[part] for part in parts) <= memory["usable"]
+    assert memory["optimizer"] == 12 * -(-found["parameters"] // 64)
+    code, out, _ = plan(capsys, config, FULL, "training.ema_decay=0.9999", "--gpu", "h100", "--json")
+    averaged = json.loads(out)
+    assert averaged["checkpoint_bytes"] == 16 * found["parameters"]
+    assert averaged["memory"]["optimizer"] == 16 * -(-found["parameters"] // 64)
     assert found["seconds"] == pytest.approx(found["seconds_an_update"] * batch["total_steps"])
     assert found["device_hours"] == pytest.approx(found["seconds"] * 64 / 3600)
     assert found["tokens_per_second"] == pytest.approx(4194304 / found["seconds_an_update"])

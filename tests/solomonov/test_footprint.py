@@ -72,6 +72,8 @@ def measured_peak(layout: Layout) -> int:
         (2, Layout(zero_stage=3, offload="optimizer")),
         (2, Layout(zero_stage=3, accumulation=2, offload="parameters")),
         (2, Layout(zero_stage=1, accumulation=2, pipeline=2, offload="optimizer")),
+        *[(2, Layout(zero_stage=stage, ema=0.9)) for stage in (0, 1, 3)],
+        (2, Layout(zero_stage=2, offload="optimizer", ema=0.9)),
     ],
     ids=str,
 )
@@ -82,7 +84,8 @@ def test_what_is_foreseen_is_what_is_there(world: int, layout: Layout) -> None:
     parallel = ParallelConfig.model_validate(keys)
     recompute = Recompute(layout.recompute, layout.every)
     plan = plan_of(layout, world)
-    found = footprint(MODEL, VOCAB, plan, parallel, precision=layout.precision, recompute=recompute)
+    ema = layout.ema is not None
+    found = footprint(MODEL, VOCAB, plan, parallel, precision=layout.precision, recompute=recompute, ema=ema)
     foreseen = found.total + found.host
     measured = max(run_ranks(measured_peak, world, layout))
     assert 0.95 * measured <= foreseen <= 1.15 * measured, f"{foreseen / measured:.3f} of what was measured"
@@ -119,3 +122,21 @@ def test_what_is_offloaded_leaves_the_device(precision: str) -> None:
     width = 4 if precision == "fp32" else 2
     assert some.weights - all_of_it.weights == pytest.approx(width * share, abs=width)
     assert all_of_it.host - some.host == pytest.approx(width * share, abs=width)
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_the_average_is_four_bytes_of_each_number_that_a_rank_owns(zero_stage: int, offload: str) -> None:
+    if zero_stage == 0 and offload != "none":
+        pytest.skip("nothing is offloaded at stage 0")
+    plan = BatchPlan(SEQUENCE, ROWS, 2, 1, 4, 10)
+    parallel = ParallelConfig.model_validate({"zero_stage": zero_stage, "offload": offload})
+    without, kept = (
+        footprint(MODEL, VOCAB, plan, parallel, precision="fp32", recompute=Recompute(), ema=ema)
+        for ema in (False, True)
+    )
+    share = parameter_count(MODEL, VOCAB) / (4 if zero_stage else 1)
+    device, host = (0, 4 * share) if offload == "optimizer" else (4 * share, 0)
+    assert kept.optimizer - without.optimizer == pytest.approx(device, abs=4)
+    assert kept.host - without.host == pytest.approx(host, abs=4)
+    assert (kept.weights, kept.gradients) == (without.weights, without.gradients)

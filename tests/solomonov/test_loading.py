@@ -62,6 +62,16 @@ def test_an_export_gives_the_same_logits(trained: tuple[User, RunFolder], tmp_pa
     torch.testing.assert_close(exported.module(CPU)(IDS, torch.zeros_like(IDS)), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_average_is_loaded_in_the_place_of_the_weights(run: RunFolder) -> None:
+    weights, average = model_state(run, 9), model_state(run, 10)
+    write_checkpoint(run, 9, weights, average)
+    assert_equal_state(load_model(str(run.path), ema=True), average)
+    assert_equal_state(load_model(str(run.path)), weights)
+    with pytest.raises(ConfigurationError, match="holds no average") as caught:
+        load_model(str(run.path), step=6, ema=True)
+    assert "step-00000006, which holds master" in caught.value.got
+
+
 def test_a_tied_head_is_the_embedding(user: User) -> None:
     run = begin_run(user, "model.tie_embeddings=true")
     state = model_state(run, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,3 +75,11 @@ def test_only_full_recomputes_groups_of_blocks(mode: str) -> None:
 def test_exactly_one_length(values: dict[str, int]) -> None:
     with pytest.raises(ValidationError, match="exactly one"):
         TrainingConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("decay", [0, 1, 0.0, 1.0, -0.1, 1.5, math.nan, math.inf, "0.9", True])
+def test_a_decay_that_averages_nothing_or_everything_alike_is_refused(decay: object) -> None:
+    with pytest.raises(ValidationError, match="ema_decay"):
+        config(ema_decay=decay)
+    assert config().ema_decay is None
+    assert config(ema_decay=0.9999).ema_decay == 0.9999

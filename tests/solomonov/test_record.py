@@ -124,20 +124,26 @@ def test_the_configuration_is_a_text_at_the_beginning_only(begun: RunFolder) -> 
 def test_evaluations_and_stalls_have_their_points(begun: RunFolder) -> None:
     with record_of(begun) as record:
         record.begin(0, LAYOUT, resumed=False)
-        record.evaluated(4, 3.25, 1.75, 8)
+        record.evaluated(4, 3.0, 0.5, 8)
+        record.evaluated(8, 2.0, 0.5, 8, 1.5)
         record.saved(4, 0.5)
     scalars = read_scalars(begun.path / "tensorboard")
     assert scalars == {
-        "eval/loss": {4: 3.25},
-        "eval/bits_per_byte": {4: 1.75},
+        "eval/loss": {4: 3.0, 8: 2.0},
+        "eval/bits_per_byte": {4: 1.5, 8: 1.0},
+        "eval/ema_loss": {8: 1.5},
+        "eval/ema_bits_per_byte": {8: 0.75},
         "perf/checkpoint_stall_seconds": {4: 0.5},
     }
-    event = begun.journal.last("evaluated")
-    assert event is not None
-    assert {key: event[key] for key in ("step", "loss", "bits_per_byte", "rows", "attempt")} == {
-        "step": 4,
-        "loss": 3.25,
-        "bits_per_byte": 1.75,
+    without, event = begun.journal.events("evaluated")
+    assert "ema_loss" not in without
+    keys = ("step", "loss", "bits_per_byte", "ema_loss", "ema_bits_per_byte", "rows", "attempt")
+    assert {key: event[key] for key in keys} == {
+        "step": 8,
+        "loss": 2.0,
+        "bits_per_byte": 1.0,
+        "ema_loss": 1.5,
+        "ema_bits_per_byte": 0.75,
         "rows": 8,
         "attempt": 1,
     }

@@ -71,9 +71,11 @@ def test_the_record_gives_back_the_configuration(user: User) -> None:
 
 def test_opening_again_keeps_the_identity_and_takes_the_new_values(user: User) -> None:
     before = opened(user).run_id()
-    run = opened(user, "checkpoint.every_steps=7", "parallel.zero_stage=3", "training.micro_batch_sequences=2")
+    free = ("checkpoint.every_steps=7", "parallel.zero_stage=3", "training.micro_batch_sequences=2")
+    run = opened(user, *free, "training.ema_decay=0.9")
     assert run.run_id() == before
     assert run.config().checkpoint.every_steps == 7
+    assert run.config().training.ema_decay == 0.9
     assert len(list(run.journal.events("run_created"))) == 1
     assert opened(user, "run.name=other").run_id() != before
 

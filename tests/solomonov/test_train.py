@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,9 @@ def test_auto_takes_a_layout_and_says_why_and_what_memory_it_took(tmp_path: Path
     assert not unexpected(list(run.journal.events()))
 
 
-def expected_evaluation(run: RunFolder) -> tuple[float, float]:
+def expected_evaluation(run: RunFolder, *, ema: bool = False) -> tuple[float, float]:
     """Loss of the last checkpoint on five held-out rows at once, and its bits per byte of the split."""
-    module = load_model(str(run.path)).module(CPU)
+    module = load_model(str(run.path), ema=ema).module(CPU)
     with Dataset.open(run.data_folder()) as dataset, torch.no_grad():
         held_out = HeldOutRows(dataset, sequence_tokens=32, packing=run.config().data.packing)
         batch = to_tensors(held_out.rows([index * len(held_out) // 5 for index in range(5)]), CPU)
@@ -164,6 +165,39 @@ def test_the_held_out_loss_is_that_of_one_forward(stage: int, tmp_path: Path) ->
     assert events[-1]["loss"] == pytest.approx(loss, rel=1e-5)
     assert events[-1]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
     assert events[-1]["rows"] == 5
+
+
+def go_on(run: RunFolder, decay: float | None, steps: int) -> None:
+    """With another decay, up to another step; the record is changed behind the command's back."""
+    record = run.resolved()
+    record["values"]["training.ema_decay"]["value"] = decay
+    record["values"]["training.total_steps"]["value"] = steps
+    write_atomically(run.resolved_path, json.dumps(record))
+    again(run)
+    assert train(run) == [DONE, DONE]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_average_is_evaluated_beside_the_weights_and_training_is_the_same(stage: int, tmp_path: Path) -> None:
+    """Its loss is that of what is exported of it; turned off, and on again, when the run goes on."""
+    layout = (f"parallel.zero_stage={stage}", "checkpoint.keep_last=9")
+    run, plain = made(tmp_path / "a", *layout, "training.ema_decay=0.5"), made(tmp_path / "b", *layout)
+    assert train(run) == train(plain) == [DONE, DONE]
+    assert free_of_time(run) == free_of_time(plain)
+    events = list(run.journal.events("evaluated"))
+    loss, bits = expected_evaluation(run, ema=True)
+    assert events[-1]["ema_loss"] == pytest.approx(loss, rel=1e-5)
+    assert events[-1]["ema_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert events[-1]["loss"] == next(reversed(list(plain.journal.events("evaluated"))))["loss"]
+    assert abs(events[-1]["ema_loss"] - events[-1]["loss"]) > 1e-3, "the two must differ for this to say anything"
+    assert not list(run.journal.events("ema_begun", "ema_dropped"))
+    shutil.rmtree(run.checkpoints / "step-00000006")
+    go_on(run, None, 6)
+    go_on(run, 0.5, 8)
+    [dropped], [begun] = run.journal.events("ema_dropped"), run.journal.events("ema_begun")
+    assert (dropped["step"], begun["step"], begun["decay"]) == (4, 6, 0.5)
+    assert load_model(str(run.path), ema=True).step == 8
+    assert not list(run.journal.events("replay_mismatch"))
 
 
 @pytest.mark.parametrize("every", [0, 4])

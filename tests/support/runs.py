@@ -70,12 +70,14 @@ def write_record(run: RunFolder, steps: int) -> list[dict[str, Any]]:
     return lines
 
 
-def write_checkpoint(run: RunFolder, step: int, state: State) -> Path:
-    """A checkpoint of these masters, as one rank writes it."""
+def write_checkpoint(run: RunFolder, step: int, state: State, average: State | None = None) -> Path:
+    """A checkpoint of these masters, and of their average if there is one, as one rank writes it."""
+    kinds = {"master": state} | ({"ema": average} if average else {})
+    tensors = {(name, kind): tensor for kind, of_kind in kinds.items() for name, tensor in of_kind.items()}
     tmp = run.checkpoints / store.temporary_name(step, 1)
     tmp.mkdir()
-    entry = write_rank_file(tmp, 0, [whole(name, "master", tensor) for name, tensor in state.items()])
-    expected = {(name, "master"): tuple(tensor.shape) for name, tensor in state.items()}
+    entry = write_rank_file(tmp, 0, [whole(name, kind, tensor) for (name, kind), tensor in tensors.items()])
+    expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     header = Header(run_id=run.run_id(), step=step, attempt=1, scalars={"optimizer_step": step}, state={"step": step})
     return commit(
         tmp, run.checkpoints / store.folder_name(step), entries=[entry], expected=expected, header=header

@@ -56,6 +56,8 @@ class Layout:
     """The four ranks stand in the grid as in SHUFFLED."""
     z_loss: float = 0.0
     """As `tied`, it changes the numbers: layouts are compared at the same one."""
+    ema: float | None = None
+    """Decay of a moving average of the weights."""
 
     def __str__(self) -> str:
         parts = [f"zero{self.zero_stage}", f"acc{self.accumulation}", f"pipe{self.pipeline}", self.precision]
@@ -63,6 +65,7 @@ class Layout:
         parts += ["tied"] * self.tied + [self.recompute] * (self.recompute != "none")
         parts += ["muon"] * self.muon + ["top-heavy"] * self.top_heavy
         parts += [f"offload_{self.offload}"] * (self.offload != "none")
+        parts += [f"ema{self.ema:g}"] if self.ema is not None else []
         parts += [f"every{self.every}"] * (self.every > 1) + [f"z{self.z_loss:g}"] * (self.z_loss > 0)
         return "-".join(parts + ["compiled"] * self.compile + ["shuffled"] * self.shuffled)
 
@@ -115,6 +118,7 @@ def make_spec(layout: Layout, world: int) -> EngineSpec:
         sequence=layout.sequence,
         offload=layout.offload,
         z_loss=layout.z_loss,
+        ema_decay=layout.ema,
     )
 
 
