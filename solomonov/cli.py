@@ -61,15 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("config", metavar="CONFIG", help="YAML file")
         verb.add_argument("overrides", metavar="key=value", nargs="*", help="dotted keys, YAML values")
 
-    plan = verbs.choices["plan"]
-    plan.add_argument("--gpus", type=_at_least_one, metavar="N", help="ranks (default: launch.nodes x ranks_per_node)")
-    plan.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, b200 or l40s (default: what is here)")
-
-    prove = verbs.choices["prove"]
-    prove.add_argument("--layouts", action="store_true", required=True, help="that all layouts train the same numbers")
-    prove.add_argument("--ranks", type=_at_least_one, default=4, metavar="N", help="most ranks (default: 4)")
-    prove.add_argument("--all", action="store_true", help="every legal layout, some 1,000; half an hour and more")
-    prove.add_argument("--to", metavar="FILE", help="write the certificate there, as JSON")
+    _add_what_is_asked_beforehand(verbs)
 
     checkpoints = verbs.add_parser("checkpoints", help="list, verify, digest, diff or prune a run's checkpoints")
     checkpoints.add_argument("action", choices=("list", "verify", "digest", "diff", "prune"))
@@ -115,6 +107,18 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ANSWERING:
         verbs.choices[name].add_argument("--json", action="store_true", help="print the answer as JSON")
     return parser
+
+
+def _add_what_is_asked_beforehand(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = verbs.choices["plan"]
+    plan.add_argument("--gpus", type=_at_least_one, metavar="N", help="ranks (default: launch.nodes x ranks_per_node)")
+    plan.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, b200 or l40s (default: what is here)")
+
+    prove = verbs.choices["prove"]
+    prove.add_argument("--layouts", action="store_true", required=True, help="that all layouts train the same numbers")
+    prove.add_argument("--ranks", type=_at_least_one, default=4, metavar="N", help="most ranks (default: 4)")
+    prove.add_argument("--all", action="store_true", help="every legal layout, some 1,000; half an hour and more")
+    prove.add_argument("--to", metavar="FILE", help="write the certificate there, as JSON")
 
 
 def _add_job_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

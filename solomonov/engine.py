@@ -22,7 +22,6 @@ from solomonov.checkpoint.fragments import Fragment
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.ema import WeightAverage
 from solomonov.engine_spec import EngineSpec, deepspeed_config
-from solomonov.errors import ConfigurationError
 from solomonov.host import cpu_model
 from solomonov.model.attention import SequenceShare, attend
 from solomonov.model.loss import pipeline_loss
@@ -485,7 +484,7 @@ class Engine:
         Raises:
             ConfigurationError: the checkpoint holds other parameters or shapes than this model.
         """
-        self._check_same_model(reader)
+        reader.require_model({name: parameter_shape(p) for p, name in self.names.items()})
         create_state(self._optimizer, updates_applied)
         without = () if EMA in reader.kinds() else (EMA,)
         with torch.no_grad():
@@ -497,14 +496,3 @@ class Engine:
         if self._average is not None and without:
             self._average.begin()
         refresh_parameters(self._optimizer)
-
-    def _check_same_model(self, reader: CheckpointReader) -> None:
-        for p, name in self.names.items():
-            stored = reader.shapes().get((name, "master"))
-            if stored != parameter_shape(p):
-                raise ConfigurationError(
-                    "the checkpoint was written by another model",
-                    got=f"{name}: {stored} in the checkpoint, {parameter_shape(p)} in the configuration",
-                    rule="a run resumes with the model that it was started with",
-                    remedy="use the configuration of the run, or another run.name",
-                )

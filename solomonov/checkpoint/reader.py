@@ -19,6 +19,7 @@ import xxhash
 from solomonov.checkpoint import files, verify
 from solomonov.checkpoint.format import Manifest, TensorId, TensorRecord, by_tensor
 from solomonov.checkpoint.fragments import DTYPES, host_bytes
+from solomonov.errors import ConfigurationError
 
 CACHE_BYTES = 256 << 20
 """Verified fragments that a reader keeps, so that many small reads of one fragment verify it once."""
@@ -82,6 +83,25 @@ class CheckpointReader:
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of one kind, sorted."""
         return sorted(name for name, stored in self._records if stored == kind)
+
+    def require_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that it holds the masters of a model.
+
+        Args:
+            shapes: canonical name -> shape, of parameters that will be read.
+
+        Raises:
+            ConfigurationError: it holds other parameters or shapes.
+        """
+        for name, shape in shapes.items():
+            stored = self.shapes().get((name, "master"))
+            if stored != shape:
+                raise ConfigurationError(
+                    "the checkpoint was written by another model",
+                    got=f"{name}: {stored} in the checkpoint, {shape} in the configuration",
+                    rule="a run resumes with the model that it was started with",
+                    remedy="use the configuration of the run, or another run.name",
+                )
 
     def shapes(self) -> Mapping[TensorId, tuple[int, ...]]:
         """(name, kind) -> shape of every tensor."""
