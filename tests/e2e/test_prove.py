@@ -16,6 +16,7 @@ from tests.support.user import User
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_user_s_own_configuration_is_proven(optimizer: str, user: User) -> None:
     """The README's command: the matrix of layouts over up to four ranks."""
