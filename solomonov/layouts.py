@@ -34,7 +34,9 @@ def batch_of(config: Config, parallel: ParallelConfig, *, precision: str, world:
         ConfigurationError: layout or batch is illegal on so many ranks.
     """
     copies = check_layout(parallel, precision=precision, world=world, layers=config.model.layers)
-    return plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=copies)
+    return plan_batch(
+        config.training, config.schedule, sequence_tokens=config.data.sequence_tokens, data_parallel=copies
+    )
 
 
 def legal_batch(config: Config, *, precision: str, world: int) -> BatchPlan:

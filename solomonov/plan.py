@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 
 from solomonov.errors import ConfigurationError
 from solomonov.model.config import Recompute, RecomputeMode
+from solomonov.schedule import ScheduleConfig
 from solomonov.section import Section
+from solomonov.warmup import SequenceLengths, sequence_lengths
 
 
 class TrainingConfig(Section):
@@ -85,6 +87,18 @@ class BatchPlan:
     data_parallel: int
     """Ranks that see different rows."""
     total_steps: int
+    lengths: SequenceLengths | None = None
+    """How far attention reaches; None: over whole rows, always."""
+
+    def attended_tokens(self, step: int) -> int:
+        """Length of the pieces of a row within which the update after `step` updates attends."""
+        if self.lengths is None:
+            return self.sequence_tokens
+        return self.lengths.at(self.trained_tokens(step))
+
+    def trained_tokens(self, step: int) -> int:
+        """Row positions of the first `step` updates, over all ranks."""
+        return step * self.batch_rows * self.sequence_tokens
 
     def describe(self) -> str:
         """The arithmetic, on one line."""
@@ -93,19 +107,35 @@ class BatchPlan:
 
     def describe_total(self) -> str:
         """What of it is the same in all layouts."""
-        tokens = self.batch_rows * self.sequence_tokens
+        tokens, whole = self.batch_rows * self.sequence_tokens, self.trained_tokens(self.total_steps)
         return (
             f"{self.batch_rows} rows of {self.sequence_tokens} = {tokens:,} tokens an update;"
-            f" {self.total_steps:,} updates = {self.total_steps * tokens:,} tokens"
+            f" {self.total_steps:,} updates = {whole:,} tokens{self._describe_lengths()}"
         )
 
+    def _describe_lengths(self) -> str:
+        if (steps := self.sequence_warmup_steps) == 0:
+            return ""
+        first, last = self.attended_tokens(0), self.sequence_tokens
+        return f"; attention over {first} tokens at first, over {last} after {steps:,} updates"
 
-def plan_batch(training: TrainingConfig, *, sequence_tokens: int, data_parallel: int) -> BatchPlan:
+    @property
+    def sequence_warmup_steps(self) -> int:
+        """Updates that do not attend over whole rows yet."""
+        if self.lengths is None:
+            return 0
+        return -(-self.lengths.over // (self.batch_rows * self.sequence_tokens))
+
+
+def plan_batch(
+    training: TrainingConfig, schedule: ScheduleConfig, *, sequence_tokens: int, data_parallel: int
+) -> BatchPlan:
     """Derive the batch plan, or say why the batch does not divide.
 
     Raises:
         ConfigurationError: `global_batch_tokens` is not a whole number of rows, or the rows do not divide over
-            micro-batches and data-parallel ranks; the message names the nearest values that do.
+            micro-batches and data-parallel ranks, or a warm-up begins at a size that does not divide; the message
+            names the nearest values that do.
     """
     batch_rows, rest = divmod(training.global_batch_tokens, sequence_tokens)
     if rest or not batch_rows:
@@ -143,6 +173,7 @@ def plan_batch(training: TrainingConfig, *, sequence_tokens: int, data_parallel:
         accumulation=batch_rows // (micro * data_parallel),
         data_parallel=data_parallel,
         total_steps=training.steps,
+        lengths=sequence_lengths(schedule.sequence_warmup, sequence_tokens),
     )
 
 

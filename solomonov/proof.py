@@ -57,7 +57,8 @@ def prove_record(run: RunFolder) -> Proof:
     """
     config = run.config()
     lines = _lines(run.metrics)
-    plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=1)
+    tokens = config.data.sequence_tokens
+    plan = plan_batch(config.training, config.schedule, sequence_tokens=tokens, data_parallel=1)
     batch = plan.batch_rows
     steps = [line["step"] for line in lines]
     proof = Proof(steps=len(lines), rows=len(lines) * batch)
@@ -70,7 +71,8 @@ def prove_record(run: RunFolder) -> Proof:
         stream = make_stream(config, dataset)
         for line in lines:
             numbers = np.arange((line["step"] - 1) * batch, line["step"] * batch, dtype=np.int64)
-            expected[line["step"]] = f"{stream.rows(numbers).digest():016x}"
+            rows = stream.rows(numbers).cut(plan.attended_tokens(line["step"] - 1))
+            expected[line["step"]] = f"{rows.digest():016x}"
             proof.digests_equal += line["data_digest"] == expected[line["step"]]
     _compare_replays(run, proof, {line["step"]: line for line in lines}, expected)
     proof.kills = _kills(run)

@@ -74,6 +74,7 @@ def prepare_run(
         precision = "bf16"  # every CUDA device of the last five generations has it; the rank itself decides
     plan = legal_batch(config, precision=precision, world=ranks)
     _check_schedule(config.schedule, plan.total_steps)
+    _check_warmups(config.schedule, plan)
     if gpus and ranks_per_node > gpus:
         raise ConfigurationError(
             "there are more ranks than GPUs",
@@ -145,6 +146,17 @@ def _check_schedule(schedule: ScheduleConfig, total_steps: int) -> None:
             got=f"schedule.warmup_steps {warmup} and schedule.decay_steps {decay} in a run of {total_steps} updates",
             rule="the decay begins when the warm-up has ended",
             remedy=f"set schedule.decay_steps to at most {total_steps - warmup}, or train longer",
+        )
+
+
+def _check_warmups(schedule: ScheduleConfig, plan: BatchPlan) -> None:
+    warmup, trained = schedule.sequence_warmup, plan.trained_tokens(plan.total_steps - 1)
+    if warmup is not None and warmup.tokens > trained:
+        raise ConfigurationError(
+            "no update ever attends over whole rows",
+            got=f"schedule.sequence_warmup.tokens {warmup.tokens}, {trained} tokens before the last update",
+            rule="the warm-up has ended when the last update begins",
+            remedy=f"set schedule.sequence_warmup.tokens to at most {trained}, or train longer",
         )
 
 

@@ -110,7 +110,7 @@ def train(
         while state.step < plan.total_steps:
             line = StepLine(step=state.step + 1)
             heartbeat.beat("data", line.step)
-            batches = [to_tensors(rows, device) for rows in next(steps)]
+            batches = [to_tensors(rows.cut(plan.attended_tokens(state.step)), device) for rows in next(steps)]
             line.tokens = control.sum_integers([_tokens(trainer.engine, batches)])[0]
             line.lap("data_wait")
 

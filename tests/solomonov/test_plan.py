@@ -10,6 +10,9 @@ from pydantic import ValidationError
 from solomonov.errors import ConfigurationError
 from solomonov.model.config import Recompute
 from solomonov.plan import TrainingConfig, legal_data_parallel, plan_batch
+from solomonov.schedule import ScheduleConfig
+
+PLAIN = ScheduleConfig()
 
 
 def config(**values: object) -> TrainingConfig:
@@ -17,7 +20,9 @@ def config(**values: object) -> TrainingConfig:
 
 
 def test_by_hand() -> None:
-    plan = plan_batch(config(global_batch_tokens=16384, micro_batch_sequences=4), sequence_tokens=512, data_parallel=2)
+    plan = plan_batch(
+        config(global_batch_tokens=16384, micro_batch_sequences=4), PLAIN, sequence_tokens=512, data_parallel=2
+    )
     assert (plan.batch_rows, plan.micro_rows, plan.accumulation) == (32, 4, 4)
     assert plan.describe() == (
         "4 rows x 4 accumulated x 2 data-parallel ranks = 32 rows of 512 = 16,384 tokens an update;"
@@ -25,26 +30,40 @@ def test_by_hand() -> None:
     )
 
 
+def test_a_warm_up_of_the_row_length_is_in_the_plan() -> None:
+    """16 of 64 tokens at first; 16 + 48 * 256 / 700 = 33 allows 32 at the second update, and the fourth is past 700."""
+    schedule = ScheduleConfig.model_validate({"sequence_warmup": {"from_tokens": 16, "tokens": 700}})
+    training = config(global_batch_tokens=256, micro_batch_sequences=4)
+    plan = plan_batch(training, schedule, sequence_tokens=64, data_parallel=1)
+    assert [plan.attended_tokens(step) for step in range(5)] == [16, 32, 32, 64, 64]
+    assert plan.describe_total() == (
+        "4 rows of 64 = 256 tokens an update; 10 updates = 2,560 tokens;"
+        " attention over 16 tokens at first, over 64 after 3 updates"
+    )
+
+
 @given(batch=st.integers(1, 5000), micro=st.integers(1, 40), sequence=st.integers(1, 300), ranks=st.integers(1, 70))
 def test_exact_or_refused_with_a_legal_way_out(batch: int, micro: int, sequence: int, ranks: int) -> None:
     training = config(global_batch_tokens=batch, micro_batch_sequences=micro)
     if batch % sequence == 0 and (batch // sequence) % (micro * ranks) == 0:
-        plan = plan_batch(training, sequence_tokens=sequence, data_parallel=ranks)
+        plan = plan_batch(training, PLAIN, sequence_tokens=sequence, data_parallel=ranks)
         assert plan.micro_rows * plan.accumulation * plan.data_parallel * sequence == batch
         return
     with pytest.raises(ConfigurationError) as caught:
-        plan_batch(training, sequence_tokens=sequence, data_parallel=ranks)
+        plan_batch(training, PLAIN, sequence_tokens=sequence, data_parallel=ranks)
     assert caught.value.exit_code == 78
     advised = int(caught.value.remedy.rsplit(" ", 1)[1])  # the last advice names a batch
     assert advised % sequence == 0
     if batch % sequence == 0:
         better = config(global_batch_tokens=advised, micro_batch_sequences=micro)
-        plan_batch(better, sequence_tokens=sequence, data_parallel=ranks)
+        plan_batch(better, PLAIN, sequence_tokens=sequence, data_parallel=ranks)
 
 
 def test_names_the_nearest_legal_ranks() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        plan_batch(config(global_batch_tokens=4096, micro_batch_sequences=2), sequence_tokens=512, data_parallel=3)
+        plan_batch(
+            config(global_batch_tokens=4096, micro_batch_sequences=2), PLAIN, sequence_tokens=512, data_parallel=3
+        )
     assert "use 1 or 2 or 4 data-parallel ranks" in caught.value.remedy
     assert "8 rows, over 3 data-parallel ranks x 2 rows" in caught.value.got
 
