@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from solomonov.batch import TokenBatch, padded
+from solomonov.batch import TokenBatch, empty_batch, padded
 from solomonov.checkpoint.fragments import Fragment
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.engine_spec import EngineSpec, deepspeed_config
@@ -142,36 +142,49 @@ class Engine:
 
     # ----------------------------------------------------------------------------------------------- training
 
-    def forward_backward(self, batches: Sequence[TokenBatch], valid_tokens: int, lr: float) -> torch.Tensor:
+    def forward_backward(
+        self, batches: Sequence[TokenBatch], valid_tokens: int, lr: float, micro_batches: int | None = None
+    ) -> torch.Tensor:
         """Forward and backward of all micro-batches of one update.
 
         Args:
-            batches: this rank's micro-batches, `plan.accumulation` of them; none where it needs no rows.
+            batches: this rank's micro-batches, at most `micro_batches` of them; none where it needs no rows.
             valid_tokens: number of predicted tokens in the whole update, over all ranks.
             lr: learning rate of this update.
+            micro_batches: forwards of every rank; those that it has no rows for are padding. None:
+                `plan.accumulation`, and at most so many.
 
         Returns:
             this rank's sum of cross-entropy over its predicted tokens (nats), float64, detached.
 
         The loss of a micro-batch is the sum over its tokens divided by the update's global count, so that a token
-        weighs the same wherever it is. DeepSpeed divides by the accumulation steps and averages over the
+        weighs the same wherever it is. DeepSpeed divides by its accumulation steps and averages over the
         data-parallel ranks; the factor below undoes both. The z-loss is weighed alike; what is
         returned is without it.
         """
-        wanted = self.spec.plan.accumulation if self.needs_rows else 0
-        assert len(batches) == wanted, f"{len(batches)} micro-batches, the plan says {wanted}"
+        plan = self.spec.plan
+        forwards = plan.accumulation if micro_batches is None else micro_batches
+        assert 1 <= forwards <= plan.accumulation, f"{forwards} micro-batches of at most {plan.accumulation}"
+        wanted = forwards if self.needs_rows else 0
+        assert len(batches) <= wanted, f"{len(batches)} micro-batches, the plan says {wanted}"
+        full = len(batches) == wanted or micro_batches is not None
+        assert full, f"{len(batches)} micro-batches, the plan says {wanted}"
+        missing = wanted - len(batches)
+        batches = [*batches, *(empty_batch(plan.sequence_tokens, self.device) for _ in range(missing))]
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        scale = self.spec.plan.accumulation * self.spec.plan.data_parallel / max(1, valid_tokens)
         self._sums = self._no_sums()
         if self.spec.pipeline > 1:
-            self._pipeline_batch(batches, scale)
+            self._pipeline_batch(batches, forwards, forwards * plan.data_parallel / max(1, valid_tokens))
             return self._sums[0]
         self._ds.train()
-        for batch in batches:
+        scale = plan.accumulation * plan.data_parallel / max(1, valid_tokens)
+        for number, batch in enumerate(batches, 1):
+            # Not DeepSpeed's own count, which takes every update for as long as the first.
+            self._ds.set_gradient_accumulation_boundary(number == forwards)
             found = self._ds(batch.input_ids, batch.document_ids, batch.labels, with_z=self.spec.z_loss > 0.0)
             self._ds.backward(self._objective(found) * scale)
-            if batch is not batches[-1]:
+            if number < forwards:
                 self._ds.step()
         return self._sums[0]
 
@@ -328,9 +341,13 @@ class Engine:
             return pipeline_loss(outputs, tokens) * factor[0]
         return self._objective(pipeline_loss(outputs, tokens, with_z=self.spec.z_loss > 0.0)) * factor[0]
 
-    def _pipeline_batch(self, batches: Sequence[TokenBatch], scale: float) -> None:
+    def _pipeline_batch(self, batches: Sequence[TokenBatch], forwards: int, scale: float) -> None:
         """DeepSpeed's own schedule: all micro-batches, the update included. The last stage has the sums; the mean that
         train_batch returns is that of what is minimised, z-loss and all."""
+        plan = self.spec.plan
+        self._ds.set_train_batch_size(forwards * plan.micro_rows * plan.data_parallel)
+        # The stages have agreed on the size of what travels between them: short micro-batches are filled up.
+        batches = [padded(batch, plan.micro_rows) for batch in batches]
         factor = torch.full((1,), scale, dtype=torch.float32, device=self.device)
         micro = (((b.input_ids, b.document_ids), (b.labels, factor)) for b in batches)
         self._ds.train_batch(data_iter=iter(micro))

@@ -76,6 +76,7 @@ def facts(explanation: Explanation) -> dict[str, Any]:
     plan, model = taken.plan, question.config.model
     parameters = parameter_count(model, question.vocab_size)
     tokens = plan.batch_rows * plan.sequence_tokens
+    updates = plan.trained_tokens(plan.total_steps) / tokens  # of whole batches
     flops = flops_per_token(model, question.vocab_size, plan.sequence_tokens)
     bounds = stage_bounds(model, question.vocab_size, plan.sequence_tokens, taken.parallel.pipeline)
     names = layer_names(model)
@@ -84,6 +85,7 @@ def facts(explanation: Explanation) -> dict[str, Any]:
         "flops_per_token": flops,
         "batch": dataclasses.asdict(plan),
         "tokens": plan.trained_tokens(plan.total_steps),
+        "batch_warmup_steps": plan.batches.warmup_steps,
         "sequence_warmup_steps": plan.sequence_warmup_steps,
         "world": question.world,
         "precision": question.precision,
@@ -102,8 +104,8 @@ def facts(explanation: Explanation) -> dict[str, Any]:
         "checkpoints_kept": question.config.checkpoint.keep_last,
         "seconds_an_update": seconds,
         "seconds_range": [seconds * FASTER, seconds * SLOWER],
-        "seconds": seconds * plan.total_steps,
-        "device_hours": seconds * plan.total_steps * question.world / 3600,
+        "seconds": seconds * updates,
+        "device_hours": seconds * updates * question.world / 3600,
         "tokens_per_second": tokens / seconds,
         "fits": taken.fits,
         "change": explanation.change,

@@ -177,7 +177,8 @@ class RunRecord:
         line.lap("log")
         if self._rank:
             return
-        line.rows, line.attended_tokens = self._plan.batch_rows, self._plan.attended_tokens(line.step - 1)
+        line.rows = len(self._plan.batches.rows(line.step - 1))
+        line.attended_tokens = self._plan.attended_tokens(line.step - 1)
         assert self._metrics is not None, "begin() comes before step()"
         record = line.to_json()
         self._metrics.append(record)

@@ -13,7 +13,7 @@ from solomonov.warmup import WarmupConfig
 
 
 class ScheduleConfig(Section):
-    """How learning rate and row length move over the run."""
+    """How learning rate, batch and row length move over the run."""
 
     kind: Literal["wsd", "cosine", "inverse_sqrt"] = "wsd"
     """`wsd`: warm up, stay, decay linearly at the end; `cosine`: warm up, then half a cosine; `inverse_sqrt`: warm up,
@@ -26,6 +26,10 @@ class ScheduleConfig(Section):
     """Updates over which `wsd` decays, at the end of the run, instead of `decay_fraction` of them; null: that."""
     final_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
     """The rate that the decay would reach one update after the last, as a share of `optimizer.lr`."""
+    batch_warmup: WarmupConfig | None = None
+    """{from_tokens, tokens}: updates of `from_tokens` at first, and of `training.global_batch_tokens` after so many
+    tokens (row positions) of the run; in between of multiples of the first, along a straight line. The learning rate
+    follows the updates all the same. null: whole batches from the start."""
     sequence_warmup: WarmupConfig | None = None
     """{from_tokens, tokens}: attention reaches within pieces of `from_tokens` at first, and of `data.sequence_tokens`
     after so many tokens (row positions); in between over the divisors of that, along a straight line. Rows stay as they

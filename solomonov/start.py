@@ -150,14 +150,15 @@ def _check_schedule(schedule: ScheduleConfig, total_steps: int) -> None:
 
 
 def _check_warmups(schedule: ScheduleConfig, plan: BatchPlan) -> None:
-    warmup, trained = schedule.sequence_warmup, plan.trained_tokens(plan.total_steps - 1)
-    if warmup is not None and warmup.tokens > trained:
-        raise ConfigurationError(
-            "no update ever attends over whole rows",
-            got=f"schedule.sequence_warmup.tokens {warmup.tokens}, {trained} tokens before the last update",
-            rule="the warm-up has ended when the last update begins",
-            remedy=f"set schedule.sequence_warmup.tokens to at most {trained}, or train longer",
-        )
+    trained = plan.trained_tokens(plan.total_steps - 1)
+    for name, warmup in (("batch_warmup", schedule.batch_warmup), ("sequence_warmup", schedule.sequence_warmup)):
+        if warmup is not None and warmup.tokens > trained:
+            raise ConfigurationError(
+                "no update has its full size" if name == "batch_warmup" else "no update ever attends over whole rows",
+                got=f"schedule.{name}.tokens {warmup.tokens}, {trained} tokens before the last update",
+                rule="the warm-up has ended when the last update begins",
+                remedy=f"set schedule.{name}.tokens to at most {trained}, or train longer",
+            )
 
 
 def finished_step(run: RunFolder, total_steps: int) -> int | None:

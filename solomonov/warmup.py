@@ -1,4 +1,4 @@
-"""Warm-up of the row length in tokens: a pure function of the tokens trained on, so that resuming needs no state."""
+"""Warm-up of batch and row length in tokens: functions of the tokens trained on, so that resuming needs no state."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
+from data_pipeline.batches import BatchRows
 from solomonov.errors import ConfigurationError
 from solomonov.section import Section
 
@@ -72,3 +73,27 @@ def sequence_lengths(warmup: WarmupConfig | None, sequence_tokens: int) -> Seque
             remedy="; or ".join([*advice, "remove schedule.sequence_warmup"]),
         )
     return SequenceLengths(sequence_tokens, first, warmup.tokens)
+
+
+def growing_batches(warmup: WarmupConfig | None, full_rows: int, sequence_tokens: int) -> BatchRows:
+    """The rows of a configuration's steps.
+
+    Raises:
+        ConfigurationError: the first batch is not a whole number of rows below `full_rows`; the message names the
+            nearest ones that are.
+    """
+    if warmup is None:
+        return BatchRows(full_rows)
+    rows, rest = divmod(warmup.from_tokens, sequence_tokens)
+    if rest or not 0 < rows < full_rows:
+        near = sorted({min(max(1, value), full_rows - 1) * sequence_tokens for value in (rows, rows + 1)} - {0})
+        words = " or ".join(map(str, near))
+        advice = [f"set schedule.batch_warmup.from_tokens to {words}"] if near else []
+        raise ConfigurationError(
+            "the first batch is not a whole number of rows below the full one",
+            got=f"schedule.batch_warmup.from_tokens {warmup.from_tokens}, data.sequence_tokens {sequence_tokens},"
+            f" training.global_batch_tokens {full_rows * sequence_tokens}",
+            rule="batches grow from a multiple of data.sequence_tokens to training.global_batch_tokens",
+            remedy="; or ".join([*advice, "remove schedule.batch_warmup"]),
+        )
+    return BatchRows(full_rows, rows, -(-warmup.tokens // sequence_tokens))

@@ -42,6 +42,35 @@ def test_a_warm_up_of_the_row_length_is_in_the_plan() -> None:
     )
 
 
+def test_a_warm_up_of_the_batch_is_in_the_plan() -> None:
+    """2 of 8 rows at first, to 8 over 12: two updates of 2 rows, one of 4, one of 6; by hand in the loader's terms."""
+    schedule = ScheduleConfig.model_validate({"batch_warmup": {"from_tokens": 128, "tokens": 768}})
+    training = config(global_batch_tokens=512, micro_batch_sequences=2)
+    plan = plan_batch(training, schedule, sequence_tokens=64, data_parallel=2)
+    assert [plan.micro_batches(step) for step in range(6)] == [1, 1, 1, 2, 2, 2]
+    assert [plan.trained_tokens(step) // 64 for step in range(6)] == [0, 2, 4, 8, 14, 22]
+    assert plan.describe_total() == (
+        "8 rows of 64 = 512 tokens an update; 10 updates = 3,968 tokens; 2 rows at first, 8 after 4 updates"
+    )
+    by_tokens = config(total_steps=None, total_tokens=3969, global_batch_tokens=512, micro_batch_sequences=2)
+    assert plan_batch(by_tokens, schedule, sequence_tokens=64, data_parallel=2).total_steps == 11
+
+
+@pytest.mark.parametrize(
+    ("first", "remedy"),
+    [(100, "64 or 128"), (512, "448"), (10**6, "448"), (1, "64")],
+    ids=["half", "all", "more", "1"],
+)
+def test_a_first_batch_that_is_none_is_refused(first: int, remedy: str) -> None:
+    schedule = ScheduleConfig.model_validate({"batch_warmup": {"from_tokens": first, "tokens": 768}})
+    training = config(global_batch_tokens=512, micro_batch_sequences=2)
+    with pytest.raises(ConfigurationError, match="first batch") as caught:
+        plan_batch(training, schedule, sequence_tokens=64, data_parallel=2)
+    assert caught.value.remedy == (
+        f"set schedule.batch_warmup.from_tokens to {remedy}; or remove schedule.batch_warmup"
+    )
+
+
 @given(batch=st.integers(1, 5000), micro=st.integers(1, 40), sequence=st.integers(1, 300), ranks=st.integers(1, 70))
 def test_exact_or_refused_with_a_legal_way_out(batch: int, micro: int, sequence: int, ranks: int) -> None:
     training = config(global_batch_tokens=batch, micro_batch_sequences=micro)

@@ -56,13 +56,17 @@ def free_of_time(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def plain_losses(
-    run: RunFolder, z_terms: list[float] | None = None, pieces: Sequence[int] = (32,) * 6
+    run: RunFolder,
+    z_terms: list[float] | None = None,
+    pieces: Sequence[int] = (32,) * 6,
+    sizes: Sequence[int] = (8,) * 6,
 ) -> list[tuple[float, float, float]]:
     """(loss, norm, rate) of each step: torch's AdamW on the whole batch, the schedule from its definition.
 
     Args:
         z_terms: gets the z-loss of each step.
         pieces: length of the pieces of each step, trained on as rows of their own.
+        sizes: rows of each step.
     """
     config = run.config()
     model = Transformer(config.model, config.tokenizer.vocab_size, seed=config.run.seed)
@@ -75,9 +79,11 @@ def plain_losses(
         weights = {source.name: source.weight for source in config.data.sources}
         stream = Stream(dataset, sequence_tokens=32, packing=config.data.packing, seed=config.run.seed, weights=weights)
         for step in range(6):
-            rows = stream.rows(range(step * 8, step * 8 + 8))
+            rows = stream.rows(range(sum(sizes[:step]), sum(sizes[: step + 1])))
             arrays = (rows.input_ids, rows.labels, rows.document_ids)
-            short = RowBatch(np.arange(8 * 32 // pieces[step]), *(array.reshape(-1, pieces[step]) for array in arrays))
+            short = RowBatch(
+                np.arange(sizes[step] * 32 // pieces[step]), *(array.reshape(-1, pieces[step]) for array in arrays)
+            )
             batch = to_tensors(short, CPU)
             # wsd: up over 4 updates, down to 0 over the last fifth (1 of 6), which would end at update 6.
             rate = 0.003 * (min(1.0, (step + 1) / 4) if step < 5 else 1.0)
@@ -118,6 +124,30 @@ def test_short_pieces_at_first_are_short_rows(overrides: tuple[str, ...], tmp_pa
     assert [line["attended_tokens"] for line in lines] == pieces
     for line, (loss, norm, _) in zip(lines, plain_losses(run, pieces=pieces), strict=True):
         assert (line["loss"], line["grad_norm"]) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5))
+    assert prove_record(run).holds
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        *[(2, (f"parallel.zero_stage={stage}", "training.micro_batch_sequences=1")) for stage in (0, 1, 2, 3)],
+        (1, ("training.micro_batch_sequences=2",)),
+        (2, ("parallel.pipeline=2", "training.micro_batch_sequences=2")),
+        (2, ("parallel.zero_stage=2", "training.micro_batch_sequences=1", "parallel.offload=optimizer")),
+    ],
+    ids=["zero0", "zero1", "zero2", "zero3", "one-rank", "pipeline", "offloaded"],
+)
+def test_small_batches_at_first_are_small_batches(world: int, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    """3 of 8 rows at first, to 8 over 18 rows: 3 + 5 n / 18 allows 6 from row 12 on. Ranks and micro-batches of two
+    rows do not share out 3; with one rank, 3 rows take two forwards, of four."""
+    words = ("schedule.batch_warmup.from_tokens=96", "schedule.batch_warmup.tokens=570")
+    run = made(tmp_path, *words, *overrides, ranks=world)
+    assert train(run, world) == [DONE] * world
+    sizes, lines = [3, 3, 3, 3, 6, 8], lines_of(run)
+    assert [line["rows"] for line in lines] == sizes
+    for line, (loss, norm, rate) in zip(lines, plain_losses(run, sizes=sizes), strict=True):
+        assert (line["loss"], line["grad_norm"]) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5))
+        assert line["lr"] == pytest.approx(rate, rel=1e-12)
     assert prove_record(run).holds
 
 
