@@ -21,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.harness import busy_seconds, cpu_seconds, percentile
+from data_pipeline.batches import BatchRows
 from data_pipeline.cluster import WorkerDirectory, join
 from data_pipeline.config import WorkersConfig
 from data_pipeline.dataset import Dataset
@@ -33,6 +34,7 @@ from data_pipeline.worker import Reply
 
 SEQUENCE_TOKENS: Final = 512
 BATCH_ROWS: Final = 32
+BATCHES: Final = BatchRows(BATCH_ROWS)
 MICRO_ROWS: Final = 8
 PREFETCH_STEPS: Final = 4
 """As `data.prefetch_steps` has it."""
@@ -147,7 +149,7 @@ class Rows:
                 self.directory,
                 self.stream,
                 WorkersConfig(backend="ray", count=case.workers),
-                rows_of=Loader(self.stream, batch_rows=BATCH_ROWS, micro_batch_rows=1, prefetch_steps=0).row_numbers,
+                rows_of=Loader(self.stream, batches=BATCHES, micro_batch_rows=1, prefetch_steps=0).row_numbers,
                 steps=range(ENDLESS),
                 on_event=lambda kind, **fields: self.events.append({"event": kind, **fields}),
             )
@@ -155,7 +157,7 @@ class Rows:
         self.loader = self._stack.enter_context(
             Loader(
                 self.stream if self.remote is None else self.remote,
-                batch_rows=BATCH_ROWS,
+                batches=BATCHES,
                 micro_batch_rows=MICRO_ROWS,
                 prefetch_steps=PREFETCH_STEPS,
             )

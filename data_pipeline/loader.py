@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.batches import BatchRows
 from data_pipeline.rows import RowBatch
 
 
@@ -28,14 +29,14 @@ class RowSource(Protocol):
 class Loader:
     """Iterates over steps; an item is the list of this rank's micro-batches of one step.
 
-    Step s (from 0) has the rows [s * batch_rows, (s+1) * batch_rows); rank r takes those with
-    i mod dp_size = r, in increasing order, so the ranks share out any batch, evenly or not. A rank's rows
-    are cut into micro-batches of `micro_batch_rows`, the last one smaller where they do not divide; a rank
+    Step s (from 0) has the rows `batches.rows(s)`; rank r takes those with i mod dp_size = r, in increasing
+    order, so the ranks share out any batch, evenly or not. A rank's rows are cut into micro-batches of
+    `micro_batch_rows`, the last one smaller where they do not divide; a rank
     without rows in a step gets an empty list.
 
     Args:
         stream: where rows come from.
-        batch_rows: rows of a step on all ranks together.
+        batches: rows of each step on all ranks together.
         dp_rank, dp_size: which data-parallel rank this is, of how many.
         micro_batch_rows: rows of a micro-batch.
         first_step: step of the first item.
@@ -51,7 +52,7 @@ class Loader:
         self,
         stream: RowSource,
         *,
-        batch_rows: int,
+        batches: BatchRows,
         dp_rank: int = 0,
         dp_size: int = 1,
         micro_batch_rows: int,
@@ -59,15 +60,15 @@ class Loader:
         end_step: int | None = None,
         prefetch_steps: int = 2,
     ) -> None:
-        if min(batch_rows, micro_batch_rows, dp_size) < 1 or min(first_step, prefetch_steps) < 0:
+        if min(micro_batch_rows, dp_size) < 1 or min(first_step, prefetch_steps) < 0:
             raise ValueError(
-                f"batch_rows {batch_rows}, micro_batch_rows {micro_batch_rows}, dp_size {dp_size} must be "
+                f"micro_batch_rows {micro_batch_rows}, dp_size {dp_size} must be "
                 f"at least 1, first_step {first_step}, prefetch_steps {prefetch_steps} at least 0"
             )
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank {dp_rank} is not in [0, {dp_size})")
         self._stream = stream
-        self._batch_rows, self._micro_batch_rows = batch_rows, micro_batch_rows
+        self._batches, self._micro_batch_rows = batches, micro_batch_rows
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._prefetch_steps, self._end_step = prefetch_steps, end_step
         self.next_step = first_step
@@ -80,9 +81,9 @@ class Loader:
 
     def row_numbers(self, step: int) -> NDArray[np.int64]:
         """Numbers of this rank's rows of a step, increasing."""
-        first, end = step * self._batch_rows, (step + 1) * self._batch_rows
-        mine = first + (self._dp_rank - first) % self._dp_size
-        return np.arange(mine, end, self._dp_size, dtype=np.int64)
+        rows = self._batches.rows(step)
+        mine = rows.start + (self._dp_rank - rows.start) % self._dp_size
+        return np.arange(mine, rows.stop, self._dp_size, dtype=np.int64)
 
     def __enter__(self) -> Loader:
         return self

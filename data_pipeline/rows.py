@@ -40,6 +40,26 @@ class RowBatch:
             self.document_ids[first:end],
         )
 
+    def cut(self, tokens: int) -> RowBatch:
+        """The same rows with their documents cut at every multiple of `tokens`, each piece a document of its own.
+
+        Inputs, labels and padding stay: the last token before a cut still predicts the one after it.
+
+        Raises:
+            ValueError: `tokens` does not divide the rows' length.
+        """
+        length = self.document_ids.shape[1]
+        if tokens < 1 or length % tokens:
+            raise ValueError(f"rows of {length} tokens cannot be cut into equal pieces of {tokens}")
+        if tokens == length:
+            return self
+        begins = np.arange(length) % tokens == 0
+        begins = np.broadcast_to(begins, self.document_ids.shape).copy()
+        begins[:, 1:] |= self.document_ids[:, 1:] != self.document_ids[:, :-1]
+        padding = self.document_ids == PAD_DOCUMENT
+        pieces = np.cumsum(begins & ~padding, axis=1, dtype=np.int32) - 1
+        return RowBatch(self.row_ids, self.input_ids, self.labels, np.where(padding, np.int32(PAD_DOCUMENT), pieces))
+
     def digest(self) -> int:
         """`rows_digest` of these rows."""
         return rows_digest(self.row_ids, self.input_ids, self.labels, self.document_ids)

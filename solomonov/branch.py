@@ -91,9 +91,9 @@ def check_branch(config: Config, plan: BatchPlan, stream: str) -> None:
     differ = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in keys if before.get(key) != now.get(key)]
     if state["stream"] != stream and not differ:
         differ = [f"rows: stream {state['stream']} there, {stream} here"]
-    rows = branch.step * plan.batch_rows
+    rows = plan.batches.before(branch.step)
     if state["next_row"] != rows:
-        differ.append(f"next row: {state['next_row']} there, {branch.step} x {plan.batch_rows} = {rows} here")
+        differ.append(f"next row: {state['next_row']} there, {rows} after {branch.step} updates here")
     if differ:
         raise ConfigurationError(
             f"{config.run.branch_of} cannot go on with this configuration",

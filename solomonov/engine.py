@@ -1,7 +1,7 @@
-"""The one door to DeepSpeed: its engine, its optimizer's pieces.
+"""The door to DeepSpeed: its engine, its optimizer's pieces.
 
-Nothing else imports DeepSpeed; its JSON is made in engine_spec.py. The loop in train.py sees five verbs:
-forward_backward, update, evaluate, fragments, restore.
+Its pipelines are built in stages.py, its JSON is made in engine_spec.py; nothing else knows it. The loop in train.py
+sees five verbs: forward_backward, update, evaluate, fragments, restore.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from solomonov.batch import TokenBatch, padded
+from solomonov.batch import TokenBatch, empty_batch, padded
 from solomonov.checkpoint.fragments import Fragment
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.ema import WeightAverage
@@ -26,8 +25,6 @@ from solomonov.host import cpu_model
 from solomonov.model.attention import SequenceShare, attend
 from solomonov.model.loss import pipeline_loss
 from solomonov.model.naming import canonical, layer_names
-from solomonov.model.pipeline import BlockStage, pipeline_layers
-from solomonov.model.recompute import in_groups, in_turn
 from solomonov.model.transformer import Transformer, compile_blocks
 from solomonov.muon import Muon
 from solomonov.optim import make_optimizer
@@ -42,7 +39,8 @@ from solomonov.partition import (
     parameter_shape,
     refresh_parameters,
 )
-from solomonov.topology import Place, RankGrid, rank_grid, stage_bounds
+from solomonov.stages import pipeline_module, sum_tied_gradients
+from solomonov.topology import Place, RankGrid, rank_grid
 
 
 @dataclass(frozen=True)
@@ -82,19 +80,6 @@ def forget_earlier_engines(deepspeed: Any) -> None:
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 
-def sum_tied_gradients(pipeline: Any) -> None:
-    """Add up the gradients of a tied weight over the stages that hold it, once all micro-batches are done.
-
-    In the place of DeepSpeed's own, which looks for them where all optimizers but that of an offloaded bf16 one have
-    them, and finds none there: each stage would go on with its part of them.
-    """
-    for weight, group in pipeline.module.get_tied_weights_and_groups():
-        accumulated = getattr(weight, "grad_accum", None)
-        gradient = weight.grad if accumulated is None else accumulated
-        assert gradient is not None, "a tied weight has no gradient after all micro-batches"
-        dist.all_reduce(gradient, group=group)
-
-
 class Engine:
     """A model, its optimizer and their layout over the ranks, behind DeepSpeed.
 
@@ -119,7 +104,7 @@ class Engine:
             self._share, self._copy = self._sequence_share(grid)
         model: torch.nn.Module
         if spec.pipeline > 1:
-            model = self._pipeline_module(deepspeed, grid)
+            model = pipeline_module(spec, grid, self._stage_loss)
         else:
             plain = Transformer(spec.model, spec.vocab_size, seed=spec.seed, recompute=spec.recompute)
             plain.share = self._share
@@ -153,37 +138,49 @@ class Engine:
 
     # ----------------------------------------------------------------------------------------------- training
 
-    def forward_backward(self, batches: Sequence[TokenBatch], valid_tokens: int, lr: float) -> torch.Tensor:
+    def forward_backward(
+        self, batches: Sequence[TokenBatch], valid_tokens: int, lr: float, micro_batches: int | None = None
+    ) -> torch.Tensor:
         """Forward and backward of all micro-batches of one update.
 
         Args:
-            batches: this rank's micro-batches, `plan.accumulation` of them; none where it needs no rows.
+            batches: this rank's micro-batches, at most `micro_batches` of them; none where it needs no rows.
             valid_tokens: number of predicted tokens in the whole update, over all ranks.
             lr: learning rate of this update.
+            micro_batches: forwards of every rank; those that it has no rows for are padding. None:
+                `plan.accumulation`, and at most so many.
 
         Returns:
             this rank's sum of cross-entropy over its predicted tokens (nats), float64, detached.
 
         The loss of a micro-batch is the sum over its tokens divided by the update's global count, so that a token
-        weighs the same wherever it is. DeepSpeed divides by the accumulation steps and averages over the ranks that
+        weighs the same wherever it is. DeepSpeed divides by its accumulation steps and averages over the ranks that
         have their own tokens, those that share rows among them; the factor below undoes both. The z-loss
         is weighed alike; what is returned is without it.
         """
-        wanted = self.spec.plan.accumulation if self.needs_rows else 0
-        assert len(batches) == wanted, f"{len(batches)} micro-batches, the plan says {wanted}"
+        plan = self.spec.plan
+        forwards = plan.accumulation if micro_batches is None else micro_batches
+        assert 1 <= forwards <= plan.accumulation, f"{forwards} micro-batches of at most {plan.accumulation}"
+        wanted = forwards if self.needs_rows else 0
+        assert len(batches) <= wanted, f"{len(batches)} micro-batches, the plan says {wanted}"
+        full = len(batches) == wanted or micro_batches is not None
+        assert full, f"{len(batches)} micro-batches, the plan says {wanted}"
+        missing = wanted - len(batches)
+        batches = [*batches, *(empty_batch(plan.sequence_tokens, self.device) for _ in range(missing))]
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        plan = self.spec.plan
-        scale = plan.accumulation * plan.data_parallel * self.spec.sequence / max(1, valid_tokens)
         self._sums = self._no_sums()
         if self.spec.pipeline > 1:
-            self._pipeline_batch(batches, scale)
+            self._pipeline_batch(batches, forwards, forwards * plan.data_parallel / max(1, valid_tokens))
             return self._sums[0]
         self._ds.train()
-        for batch in batches:
+        scale = plan.accumulation * plan.data_parallel * self.spec.sequence / max(1, valid_tokens)
+        for number, batch in enumerate(batches, 1):
+            # Not DeepSpeed's own count, which takes every update for as long as the first.
+            self._ds.set_gradient_accumulation_boundary(number == forwards)
             found = self._ds(*self._own_tokens(batch), with_z=self.spec.z_loss > 0.0)
             self._ds.backward(self._objective(found) * scale)
-            if batch is not batches[-1]:
+            if number < forwards:
                 self._ds.step()
         return self._sums[0]
 
@@ -306,57 +303,6 @@ class Engine:
 
     # ----------------------------------------------------------------------------------------------- pipeline
 
-    def _pipeline_module(self, deepspeed: Any, grid: RankGrid | None) -> torch.nn.Module:
-        """The same named layers as a DeepSpeed PipelineModule, cut evenly by what they compute."""
-        from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-        from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
-
-        spec = self.spec
-        bounds = stage_bounds(spec.model, spec.vocab_size, spec.plan.sequence_tokens, spec.pipeline)
-
-        class Stages(PipelineModule):  # type: ignore[misc]
-            """Cut where we say: DeepSpeed balances parameters, of which the embedding has many that cost nothing."""
-
-            def _partition_layers(self, method: str = "") -> None:
-                stage = self._topo.get_coord(self.global_rank).pipe
-                self.parts = list(bounds)
-                self._set_bounds(start=bounds[stage], stop=bounds[stage + 1])
-
-            def forward(self, forward_input: Any) -> Any:
-                """Groups begin with the first block of the stage; DeepSpeed's begin with the first layer, and a group
-                in which there is another layer than blocks it does not run again."""
-                carry, again = forward_input, spec.recompute
-                for of_blocks, run in groupby(self.forward_funcs, lambda layer: isinstance(layer, BlockStage)):
-                    layers = list(run)
-                    if of_blocks and again.mode == "full":
-                        carry = in_groups(layers, carry, again.every)
-                    else:
-                        carry = in_turn(layers, carry)
-                return carry
-
-        topology = PipeDataParallelTopology(num_pp=spec.pipeline, num_dp=spec.plan.data_parallel)
-        if grid is not None:
-            topology.mapping = {
-                topology.ProcessCoord(pipe=stage, data=replica): rank
-                for rank, (stage, replica) in sorted(grid.coordinates().items())
-            }
-        selective = spec.recompute.mode == "selective"
-        layers = []
-        for layer in pipeline_layers(spec.model, spec.vocab_size, spec.seed, selective=selective):
-            if layer.tied_key is None:
-                layers.append(LayerSpec(layer.module_type, *layer.arguments))
-            else:
-                tied = (layer.tied_key, layer.module_type, *layer.arguments)
-                layers.append(TiedLayerSpec(*tied, forward_fn=layer.forward, tied_weight_attr=["weight"]))
-        module: torch.nn.Module = Stages(
-            layers=layers,
-            topology=topology,
-            loss_fn=self._stage_loss,
-        )
-        if spec.compile:
-            compile_blocks(module)
-        return module
-
     def _stage_loss(self, outputs: tuple[torch.Tensor, torch.Tensor], labels: Sequence[torch.Tensor]) -> torch.Tensor:
         """On the last stage, of one micro-batch: what is minimised, or in an evaluation the sum of cross-entropy.
 
@@ -368,9 +314,13 @@ class Engine:
             return pipeline_loss(outputs, tokens) * factor[0]
         return self._objective(pipeline_loss(outputs, tokens, with_z=self.spec.z_loss > 0.0)) * factor[0]
 
-    def _pipeline_batch(self, batches: Sequence[TokenBatch], scale: float) -> None:
+    def _pipeline_batch(self, batches: Sequence[TokenBatch], forwards: int, scale: float) -> None:
         """DeepSpeed's own schedule: all micro-batches, the update included. The last stage has the sums; the mean that
         train_batch returns is that of what is minimised, z-loss and all."""
+        plan = self.spec.plan
+        self._ds.set_train_batch_size(forwards * plan.micro_rows * plan.data_parallel)
+        # The stages have agreed on the size of what travels between them: short micro-batches are filled up.
+        batches = [padded(batch, plan.micro_rows) for batch in batches]
         factor = torch.full((1,), scale, dtype=torch.float32, device=self.device)
         micro = (((b.input_ids, b.document_ids), (b.labels, factor)) for b in batches)
         self._ds.train_batch(data_iter=iter(micro))

@@ -79,6 +79,7 @@ def facts(explanation: Explanation) -> dict[str, Any]:
     parameters = parameter_count(model, question.vocab_size)
     ema = question.config.training.ema_decay is not None
     tokens = plan.batch_rows * plan.sequence_tokens
+    updates = plan.trained_tokens(plan.total_steps) / tokens  # of whole batches
     flops = flops_per_token(model, question.vocab_size, plan.sequence_tokens)
     bounds = stage_bounds(model, question.vocab_size, plan.sequence_tokens, taken.parallel.pipeline)
     names = layer_names(model)
@@ -86,7 +87,9 @@ def facts(explanation: Explanation) -> dict[str, Any]:
         "parameters": parameters,
         "flops_per_token": flops,
         "batch": dataclasses.asdict(plan),
-        "tokens": tokens * plan.total_steps,
+        "tokens": plan.trained_tokens(plan.total_steps),
+        "batch_warmup_steps": plan.batches.warmup_steps,
+        "sequence_warmup_steps": plan.sequence_warmup_steps,
         "world": question.world,
         "precision": question.precision,
         "device": dataclasses.asdict(explanation.device),
@@ -104,8 +107,8 @@ def facts(explanation: Explanation) -> dict[str, Any]:
         "checkpoints_kept": question.config.checkpoint.keep_last,
         "seconds_an_update": seconds,
         "seconds_range": [seconds * FASTER, seconds * SLOWER],
-        "seconds": seconds * plan.total_steps,
-        "device_hours": seconds * plan.total_steps * question.world / 3600,
+        "seconds": seconds * updates,
+        "device_hours": seconds * updates * question.world / 3600,
         "tokens_per_second": tokens / seconds,
         "fits": taken.fits,
         "change": explanation.change,

@@ -102,14 +102,15 @@ def open_feed(
         ConfigurationError: data workers are wanted, and this rank was not told where.
     """
     with ExitStack() as stack:
-        arguments = {"batch_rows": plan.batch_rows, "dp_rank": rank, "dp_size": plan.data_parallel}
+        arguments = {"dp_rank": rank, "dp_size": plan.data_parallel}
         remote: RemoteRows | None = None
         if config.data.workers.backend == "ray" and _joined(config, place, on_event):
+            numbers = Loader(stream, batches=plan.batches, **arguments, micro_batch_rows=1, prefetch_steps=0)
             remote = RemoteRows(
                 WorkerDirectory(config.data.workers.count),
                 stream,
                 config.data.workers,
-                rows_of=Loader(stream, **arguments, micro_batch_rows=1, prefetch_steps=0).row_numbers,
+                rows_of=numbers.row_numbers,
                 steps=range(first_step, plan.total_steps),
                 on_event=on_event,
                 hurry=hurry,
@@ -118,6 +119,7 @@ def open_feed(
             stack.callback(remote.close)
         loader = Loader(
             stream if remote is None else remote,
+            batches=plan.batches,
             **arguments,
             micro_batch_rows=plan.micro_rows,
             first_step=first_step,

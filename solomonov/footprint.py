@@ -213,7 +213,7 @@ def footprint(
 def _reduction(parallel: ParallelConfig, plan: BatchPlan, state: _State, bucket: int) -> int:
     """Bytes beside the gradients while the last of them are reduced, when no activation is left."""
     if parallel.zero_stage == 0:
-        return min(state.gradients, 4 * STAGE_0_BUCKET_ELEMENTS) if _sharers(parallel, plan) > 1 else 0
+        return min(state.gradients, 4 * STAGE_0_BUCKET_ELEMENTS) if sharers(plan, parallel) > 1 else 0
     # At stage 3 a bucket is copied in the order of its owners, and that is reduced into another one.
     return 3 * bucket if parallel.zero_stage == 3 else bucket
 
@@ -235,8 +235,9 @@ class _State:
     """Not on the device."""
 
 
-def _sharers(parallel: ParallelConfig, plan: BatchPlan) -> int:
-    """Ranks over which ZeRO partitions a stage's state: those that share rows as well."""
+def sharers(plan: BatchPlan, parallel: ParallelConfig) -> int:
+    """Ranks over which ZeRO partitions a stage's state, and which reduce its gradients together: data-parallel ones, and
+    those that share rows."""
     return plan.data_parallel * parallel.sequence
 
 
@@ -248,7 +249,7 @@ def _state(parameters: int, parallel: ParallelConfig, plan: BatchPlan, precision
     """
     stage, share, width = (
         parallel.zero_stage,
-        math.ceil(parameters / _sharers(parallel, plan)),
+        math.ceil(parameters / sharers(plan, parallel)),
         2 if precision == "bf16" else 4,
     )
     if stage == 0:
@@ -274,7 +275,7 @@ def _offloaded(
         parameters: of this pipeline stage.
         largest: numbers in the largest layer, of which a buffer holds the largest tensor.
     """
-    share, width = math.ceil(parameters / _sharers(parallel, plan)), 2 if precision == "bf16" else 4
+    share, width = math.ceil(parameters / sharers(plan, parallel)), 2 if precision == "bf16" else 4
     host = state.optimizer + 4 * share  # masters, moments, average, and a gradient for each
     if parallel.zero_stage == 3:
         host += 4 * share  # the reduced gradients, before they are copied to those

@@ -46,7 +46,7 @@ def batch_of(config: Config, parallel: ParallelConfig, *, precision: str, world:
     """
     tokens = config.data.sequence_tokens
     copies = check_layout(parallel, precision=precision, world=world, model=config.model, sequence_tokens=tokens)
-    return plan_batch(config.training, sequence_tokens=tokens, data_parallel=copies)
+    return plan_batch(config.training, config.schedule, sequence_tokens=tokens, data_parallel=copies)
 
 
 def legal_batch(config: Config, *, precision: str, world: int) -> BatchPlan:

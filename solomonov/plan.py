@@ -7,9 +7,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from data_pipeline.batches import BatchRows
 from solomonov.errors import ConfigurationError
 from solomonov.model.config import Recompute, RecomputeMode
+from solomonov.schedule import ScheduleConfig
 from solomonov.section import Section
+from solomonov.warmup import SequenceLengths, growing_batches, sequence_lengths
 
 
 class TrainingConfig(Section):
@@ -89,6 +92,30 @@ class BatchPlan:
     data_parallel: int
     """Ranks that see different rows."""
     total_steps: int
+    lengths: SequenceLengths | None = None
+    """How far attention reaches; None: over whole rows, always."""
+    warmup: BatchRows | None = None
+    """The rows of each update, where they are fewer at first; None: `batch_rows`, always."""
+
+    @property
+    def batches(self) -> BatchRows:
+        """The rows of each update, over all ranks."""
+        return self.warmup or BatchRows(self.batch_rows)
+
+    def micro_batches(self, step: int) -> int:
+        """Forwards of each rank in the update after `step` updates: as many as the rank with the most rows needs."""
+        rows = len(self.batches.rows(step))
+        return -(-rows // (self.micro_rows * self.data_parallel))
+
+    def attended_tokens(self, step: int) -> int:
+        """Length of the pieces of a row within which the update after `step` updates attends."""
+        if self.lengths is None:
+            return self.sequence_tokens
+        return self.lengths.at(self.trained_tokens(step))
+
+    def trained_tokens(self, step: int) -> int:
+        """Row positions of the first `step` updates, over all ranks."""
+        return self.batches.before(step) * self.sequence_tokens
 
     def describe(self) -> str:
         """The arithmetic, on one line."""
@@ -97,19 +124,38 @@ class BatchPlan:
 
     def describe_total(self) -> str:
         """What of it is the same in all layouts."""
-        tokens = self.batch_rows * self.sequence_tokens
+        tokens, whole = self.batch_rows * self.sequence_tokens, self.trained_tokens(self.total_steps)
         return (
             f"{self.batch_rows} rows of {self.sequence_tokens} = {tokens:,} tokens an update;"
-            f" {self.total_steps:,} updates = {self.total_steps * tokens:,} tokens"
+            f" {self.total_steps:,} updates = {whole:,} tokens{self._describe_warmups()}"
         )
 
+    def _describe_warmups(self) -> str:
+        words = ""
+        if steps := self.batches.warmup_steps:
+            words += f"; {len(self.batches.rows(0))} rows at first, {self.batch_rows} after {steps:,} updates"
+        if steps := self.sequence_warmup_steps:
+            first, last = self.attended_tokens(0), self.sequence_tokens
+            words += f"; attention over {first} tokens at first, over {last} after {steps:,} updates"
+        return words
 
-def plan_batch(training: TrainingConfig, *, sequence_tokens: int, data_parallel: int) -> BatchPlan:
+    @property
+    def sequence_warmup_steps(self) -> int:
+        """Updates that do not attend over whole rows yet."""
+        if self.lengths is None:
+            return 0
+        return self.batches.steps(-(-self.lengths.over // self.sequence_tokens))
+
+
+def plan_batch(
+    training: TrainingConfig, schedule: ScheduleConfig, *, sequence_tokens: int, data_parallel: int
+) -> BatchPlan:
     """Derive the batch plan, or say why the batch does not divide.
 
     Raises:
         ConfigurationError: `global_batch_tokens` is not a whole number of rows, or the rows do not divide over
-            micro-batches and data-parallel ranks; the message names the nearest values that do.
+            micro-batches and data-parallel ranks, or a warm-up begins at a size that does not divide; the message
+            names the nearest values that do.
     """
     batch_rows, rest = divmod(training.global_batch_tokens, sequence_tokens)
     if rest or not batch_rows:
@@ -140,13 +186,20 @@ def plan_batch(training: TrainingConfig, *, sequence_tokens: int, data_parallel:
             rule="micro_batch_sequences x accumulation x data-parallel ranks must equal the rows of the batch",
             remedy="; or ".join(advice),
         )
+    batches = growing_batches(schedule.batch_warmup, batch_rows, sequence_tokens)
+    steps = training.total_steps
+    if steps is None:
+        assert training.total_tokens is not None, "one of total_steps and total_tokens is set (validated)"
+        steps = batches.steps(-(-training.total_tokens // sequence_tokens))
     return BatchPlan(
         sequence_tokens=sequence_tokens,
         batch_rows=batch_rows,
         micro_rows=micro,
         accumulation=batch_rows // (micro * data_parallel),
         data_parallel=data_parallel,
-        total_steps=training.steps,
+        total_steps=steps,
+        lengths=sequence_lengths(schedule.sequence_warmup, sequence_tokens),
+        warmup=batches if batches.warmup_steps else None,
     )
 
 

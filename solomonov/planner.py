@@ -15,7 +15,7 @@ from itertools import pairwise
 from solomonov.config import Config
 from solomonov.devices import CPU, GIB, HOST_USABLE, Device
 from solomonov.errors import ConfigurationError
-from solomonov.footprint import Footprint, footprint
+from solomonov.footprint import Footprint, footprint, sharers
 from solomonov.layouts import batch_of, candidates, legal_batch, offloaded_candidates, sequence_candidates
 from solomonov.memory import describe
 from solomonov.model.counts import flops_per_token, layer_flops, parameter_count
@@ -135,7 +135,7 @@ def estimate(question: Question, parallel: ParallelConfig) -> Estimate:
     if device.name == CPU:  # whose memory is the machine's
         needed = replace(needed, optimizer=needed.optimizer + needed.host, host=0)
     bus = _bus_bytes(question, plan, parallel)
-    numbers = _numbers(question, parallel) / _sharers(plan, parallel) if parallel.offload != "none" else 0.0
+    numbers = _numbers(question, parallel) / sharers(plan, parallel) if parallel.offload != "none" else 0.0
     touched = ADAMW_BYTES + EMA_BYTES * ema
     offload = bus / device.bus_bytes_per_second + touched * numbers / HOST_UPDATE_BYTES_PER_SECOND
     exposed = max(0.0, exchange - hidden) + _row_exchange_seconds(question, plan, parallel)
@@ -160,12 +160,7 @@ def _bus_bytes(question: Question, plan: BatchPlan, parallel: ParallelConfig) ->
     a_number = weight + (8 * again if accumulates_there else 4)
     if parallel.offload == "parameters":
         a_number += 2 * weight * again  # forward and backward of each micro-batch
-    return a_number * _numbers(question, parallel) / _sharers(plan, parallel)
-
-
-def _sharers(plan: BatchPlan, parallel: ParallelConfig) -> int:
-    """Ranks that reduce gradients of the same parameters: data-parallel ones, and those that share rows."""
-    return plan.data_parallel * parallel.sequence
+    return a_number * _numbers(question, parallel) / sharers(plan, parallel)
 
 
 def _compute_seconds(question: Question, plan: BatchPlan, parallel: ParallelConfig) -> float:
@@ -190,7 +185,7 @@ def _dearest_stage(question: Question, stages: int) -> float:
 
 def _exchange_seconds(question: Question, plan: BatchPlan, parallel: ParallelConfig) -> float:
     """Ring collectives move (n - 1) / n of a buffer in a reduce-scatter or a gather, twice that in an all-reduce."""
-    copies, device = _sharers(plan, parallel), question.device
+    copies, device = sharers(plan, parallel), question.device
     if copies == 1:
         return 0.0
     numbers = _numbers(question, parallel)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from data_pipeline.dataset import Dataset
 from solomonov.metrics import replay_differences
@@ -53,24 +52,28 @@ def prove_record(run: RunFolder) -> Proof:
     """Reads metrics.jsonl, metrics.superseded.jsonl and journal.jsonl of a run, and its data set, row by row.
 
     The digests are computed here anew from the shards: row i is a function of (manifest, seed, i), and step s has
-    the rows [(s-1)B, sB).
+    the rows that the configuration's batches give it.
     """
     config = run.config()
     lines = _lines(run.metrics)
-    plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=1)
-    batch = plan.batch_rows
+    tokens = config.data.sequence_tokens
+    plan = plan_batch(config.training, config.schedule, sequence_tokens=tokens, data_parallel=1)
     steps = [line["step"] for line in lines]
-    proof = Proof(steps=len(lines), rows=len(lines) * batch)
+
+    def rows_of(numbers: Iterable[int]) -> int:
+        return sum(len(plan.batches.rows(step - 1)) for step in numbers)
+
+    proof = Proof(steps=len(lines), rows=rows_of(steps))
     branched = run.journal.last("branched")
     first = branched["step"] if branched else 0  # those up to it are another run's
-    proof.lost = (max(steps, default=first) - first - len(set(steps))) * batch
-    proof.repeated = (len(steps) - len(set(steps))) * batch
+    proof.lost = rows_of(range(first + 1, max(steps, default=first) + 1)) - rows_of(set(steps))
+    proof.repeated = rows_of(steps) - rows_of(set(steps))
     expected: dict[int, str] = {}
     with Dataset.open(run.data_folder()) as dataset:
         stream = make_stream(config, dataset)
         for line in lines:
-            numbers = np.arange((line["step"] - 1) * batch, line["step"] * batch, dtype=np.int64)
-            expected[line["step"]] = f"{stream.rows(numbers).digest():016x}"
+            rows = stream.rows(plan.batches.rows(line["step"] - 1)).cut(plan.attended_tokens(line["step"] - 1))
+            expected[line["step"]] = f"{rows.digest():016x}"
             proof.digests_equal += line["data_digest"] == expected[line["step"]]
     _compare_replays(run, proof, {line["step"]: line for line in lines}, expected)
     proof.kills = _kills(run)

@@ -39,6 +39,10 @@ class StepLine:
     lr: float = 0.0
     tokens: int = 0
     """Predicted tokens."""
+    rows: int = 0
+    """Rows, over all ranks."""
+    attended_tokens: int = 0
+    """Length of the pieces of a row within which it attended."""
     data_digest: str = ""
     """16 hexadecimal digits."""
     skipped: bool = False
@@ -71,6 +75,8 @@ class StepLine:
             "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
             "lr": self.lr,
             "tokens": self.tokens,
+            "rows": self.rows,
+            "attended_tokens": self.attended_tokens,
             "skipped": self.skipped,
             "data_digest": self.data_digest,
             "seconds": round(self.seconds, 6),
@@ -171,6 +177,8 @@ class RunRecord:
         line.lap("log")
         if self._rank:
             return
+        line.rows = len(self._plan.batches.rows(line.step - 1))
+        line.attended_tokens = self._plan.attended_tokens(line.step - 1)
         assert self._metrics is not None, "begin() comes before step()"
         record = line.to_json()
         self._metrics.append(record)
@@ -236,6 +244,8 @@ class RunRecord:
             # ru_maxrss is in KiB on Linux.
             "memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             "data/padding_rate": line.padding,
+            "train/batch_rows": float(line.rows),
+            "train/attended_tokens": float(line.attended_tokens),
             "health/update_skipped": float(line.skipped),
         }
         if self._config.training.z_loss:

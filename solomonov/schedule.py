@@ -1,4 +1,5 @@
-"""Learning-rate schedules: pure functions of the update's index, so that resuming needs no state."""
+"""What moves over a run. Learning-rate schedules: pure functions of the update's index, so that resuming needs no
+state."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from solomonov.section import Section
+from solomonov.warmup import WarmupConfig
 
 
 class ScheduleConfig(Section):
-    """How the learning rate moves over the run."""
+    """How learning rate, batch and row length move over the run."""
 
     kind: Literal["wsd", "cosine", "inverse_sqrt"] = "wsd"
     """`wsd`: warm up, stay, decay linearly at the end; `cosine`: warm up, then half a cosine; `inverse_sqrt`: warm up,
@@ -24,6 +26,14 @@ class ScheduleConfig(Section):
     """Updates over which `wsd` decays, at the end of the run, instead of `decay_fraction` of them; null: that."""
     final_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
     """The rate that the decay would reach one update after the last, as a share of `optimizer.lr`."""
+    batch_warmup: WarmupConfig | None = None
+    """{from_tokens, tokens}: updates of `from_tokens` at first, and of `training.global_batch_tokens` after so many
+    tokens (row positions) of the run; in between of multiples of the first, along a straight line. The learning rate
+    follows the updates all the same. null: whole batches from the start."""
+    sequence_warmup: WarmupConfig | None = None
+    """{from_tokens, tokens}: attention reaches within pieces of `from_tokens` at first, and of `data.sequence_tokens`
+    after so many tokens (row positions); in between over the divisors of that, along a straight line. Rows stay as they
+    are, and every token of them is trained on; evaluation is always on whole rows. null: whole rows from the start."""
 
     @model_validator(mode="after")
     def _says_nothing_in_vain(self) -> Self:

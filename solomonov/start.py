@@ -74,6 +74,7 @@ def prepare_run(
         precision = "bf16"  # every CUDA device of the last five generations has it; the rank itself decides
     plan = legal_batch(config, precision=precision, world=ranks)
     _check_schedule(config.schedule, plan.total_steps)
+    _check_warmups(config.schedule, plan)
     if gpus and ranks_per_node > gpus:
         raise ConfigurationError(
             "there are more ranks than GPUs",
@@ -146,6 +147,18 @@ def _check_schedule(schedule: ScheduleConfig, total_steps: int) -> None:
             rule="the decay begins when the warm-up has ended",
             remedy=f"set schedule.decay_steps to at most {total_steps - warmup}, or train longer",
         )
+
+
+def _check_warmups(schedule: ScheduleConfig, plan: BatchPlan) -> None:
+    trained = plan.trained_tokens(plan.total_steps - 1)
+    for name, warmup in (("batch_warmup", schedule.batch_warmup), ("sequence_warmup", schedule.sequence_warmup)):
+        if warmup is not None and warmup.tokens > trained:
+            raise ConfigurationError(
+                "no update has its full size" if name == "batch_warmup" else "no update ever attends over whole rows",
+                got=f"schedule.{name}.tokens {warmup.tokens}, {trained} tokens before the last update",
+                rule="the warm-up has ended when the last update begins",
+                remedy=f"set schedule.{name}.tokens to at most {trained}, or train longer",
+            )
 
 
 def finished_step(run: RunFolder, total_steps: int) -> int | None:

@@ -48,7 +48,7 @@ class TrainState:
     """What moves while training, beside the weights; equal on all ranks."""
 
     step: int = 0
-    """Updates done; the next update trains on rows [step x batch_rows, (step + 1) x batch_rows)."""
+    """Updates done; the next update trains on the rows `plan.batches.rows(step)`."""
     tokens: int = 0
     """Tokens predicted so far."""
     skipped: int = 0
@@ -111,13 +111,13 @@ def train(
         while state.step < plan.total_steps:
             line = StepLine(step=state.step + 1)
             heartbeat.beat("data", line.step)
-            batches = [to_tensors(rows, device) for rows in next(steps)]
+            batches = [to_tensors(rows.cut(plan.attended_tokens(state.step)), device) for rows in next(steps)]
             line.tokens = control.sum_integers([_tokens(trainer.engine, batches)])[0]
             line.lap("data_wait")
 
             heartbeat.beat("forward_backward")
             line.lr = trainer.config.optimizer.lr * lr_factor(trainer.config.schedule, state.step, plan.total_steps)
-            loss_sum = trainer.engine.forward_backward(batches, line.tokens, line.lr)
+            loss_sum = trainer.engine.forward_backward(batches, line.tokens, line.lr, plan.micro_batches(line.step - 1))
             _finish(device)
             line.lap("forward_backward")
 
@@ -141,7 +141,7 @@ def train(
                 raise _rows_differ(line.step, digest, of_losses)
             line.data_digest = f"{digest:016x}"
             line.data_reissued, line.data_workers_lost = faults
-            line.padding = 1.0 - line.tokens / (plan.batch_rows * plan.sequence_tokens)
+            line.padding = 1.0 - line.tokens / (len(plan.batches.rows(line.step - 1)) * plan.sequence_tokens)
             record.step(line)
             _refuse_endless_skipping(trainer, line)
             _tell_memory(trainer)
@@ -338,7 +338,7 @@ def save(trainer: Trainer) -> bool:
             "step": state.step,
             "tokens": state.tokens,
             "skipped": state.skipped,
-            "next_row": state.step * trainer.plan.batch_rows,
+            "next_row": trainer.plan.batches.before(state.step),
             "stream": trainer.stream.identity,
         },
         topology=engine.layout,

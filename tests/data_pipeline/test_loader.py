@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from data_pipeline.batches import BatchRows
 from data_pipeline.dataset import Dataset
 from data_pipeline.errors import DamagedDataError
 from data_pipeline.loader import Loader
@@ -55,7 +57,7 @@ def _no_thread_stays() -> object:
 
 
 def test_steps_are_consecutive_rows_cut_into_micro_batches() -> None:
-    with Loader(Numbers(), batch_rows=8, micro_batch_rows=3, first_step=2) as loader:
+    with Loader(Numbers(), batches=BatchRows(8), micro_batch_rows=3, first_step=2) as loader:
         assert row_ids(next(loader)) == [[16, 17, 18], [19, 20, 21], [22, 23]]
         assert row_ids(next(loader)) == [[24, 25, 26], [27, 28, 29], [30, 31]]
         assert loader.next_step == 4
@@ -63,12 +65,14 @@ def test_steps_are_consecutive_rows_cut_into_micro_batches() -> None:
 
 def test_a_rank_takes_the_rows_of_its_remainder() -> None:
     for rank, expected in enumerate([[[12, 15], [18]], [[10, 13], [16, 19]], [[11, 14], [17]]]):
-        with Loader(Numbers(), batch_rows=10, dp_rank=rank, dp_size=3, micro_batch_rows=2, first_step=1) as loader:
+        with Loader(
+            Numbers(), batches=BatchRows(10), dp_rank=rank, dp_size=3, micro_batch_rows=2, first_step=1
+        ) as loader:
             assert row_ids(next(loader)) == expected
 
 
 def test_a_rank_without_rows_gets_an_empty_step() -> None:
-    with Loader(Numbers(), batch_rows=2, dp_rank=2, dp_size=3, micro_batch_rows=1) as loader:
+    with Loader(Numbers(), batches=BatchRows(2), dp_rank=2, dp_size=3, micro_batch_rows=1) as loader:
         assert [row_ids(step) for step in islice(loader, 3)] == [[], [[2]], [[5]]]
 
 
@@ -77,7 +81,7 @@ def test_prefetch_does_not_change_the_rows(prefetch_steps: int, tmp_path: Path) 
     write_dataset(tmp_path, {"own": make_documents(1, 150, 20)}, sequence_tokens=16, packing="best_fit")
     with Dataset.open(tmp_path) as dataset:
         stream = Stream(dataset, sequence_tokens=16, packing="best_fit", seed=3)
-        with Loader(stream, batch_rows=12, micro_batch_rows=5, prefetch_steps=prefetch_steps) as loader:
+        with Loader(stream, batches=BatchRows(12), micro_batch_rows=5, prefetch_steps=prefetch_steps) as loader:
             for step, batches in enumerate(islice(loader, 20)):
                 assert sum(len(batch) for batch in batches) == 12
                 expected = stream.rows(range(step * 12, step * 12 + 12))
@@ -86,7 +90,7 @@ def test_prefetch_does_not_change_the_rows(prefetch_steps: int, tmp_path: Path) 
 
 def test_the_thread_reads_no_further_than_it_may() -> None:
     numbers = Numbers()
-    with Loader(numbers, batch_rows=2, micro_batch_rows=2, prefetch_steps=3) as loader:
+    with Loader(numbers, batches=BatchRows(2), micro_batch_rows=2, prefetch_steps=3) as loader:
         assert numbers.asked == [], "nothing is read before the first step is asked for"
         next(loader)
         numbers.wait_for_steps(4)
@@ -98,7 +102,9 @@ def test_the_thread_reads_no_further_than_it_may() -> None:
 
 @pytest.mark.parametrize("prefetch_steps", [0, 1, 4])
 def test_an_error_is_raised_as_itself_at_the_step_that_it_spoilt(prefetch_steps: int) -> None:
-    with Loader(Numbers(broken_from=6), batch_rows=2, micro_batch_rows=2, prefetch_steps=prefetch_steps) as loader:
+    with Loader(
+        Numbers(broken_from=6), batches=BatchRows(2), micro_batch_rows=2, prefetch_steps=prefetch_steps
+    ) as loader:
         assert [row_ids(step) for step in islice(loader, 3)] == [[[0, 1]], [[2, 3]], [[4, 5]]]
         for _ in range(2):
             with pytest.raises(DamagedDataError) as raised:
@@ -108,7 +114,7 @@ def test_an_error_is_raised_as_itself_at_the_step_that_it_spoilt(prefetch_steps:
 
 
 def test_closing_ends_iteration_and_the_thread() -> None:
-    loader = Loader(Numbers(), batch_rows=2, micro_batch_rows=2, prefetch_steps=2)
+    loader = Loader(Numbers(), batches=BatchRows(2), micro_batch_rows=2, prefetch_steps=2)
     next(loader)
     [thread] = threads()
     assert thread.daemon
@@ -116,7 +122,7 @@ def test_closing_ends_iteration_and_the_thread() -> None:
     loader.close()
     assert not thread.is_alive()
     assert list(loader) == []
-    with Loader(Numbers(), batch_rows=2, micro_batch_rows=2, prefetch_steps=0) as unthreaded:
+    with Loader(Numbers(), batches=BatchRows(2), micro_batch_rows=2, prefetch_steps=0) as unthreaded:
         next(unthreaded)
         assert not threads()
     assert list(unthreaded) == []
@@ -124,7 +130,7 @@ def test_closing_ends_iteration_and_the_thread() -> None:
 
 def test_closing_before_the_first_step_starts_nothing() -> None:
     numbers = Numbers()
-    with Loader(numbers, batch_rows=2, micro_batch_rows=2) as loader:
+    with Loader(numbers, batches=BatchRows(2), micro_batch_rows=2) as loader:
         pass
     assert list(loader) == []
     assert numbers.asked == []
@@ -135,7 +141,7 @@ def test_an_error_of_the_consumer_closes_it_too() -> None:
         pass
 
     def train() -> None:
-        with Loader(Numbers(), batch_rows=2, micro_batch_rows=2) as loader:
+        with Loader(Numbers(), batches=BatchRows(2), micro_batch_rows=2) as loader:
             next(loader)
             raise ConsumerError("the training failed")
 
@@ -154,7 +160,7 @@ def test_closing_from_another_thread_wakes_a_waiting_consumer() -> None:
             return batch
 
     slow = Slow()
-    loader = Loader(slow, batch_rows=2, micro_batch_rows=2, prefetch_steps=1)
+    loader = Loader(slow, batches=BatchRows(2), micro_batch_rows=2, prefetch_steps=1)
     got: list[list[RowBatch]] = []
     consumer = threading.Thread(target=lambda: got.extend(loader))
     consumer.start()
@@ -171,7 +177,6 @@ def test_closing_from_another_thread_wakes_a_waiting_consumer() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"batch_rows": 0},
         {"micro_batch_rows": 0},
         {"dp_size": 0},
         {"first_step": -1},
@@ -180,9 +185,9 @@ def test_closing_from_another_thread_wakes_a_waiting_consumer() -> None:
         {"dp_rank": -1},
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, int]) -> None:
+def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
-        Loader(Numbers(), **{"batch_rows": 4, "micro_batch_rows": 2, **wrong})
+        Loader(Numbers(), **{"batches": BatchRows(4), "micro_batch_rows": 2, **wrong})
 
 
 @pytest.mark.parametrize("prefetch_steps", [0, 1, 5])
@@ -195,7 +200,7 @@ def test_it_ends_before_the_end_step_and_builds_nothing_for_it(prefetch_steps: i
             ids = indices[:, None].astype(np.int32)
             return RowBatch(indices, ids, ids, ids)
 
-    arguments = {"batch_rows": 4, "micro_batch_rows": 4, "first_step": 2, "end_step": 5}
+    arguments = {"batches": BatchRows(4), "micro_batch_rows": 4, "first_step": 2, "end_step": 5}
     with Loader(Asked(), **arguments, prefetch_steps=prefetch_steps) as loader:
         assert [part.row_ids[0] for [part] in loader] == [8, 12, 16]
         assert next(loader, None) is None

@@ -98,3 +98,27 @@ def test_shapes_must_agree() -> None:
         rows_digest(rows.row_ids[:-1], rows.input_ids, rows.labels, rows.document_ids)
     with pytest.raises(ValueError, match="shape"):
         rows_digest(rows.row_ids, rows.input_ids, rows.labels[:, :-1], rows.document_ids)
+
+
+def test_cut_documents_are_pieces_of_their_own_and_nothing_else_changes() -> None:
+    documents = np.array([[0, 0, 0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 1, -1, -1, -1]], dtype=np.int32)
+    ids, labels = np.arange(16, dtype=np.int32).reshape(2, 8), np.arange(1, 17, dtype=np.int32).reshape(2, 8)
+    rows = RowBatch(np.array([4, 9]), ids, labels, documents)
+    cut = rows.cut(4)
+    assert cut.document_ids.tolist() == [[0, 0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 2, -1, -1, -1]]
+    assert rows.cut(2).document_ids.tolist() == [[0, 0, 1, 1, 2, 2, 3, 3], [0, 1, 2, 2, 3, -1, -1, -1]]
+    assert cut.document_ids.dtype == np.int32
+    assert (cut.row_ids.tolist(), cut.input_ids.tolist(), cut.labels.tolist()) == (
+        [4, 9],
+        ids.tolist(),
+        labels.tolist(),
+    )
+    assert rows.cut(8) is rows
+    assert rows.document_ids.tolist() == documents.tolist(), "the rows themselves stay"
+    assert cut.digest() != rows.digest()
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 14, -7])
+def test_unequal_pieces_are_refused(tokens: int) -> None:
+    with pytest.raises(ValueError, match="cannot be cut into equal pieces"):
+        make_rows().cut(tokens)

@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 EVERY_STEP = {
     "data/padding_rate",
+    "train/attended_tokens",
+    "train/batch_rows",
     "health/update_skipped",
     "memory/host_peak_gib",
     "perf/data_wait_seconds",

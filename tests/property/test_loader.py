@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from data_pipeline.batches import BatchRows
 from data_pipeline.loader import Loader
 from data_pipeline.rows import RowBatch
 
@@ -27,7 +28,7 @@ def steps(world: int, first: int, count: int, batch: int, micro: int, prefetch: 
     for rank in range(world):
         with Loader(
             Numbers(),
-            batch_rows=batch,
+            batches=BatchRows(batch),
             dp_rank=rank,
             dp_size=world,
             micro_batch_rows=micro,

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.batches import BatchRows
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import Loader
 from data_pipeline.stream import Stream
@@ -75,7 +76,7 @@ def test_each_step_has_the_same_digest_whatever_runs_it(
             stream = open_stream(dataset, cache_bytes)
             with Loader(
                 stream,
-                batch_rows=BATCH,
+                batches=BatchRows(BATCH),
                 dp_rank=rank,
                 dp_size=world,
                 micro_batch_rows=micro,

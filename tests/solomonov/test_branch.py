@@ -64,7 +64,7 @@ def test_schedule_length_optimizer_and_layout_may_differ(folder: Path) -> None:
         (("model.layers=3",), "model.layers: 2 there, 3 here"),
         (("model.attention.rope_theta=500.0",), "model.attention.rope_theta: 10000.0 there, 500.0 here"),
         (("data.sources.1.weight=0.25",), "rows: stream"),
-        (("training.global_batch_tokens=512",), "next row: 24 there, 3 x 16 = 48 here"),
+        (("training.global_batch_tokens=512",), "next row: 24 there, 48 after 3 updates here"),
     ],
 )
 def test_another_model_seed_data_or_batch_is_refused(overrides: tuple[str, ...], got: str, folder: Path) -> None:

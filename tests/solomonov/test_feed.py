@@ -33,7 +33,7 @@ def parts(tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Configuration, plan and stream of a prepared run."""
     run = begin_run(prepared_user(tmp_path / "work"), *getattr(request, "param", ()), ranks=2)
     config = run.config()
-    plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=2)
+    plan = plan_batch(config.training, config.schedule, sequence_tokens=config.data.sequence_tokens, data_parallel=2)
     return {"config": config, "plan": plan, "stream": make_stream(config, Dataset.open(run.data_folder()))}
 
 
@@ -143,7 +143,7 @@ from solomonov.start import make_stream
 
 run = RunFolder(Path(sys.argv[1]))
 config = run.config()
-plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=2)
+plan = plan_batch(config.training, config.schedule, sequence_tokens=config.data.sequence_tokens, data_parallel=2)
 stream = make_stream(config, Dataset.open(run.data_folder()))
 place = ClusterPlace(sys.argv[2], "nobody")
 events, hook = [], sys.excepthook

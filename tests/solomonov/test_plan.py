@@ -12,6 +12,9 @@ from pydantic import ValidationError
 from solomonov.errors import ConfigurationError
 from solomonov.model.config import Recompute
 from solomonov.plan import TrainingConfig, legal_data_parallel, plan_batch
+from solomonov.schedule import ScheduleConfig
+
+PLAIN = ScheduleConfig()
 
 
 def config(**values: object) -> TrainingConfig:
@@ -19,7 +22,9 @@ def config(**values: object) -> TrainingConfig:
 
 
 def test_by_hand() -> None:
-    plan = plan_batch(config(global_batch_tokens=16384, micro_batch_sequences=4), sequence_tokens=512, data_parallel=2)
+    plan = plan_batch(
+        config(global_batch_tokens=16384, micro_batch_sequences=4), PLAIN, sequence_tokens=512, data_parallel=2
+    )
     assert (plan.batch_rows, plan.micro_rows, plan.accumulation) == (32, 4, 4)
     assert plan.describe() == (
         "4 rows x 4 accumulated x 2 data-parallel ranks = 32 rows of 512 = 16,384 tokens an update;"
@@ -27,26 +32,69 @@ def test_by_hand() -> None:
     )
 
 
+def test_a_warm_up_of_the_row_length_is_in_the_plan() -> None:
+    """16 of 64 tokens at first; 16 + 48 * 256 / 700 = 33 allows 32 at the second update, and the fourth is past 700."""
+    schedule = ScheduleConfig.model_validate({"sequence_warmup": {"from_tokens": 16, "tokens": 700}})
+    training = config(global_batch_tokens=256, micro_batch_sequences=4)
+    plan = plan_batch(training, schedule, sequence_tokens=64, data_parallel=1)
+    assert [plan.attended_tokens(step) for step in range(5)] == [16, 32, 32, 64, 64]
+    assert plan.describe_total() == (
+        "4 rows of 64 = 256 tokens an update; 10 updates = 2,560 tokens;"
+        " attention over 16 tokens at first, over 64 after 3 updates"
+    )
+
+
+def test_a_warm_up_of_the_batch_is_in_the_plan() -> None:
+    """2 of 8 rows at first, to 8 over 12: two updates of 2 rows, one of 4, one of 6; by hand in the loader's terms."""
+    schedule = ScheduleConfig.model_validate({"batch_warmup": {"from_tokens": 128, "tokens": 768}})
+    training = config(global_batch_tokens=512, micro_batch_sequences=2)
+    plan = plan_batch(training, schedule, sequence_tokens=64, data_parallel=2)
+    assert [plan.micro_batches(step) for step in range(6)] == [1, 1, 1, 2, 2, 2]
+    assert [plan.trained_tokens(step) // 64 for step in range(6)] == [0, 2, 4, 8, 14, 22]
+    assert plan.describe_total() == (
+        "8 rows of 64 = 512 tokens an update; 10 updates = 3,968 tokens; 2 rows at first, 8 after 4 updates"
+    )
+    by_tokens = config(total_steps=None, total_tokens=3969, global_batch_tokens=512, micro_batch_sequences=2)
+    assert plan_batch(by_tokens, schedule, sequence_tokens=64, data_parallel=2).total_steps == 11
+
+
+@pytest.mark.parametrize(
+    ("first", "remedy"),
+    [(100, "64 or 128"), (512, "448"), (10**6, "448"), (1, "64")],
+    ids=["half", "all", "more", "1"],
+)
+def test_a_first_batch_that_is_none_is_refused(first: int, remedy: str) -> None:
+    schedule = ScheduleConfig.model_validate({"batch_warmup": {"from_tokens": first, "tokens": 768}})
+    training = config(global_batch_tokens=512, micro_batch_sequences=2)
+    with pytest.raises(ConfigurationError, match="first batch") as caught:
+        plan_batch(training, schedule, sequence_tokens=64, data_parallel=2)
+    assert caught.value.remedy == (
+        f"set schedule.batch_warmup.from_tokens to {remedy}; or remove schedule.batch_warmup"
+    )
+
+
 @given(batch=st.integers(1, 5000), micro=st.integers(1, 40), sequence=st.integers(1, 300), ranks=st.integers(1, 70))
 def test_exact_or_refused_with_a_legal_way_out(batch: int, micro: int, sequence: int, ranks: int) -> None:
     training = config(global_batch_tokens=batch, micro_batch_sequences=micro)
     if batch % sequence == 0 and (batch // sequence) % (micro * ranks) == 0:
-        plan = plan_batch(training, sequence_tokens=sequence, data_parallel=ranks)
+        plan = plan_batch(training, PLAIN, sequence_tokens=sequence, data_parallel=ranks)
         assert plan.micro_rows * plan.accumulation * plan.data_parallel * sequence == batch
         return
     with pytest.raises(ConfigurationError) as caught:
-        plan_batch(training, sequence_tokens=sequence, data_parallel=ranks)
+        plan_batch(training, PLAIN, sequence_tokens=sequence, data_parallel=ranks)
     assert caught.value.exit_code == 78
     advised = int(caught.value.remedy.rsplit(" ", 1)[1])  # the last advice names a batch
     assert advised % sequence == 0
     if batch % sequence == 0:
         better = config(global_batch_tokens=advised, micro_batch_sequences=micro)
-        plan_batch(better, sequence_tokens=sequence, data_parallel=ranks)
+        plan_batch(better, PLAIN, sequence_tokens=sequence, data_parallel=ranks)
 
 
 def test_names_the_nearest_legal_ranks() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        plan_batch(config(global_batch_tokens=4096, micro_batch_sequences=2), sequence_tokens=512, data_parallel=3)
+        plan_batch(
+            config(global_batch_tokens=4096, micro_batch_sequences=2), PLAIN, sequence_tokens=512, data_parallel=3
+        )
     assert "use 1 or 2 or 4 data-parallel ranks" in caught.value.remedy
     assert "8 rows, over 3 data-parallel ranks x 2 rows" in caught.value.got
 

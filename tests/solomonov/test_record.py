@@ -30,6 +30,8 @@ EVERY_STEP_TAGS = {
     "perf/model_tflops_per_second",
     "memory/host_peak_gib",
     "data/padding_rate",
+    "train/attended_tokens",
+    "train/batch_rows",
     "health/update_skipped",
 }
 
@@ -41,7 +43,7 @@ def begun(user: User) -> RunFolder:
 
 def record_of(run: RunFolder, *, rank: int = 0) -> RunRecord:
     config = run.config()
-    plan = plan_batch(config.training, sequence_tokens=config.data.sequence_tokens, data_parallel=1)
+    plan = plan_batch(config.training, config.schedule, sequence_tokens=config.data.sequence_tokens, data_parallel=1)
     return RunRecord(run, config, plan, rank=rank)
 
 
@@ -69,7 +71,8 @@ def metrics(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def test_a_line_keeps_full_precision_and_null_for_what_is_not_finite() -> None:
-    made = StepLine(7, loss=1 / 3, grad_norm=math.nan, lr=0.1, tokens=9, data_digest="0f", skipped=True)
+    made = StepLine(7, loss=1 / 3, grad_norm=math.nan, lr=0.1, tokens=9, rows=8, attended_tokens=16, data_digest="0f")
+    made.skipped = True
     text = json.dumps(made.to_json())
     assert json.loads(text) == {
         "step": 7,
@@ -77,6 +80,8 @@ def test_a_line_keeps_full_precision_and_null_for_what_is_not_finite() -> None:
         "grad_norm": None,
         "lr": 0.1,
         "tokens": 9,
+        "rows": 8,
+        "attended_tokens": 16,
         "skipped": True,
         "data_digest": "0f",
         "seconds": 0.0,

@@ -91,6 +91,13 @@ def test_a_decay_that_begins_within_the_warm_up_is_refused(user: User) -> None:
     assert error.remedy == "set schedule.decay_steps to at most 15, or train longer"
 
 
+def test_a_warm_up_of_the_row_length_that_does_not_end_is_refused(user: User) -> None:
+    words = ("training.total_steps=20", "schedule.sequence_warmup.from_tokens=8")
+    assert prepared(user, *words, "schedule.sequence_warmup.tokens=4864").plan.sequence_warmup_steps == 19
+    error = refusal(user, *words, "schedule.sequence_warmup.tokens=4865")
+    assert error.remedy == "set schedule.sequence_warmup.tokens to at most 4864, or train longer"
+
+
 def test_a_home_folder_is_found(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(user.folder))
     made = prepared(user, "data.folder=~/dataset", "run.folder=~/elsewhere")

@@ -7,13 +7,16 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from data_pipeline.dataset import Dataset
+from data_pipeline.rows import RowBatch
 from data_pipeline.stream import HeldOutRows, Stream
 from solomonov.batch import to_tensors
 from solomonov.checkpoint.reader import digest
@@ -22,6 +25,7 @@ from solomonov.exits import AGAIN, DONE
 from solomonov.heartbeat import Heartbeat
 from solomonov.loading import load_model
 from solomonov.model.transformer import Transformer
+from solomonov.proof import prove_record
 from solomonov.runfolder import RunFolder, write_atomically
 from solomonov.signals import StopRequest
 from tests.solomonov.checkpoint.common import small_disk
@@ -52,11 +56,18 @@ def free_of_time(run: RunFolder) -> list[dict[str, Any]]:
 # --- numbers -------------------------------------------------------------------------------------------------
 
 
-def plain_losses(run: RunFolder, z_terms: list[float] | None = None) -> list[tuple[float, float, float]]:
+def plain_losses(
+    run: RunFolder,
+    z_terms: list[float] | None = None,
+    pieces: Sequence[int] = (32,) * 6,
+    sizes: Sequence[int] = (8,) * 6,
+) -> list[tuple[float, float, float]]:
     """(loss, norm, rate) of each step: torch's AdamW on the whole batch, the schedule from its definition.
 
     Args:
         z_terms: gets the z-loss of each step.
+        pieces: length of the pieces of each step, trained on as rows of their own.
+        sizes: rows of each step.
     """
     config = run.config()
     model = Transformer(config.model, config.tokenizer.vocab_size, seed=config.run.seed)
@@ -69,7 +80,12 @@ def plain_losses(run: RunFolder, z_terms: list[float] | None = None) -> list[tup
         weights = {source.name: source.weight for source in config.data.sources}
         stream = Stream(dataset, sequence_tokens=32, packing=config.data.packing, seed=config.run.seed, weights=weights)
         for step in range(6):
-            batch = to_tensors(stream.rows(range(step * 8, step * 8 + 8)), CPU)
+            rows = stream.rows(range(sum(sizes[:step]), sum(sizes[: step + 1])))
+            arrays = (rows.input_ids, rows.labels, rows.document_ids)
+            short = RowBatch(
+                np.arange(sizes[step] * 32 // pieces[step]), *(array.reshape(-1, pieces[step]) for array in arrays)
+            )
+            batch = to_tensors(short, CPU)
             # wsd: up over 4 updates, down to 0 over the last fifth (1 of 6), which would end at update 6.
             rate = 0.003 * (min(1.0, (step + 1) / 4) if step < 5 else 1.0)
             loss = model(batch.input_ids, batch.document_ids, batch.labels) / batch.valid_tokens
@@ -97,6 +113,43 @@ def test_z_loss_is_minimised_and_recorded_beside_the_loss(pipeline: int, tmp_pat
         assert (line["loss"], line["grad_norm"]) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5))
     points = read_scalars(run.path / "tensorboard")["train/z_loss"]
     assert list(points.values()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("overrides", [(), ("parallel.pipeline=2",)], ids=["two-ranks", "pipeline"])
+def test_short_pieces_at_first_are_short_rows(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    """8 of 32 tokens at first, to 32 over 1,000 = 4 steps less 24 tokens: 8 + 24 * (0, 256, 512, 768) / 1,000."""
+    words = ("schedule.sequence_warmup.from_tokens=8", "schedule.sequence_warmup.tokens=1000")
+    run = made(tmp_path, *words, *overrides)
+    assert train(run) == [DONE, DONE]
+    pieces, lines = [8, 8, 16, 16, 32, 32], lines_of(run)
+    assert [line["attended_tokens"] for line in lines] == pieces
+    for line, (loss, norm, _) in zip(lines, plain_losses(run, pieces=pieces), strict=True):
+        assert (line["loss"], line["grad_norm"]) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5))
+    assert prove_record(run).holds
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides"),
+    [
+        *[(2, (f"parallel.zero_stage={stage}", "training.micro_batch_sequences=1")) for stage in (0, 1, 2, 3)],
+        (1, ("training.micro_batch_sequences=2",)),
+        (2, ("parallel.pipeline=2", "training.micro_batch_sequences=2")),
+        (2, ("parallel.zero_stage=2", "training.micro_batch_sequences=1", "parallel.offload=optimizer")),
+    ],
+    ids=["zero0", "zero1", "zero2", "zero3", "one-rank", "pipeline", "offloaded"],
+)
+def test_small_batches_at_first_are_small_batches(world: int, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    """3 of 8 rows at first, to 8 over 18 rows: 3 + 5 n / 18 allows 6 from row 12 on. Ranks and micro-batches of two
+    rows do not share out 3; with one rank, 3 rows take two forwards, of four."""
+    words = ("schedule.batch_warmup.from_tokens=96", "schedule.batch_warmup.tokens=570")
+    run = made(tmp_path, *words, *overrides, ranks=world)
+    assert train(run, world) == [DONE] * world
+    sizes, lines = [3, 3, 3, 3, 6, 8], lines_of(run)
+    assert [line["rows"] for line in lines] == sizes
+    for line, (loss, norm, rate) in zip(lines, plain_losses(run, sizes=sizes), strict=True):
+        assert (line["loss"], line["grad_norm"]) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5))
+        assert line["lr"] == pytest.approx(rate, rel=1e-12)
+    assert prove_record(run).holds
 
 
 @pytest.mark.parametrize(
