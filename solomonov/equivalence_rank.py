@@ -57,7 +57,7 @@ def run_case(
 
     In bf16 the outcome has no state: nothing is promised of it.
     """
-    engine = Engine(_spec(trial, case), CPU)
+    engine = Engine(spec_of(trial, case), CPU)
     before(case, engine)
     plan, losses, norms = engine.spec.plan, [], []
     state: dict[tuple[str, str], torch.Tensor] = {}
@@ -77,7 +77,8 @@ def run_case(
     return Outcome(losses, norms, control.all_gather_object(engine.layout), state)
 
 
-def _spec(trial: Trial, case: Case) -> EngineSpec:
+def spec_of(trial: Trial, case: Case) -> EngineSpec:
+    """What the engine of a layout is built from."""
     micro = trial.rows // (case.data_parallel * case.accumulation)
     plan = BatchPlan(trial.sequence_tokens, trial.rows, micro, case.accumulation, case.data_parallel, trial.steps)
     return EngineSpec(

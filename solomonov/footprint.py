@@ -236,8 +236,8 @@ class _State:
 
 
 def sharers(plan: BatchPlan, parallel: ParallelConfig) -> int:
-    """Ranks over which ZeRO partitions a stage's state, and which reduce its gradients together: data-parallel ones, and
-    those that share rows."""
+    """Ranks over which ZeRO partitions a stage's state, and which reduce its gradients together: data-parallel ones,
+    and those that share rows."""
     return plan.data_parallel * parallel.sequence
 
 

@@ -12,11 +12,15 @@ from typing import Any
 
 import pytest
 
+from benchmarks.layouts_rank import Row
 from benchmarks.stream import QUICK
 from benchmarks.stream_rank import BATCH_ROWS
 from tests.support.processes import ROOT, assert_no_process, program_environment, run_program
 
 COMMITTED = ROOT / "benchmarks/results/stream-cpu.json"
+OFFLOADED = ((1, "optimizer"), (3, "parameters"))
+OPTIMIZERS = ("AdamW", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
+"""By ZeRO stage."""
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +126,63 @@ def test_committed_stream_result_is_of_this_benchmark(stream_run: tuple[dict[str
     assert keys(committed) == keys(result), "run the benchmark again, as its `command` says, and commit its result"
     assert "--quick" not in committed["command"]
     assert not any(found(committed, "unexpected"))
+
+
+@pytest.fixture(scope="module")
+def layouts_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """Result and output of a small run; that there is one shows that every layout ran and trained the same losses."""
+    folder = tmp_path_factory.mktemp("layouts")
+    code, output = run_program(
+        [sys.executable, "-m", "benchmarks.layouts", "--quick", "--out", folder / "result.json"],
+        log=folder / "log",
+        deadline=270,
+        cwd=ROOT,
+        env=program_environment(TMPDIR=str(folder)),
+    )
+    assert code == 0, output
+    assert not list(folder.glob("sol-*")), "temporary folders are left"
+    assert_no_process(str(folder))
+    return json.loads((folder / "result.json").read_bytes()), output
+
+
+@pytest.mark.dist
+@pytest.mark.e2e
+def test_layouts_ran_as_they_are_called(layouts_run: tuple[dict[str, Any], str]) -> None:
+    result, output = layouts_run
+    rows = {(row["ranks"], row["title"]): row for row in result["rows"]}
+    assert len(rows) == len(result["rows"]), "no row is there twice"
+    for ranks, title in (
+        *((ranks, f"ZeRO {stage}") for ranks in (1, 2) for stage in (0, 1, 2, 3)),
+        *((ranks, f"ZeRO {number}, offload {what}") for ranks in (1, 2) for number, what in OFFLOADED),
+        (2, "pipeline 2, ZeRO 1"),
+        (4, "pipeline 2 x data 2, ZeRO 1"),
+        *((1, f"ZeRO 0, recompute {mode}") for mode in ("selective", "full")),
+        *((1, f"plain loop, recompute {mode}") for mode in ("selective", "full")),
+        *((ranks, "plain loop" if ranks == 1 else "plain loop, DDP") for ranks in (1, 2, 4)),
+    ):
+        row = rows[ranks, title]
+        assert row["ran"]["pipeline"] == (2 if "pipeline" in title else 1)
+        stage = None if "plain" in title else int(title.partition("ZeRO ")[2][0])
+        assert row["ran"]["zero_stage"] == stage
+        assert row["ran"]["optimizer"] == OPTIMIZERS[stage or 0]
+        assert row["loss_difference"] <= 1e-5
+        assert title in output, f"{title} is not shown"
+    assert result["deepspeed_overhead"].keys() == {"1", "2", "4"}
+
+
+@pytest.mark.dist
+@pytest.mark.e2e
+def test_layouts_measure_memory_beside_what_is_foreseen(layouts_run: tuple[dict[str, Any], str]) -> None:
+    """The bounds of `test_footprint`, doubled: the model here is so small that batches and masks count."""
+    for row in layouts_run[0]["rows"]:
+        assert row["measured_mib"] > 0
+        if row["foreseen_mib"] is not None:
+            assert 0.5 <= row["foreseen_mib"] / row["measured_mib"] <= 1.5, row["title"]
+
+
+def test_a_row_is_named_by_what_differs() -> None:
+    assert Row(plain=True).title == "plain loop"
+    assert Row(ranks=4, zero_stage=1, pipeline=2).title == "pipeline 2 x data 2, ZeRO 1"
+    assert Row(zero_stage=3, offload="parameters", recompute="full").title == (
+        "ZeRO 3, offload parameters, recompute full"
+    )
