@@ -21,6 +21,7 @@ from pydantic import Field
 
 from solomonov.config import Config, OptimizerConfig
 from solomonov.errors import ConfigurationError
+from solomonov.layouts import one_copy
 from solomonov.metrics import LOSS_BOUND
 from solomonov.model.config import ModelConfig, RecomputeMode
 from solomonov.model.counts import parameter_count, parameter_shapes
@@ -139,7 +140,7 @@ def scale_down(config: Config, ranks: int) -> Trial:
         "tokenizer.vocab_size": config.tokenizer.vocab_size,
         "data.sequence_tokens": config.data.sequence_tokens,
         "training.global_batch_tokens": config.training.global_batch_tokens,
-        "training.total_steps": config.training.steps,
+        "training.total_steps": one_copy(config).total_steps,
         "optimizer.eps": config.optimizer.eps,
     }
     now = {f"model.{key}": value for key, value in changes.items()} | {

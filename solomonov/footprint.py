@@ -27,7 +27,7 @@ from solomonov.model.config import ModelConfig, Recompute
 from solomonov.model.counts import parameter_count, parameter_shapes
 from solomonov.model.layers import Block
 from solomonov.model.loss import cross_entropy_sum
-from solomonov.model.naming import layer_names
+from solomonov.model.naming import is_hidden_matrix, layer_names
 from solomonov.parallel import LIVE_PARAMETERS, ParallelConfig, bucket_elements
 from solomonov.plan import BatchPlan
 from solomonov.topology import stage_bounds
@@ -163,6 +163,7 @@ def footprint(
     precision: str,
     recompute: Recompute,
     ema: bool = False,
+    muon: bool = False,
 ) -> Footprint:
     """What the rank that needs the most needs.
 
@@ -172,23 +173,30 @@ def footprint(
         precision: resolved: fp32, bf16 or bf16_autocast.
         recompute: what the backward pass computes again.
         ema: whether a moving average of the weights is kept.
+        muon: whether Muon updates the matrices between embedding and head.
     """
-    kept = 16 if ema else 12
     bounds = stage_bounds(model, vocab_size, plan.sequence_tokens, parallel.pipeline)
     # Ranks that share rows have all tokens in attention alone, for their part of the heads: as many numbers.
     here = replace(plan, sequence_tokens=plan.sequence_tokens // parallel.sequence)
     names = layer_names(model)
     bucket = 4 * bucket_elements(parameter_count(model, vocab_size))
-    sizes = dict.fromkeys(names, 0)
+    sizes, of_muon, largest_matrix = dict.fromkeys(names, 0), dict.fromkeys(names, 0), 0
     for name, shape in parameter_shapes(model, vocab_size).items():
-        sizes[next(layer for layer in names if name.startswith(f"{layer}."))] += prod(shape)
+        layer = next(layer for layer in names if name.startswith(f"{layer}."))
+        sizes[layer] += prod(shape)
+        if muon and is_hidden_matrix(name, shape):
+            of_muon[layer] += prod(shape)
+            largest_matrix = max(largest_matrix, prod(shape))
     if model.tie_embeddings and parallel.pipeline > 1:
         sizes["head"] = sizes["embedding"]  # a copy on the last stage
     moments = []
     for stage, (begin, end) in enumerate(pairwise(bounds)):
         held = names[begin:end]
         held_parameters = sum(sizes[name] for name in held)
-        state = _state(held_parameters, parallel, plan, precision, kept)
+        matrices = sum(of_muon[name] for name in held)
+        state = _state(
+            _Numbers(held_parameters, matrices, largest_matrix, 16 if ema else 12), parallel, plan, precision
+        )
         if parallel.offload != "none":
             state = _offloaded(state, held_parameters, max(sizes.values()), parallel, plan, precision)
         in_flight = min(plan.accumulation, parallel.pipeline - stage)
@@ -229,6 +237,8 @@ class _State:
     optimizer: int
     update: int
     """Of the update alone."""
+    exchange: int = 0
+    """Of that, what is on the device also where the update is not."""
     passage: int = 0
     """Through which gradients leave the device."""
     host: int = 0
@@ -241,28 +251,42 @@ def sharers(plan: BatchPlan, parallel: ParallelConfig) -> int:
     return plan.data_parallel * parallel.sequence
 
 
-def _state(parameters: int, parallel: ParallelConfig, plan: BatchPlan, precision: str, kept: int) -> _State:
-    """4 bytes a number, but for bf16 weights, which have 2; AdamW has two moments.
+@dataclass(frozen=True)
+class _Numbers:
+    """How many parameters a pipeline stage has."""
 
-    Args:
-        kept: bytes of a parameter's master, moments and average.
-    """
-    stage, share, width = (
-        parallel.zero_stage,
-        math.ceil(parameters / sharers(plan, parallel)),
-        2 if precision == "bf16" else 4,
-    )
-    if stage == 0:
-        return _State(4 * parameters, 4 * parameters, False, (kept - 4) * parameters, 0)
+    parameters: int
+    matrices: int
+    """Those of them that Muon updates: it has one moment, AdamW two."""
+    largest_matrix: int
+    kept: int
+    """Bytes of another parameter's master, moments and average."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of all."""
+        return self.kept * self.parameters - 4 * self.matrices
+
+
+def _state(numbers: _Numbers, parallel: ParallelConfig, plan: BatchPlan, precision: str) -> _State:
+    """4 bytes a number, but for bf16 weights, which have 2."""
+    parameters, ranks = numbers.parameters, sharers(plan, parallel)
+    stage, share, width = parallel.zero_stage, math.ceil(parameters / ranks), 2 if precision == "bf16" else 4
+    if stage == 0:  # Muon takes one matrix at a time
+        moments = numbers.kept_bytes - 4 * parameters
+        return _State(4 * parameters, 4 * parameters, False, moments, 16 * numbers.largest_matrix)
+    # Of the matrices that Muon updates: the update; pieces that came, the whole ones, pieces that go back and return.
+    exchanged = 20 * math.ceil(numbers.matrices / ranks)
     whole = stage == 1 and (plan.accumulation > 1 or precision == "bf16")
     return _State(
         # At stage 3 what was gathered for one layer stays while it is needed again soon.
         weights=width * (share + min(parameters, LIVE_PARAMETERS) if stage == 3 else parameters),
         gradients=4 * (parameters if whole else share),
         early=stage == 3 or (stage == 1 and precision == "bf16"),
-        optimizer=kept * share,
+        optimizer=math.ceil(numbers.kept_bytes / ranks),
         # The gradients in one piece; AdamW's two temporary results beside them where its kernel is not fused.
-        update=12 * share,
+        update=4 * share + max(exchanged, 8 * math.ceil((parameters - numbers.matrices) / ranks)),
+        exchange=exchanged,
     )
 
 
@@ -283,7 +307,7 @@ def _offloaded(
         if parallel.offload == "parameters":
             host += width * share
             weights -= width * share
-        return replace(state, weights=weights, gradients=0, optimizer=0, update=0, host=host)
+        return replace(state, weights=weights, gradients=0, optimizer=0, update=state.exchange, host=host)
     host += width * (share + largest)  # weights on their way back, and gradients on theirs
     passage = width * largest
     if plan.accumulation > 1 and precision != "bf16" and parallel.pipeline == 1:
@@ -292,7 +316,7 @@ def _offloaded(
             host += whole_tensors  # accumulated there
         else:
             passage += whole_tensors  # of the reduction before, beside those that are accumulated
-    return replace(state, early=False, optimizer=0, update=0, passage=passage, host=host)
+    return replace(state, early=False, optimizer=0, update=state.exchange, passage=passage, host=host)
 
 
 def _activations(

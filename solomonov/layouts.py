@@ -49,6 +49,15 @@ def batch_of(config: Config, parallel: ParallelConfig, *, precision: str, world:
     return plan_batch(config.training, config.schedule, sequence_tokens=tokens, data_parallel=copies)
 
 
+def one_copy(config: Config) -> BatchPlan:
+    """The batch for one copy of the model: what of it is the same in all layouts.
+
+    Raises:
+        ConfigurationError: it is illegal in every layout.
+    """
+    return plan_batch(config.training, config.schedule, sequence_tokens=config.data.sequence_tokens, data_parallel=1)
+
+
 def legal_batch(config: Config, *, precision: str, world: int) -> BatchPlan:
     """The batch in the configured layout, or with `parallel: auto` in the plainest legal one.
 

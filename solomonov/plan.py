@@ -69,14 +69,6 @@ class TrainingConfig(Section):
         """The two keys of activation checkpointing."""
         return Recompute(self.activation_checkpointing, self.activation_checkpointing_every)
 
-    @property
-    def steps(self) -> int:
-        """Updates in the whole run."""
-        if self.total_steps is not None:
-            return self.total_steps
-        assert self.total_tokens is not None, "one of total_steps and total_tokens is set (validated)"
-        return -(-self.total_tokens // self.global_batch_tokens)
-
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -187,20 +179,24 @@ def plan_batch(
             remedy="; or ".join(advice),
         )
     batches = growing_batches(schedule.batch_warmup, batch_rows, sequence_tokens)
-    steps = training.total_steps
-    if steps is None:
-        assert training.total_tokens is not None, "one of total_steps and total_tokens is set (validated)"
-        steps = batches.steps(-(-training.total_tokens // sequence_tokens))
     return BatchPlan(
         sequence_tokens=sequence_tokens,
         batch_rows=batch_rows,
         micro_rows=micro,
         accumulation=batch_rows // (micro * data_parallel),
         data_parallel=data_parallel,
-        total_steps=steps,
+        total_steps=total_steps(training, batches, sequence_tokens),
         lengths=sequence_lengths(schedule.sequence_warmup, sequence_tokens),
         warmup=batches if batches.warmup_steps else None,
     )
+
+
+def total_steps(training: TrainingConfig, batches: BatchRows, sequence_tokens: int) -> int:
+    """Updates in the whole run."""
+    if training.total_steps is not None:
+        return training.total_steps
+    assert training.total_tokens is not None, "one of total_steps and total_tokens is set (validated)"
+    return batches.steps(-(-training.total_tokens // sequence_tokens))
 
 
 def legal_data_parallel(batch_rows: int, micro_rows: int) -> list[int]:

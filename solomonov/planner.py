@@ -125,7 +125,14 @@ def estimate(question: Question, parallel: ParallelConfig) -> Estimate:
     recompute = config.training.recompute
     ema = config.training.ema_decay is not None
     needed = footprint(
-        config.model, question.vocab_size, plan, parallel, precision=question.precision, recompute=recompute, ema=ema
+        config.model,
+        question.vocab_size,
+        plan,
+        parallel,
+        precision=question.precision,
+        recompute=recompute,
+        ema=ema,
+        muon=config.optimizer.kind == "muon",
     )
     compute = _compute_seconds(question, plan, parallel)
     exchange = _exchange_seconds(question, plan, parallel)

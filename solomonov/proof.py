@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.dataset import Dataset
+from solomonov.layouts import one_copy
 from solomonov.metrics import replay_differences
-from solomonov.plan import plan_batch
 from solomonov.runfolder import RunFolder
 from solomonov.start import make_stream
 
@@ -56,8 +56,7 @@ def prove_record(run: RunFolder) -> Proof:
     """
     config = run.config()
     lines = _lines(run.metrics)
-    tokens = config.data.sequence_tokens
-    plan = plan_batch(config.training, config.schedule, sequence_tokens=tokens, data_parallel=1)
+    plan = one_copy(config)
     steps = [line["step"] for line in lines]
 
     def rows_of(numbers: Iterable[int]) -> int:

@@ -27,6 +27,7 @@ from solomonov import exits
 from solomonov.config import load_config
 from solomonov.display import last_line
 from solomonov.host import usable_cores, visible_gpus
+from solomonov.layouts import one_copy
 from solomonov.proof import prove_record
 from solomonov.runfolder import RunFolder, unwritable, write_atomically
 
@@ -140,7 +141,8 @@ def quickstart(
         with _stage(console, "prepare", seconds, f"solomonov prepare {config_path}"):
             prepared = _prepare(config_path, ray.address if ray else None)
         with _stage(console, "train", seconds, f"solomonov train {config_path}"):
-            middle = config.training.steps // 2 + config.checkpoint.every_steps // 4
+            steps = one_copy(config).total_steps
+            middle = steps // 2 + config.checkpoint.every_steps // 4
             with HalfwayKill(run, middle, console) if kill else nullcontext():
                 code = train(config_path, ray=ray)
         if code != exits.DONE:

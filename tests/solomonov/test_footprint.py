@@ -60,6 +60,10 @@ def measured_peak(layout: Layout) -> int:
         (2, Layout(zero_stage=2, precision="bf16")),
         (2, Layout(zero_stage=1)),
         (2, Layout(zero_stage=1, sequence=2)),
+        *[(1, Layout(zero_stage=stage, muon=True)) for stage in (0, 1)],
+        *[(2, Layout(zero_stage=stage, muon=True)) for stage in (0, 2, 3)],
+        (2, Layout(zero_stage=1, muon=True, pipeline=2)),
+        (2, Layout(zero_stage=2, muon=True, offload="optimizer")),
         (2, Layout(zero_stage=3, accumulation=2, sequence=2, recompute="full")),
         (2, Layout(zero_stage=3)),
         (2, Layout(zero_stage=1, accumulation=2, pipeline=2)),
@@ -85,7 +89,9 @@ def test_what_is_foreseen_is_what_is_there(world: int, layout: Layout) -> None:
     recompute = Recompute(layout.recompute, layout.every)
     plan = plan_of(layout, world)
     ema = layout.ema is not None
-    found = footprint(MODEL, VOCAB, plan, parallel, precision=layout.precision, recompute=recompute, ema=ema)
+    found = footprint(
+        MODEL, VOCAB, plan, parallel, precision=layout.precision, recompute=recompute, ema=ema, muon=layout.muon
+    )
     foreseen = found.total + found.host
     measured = max(run_ranks(measured_peak, world, layout))
     assert 0.95 * measured <= foreseen <= 1.15 * measured, f"{foreseen / measured:.3f} of what was measured"

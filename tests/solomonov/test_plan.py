@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from data_pipeline.batches import BatchRows
 from solomonov.errors import ConfigurationError
 from solomonov.model.config import Recompute
-from solomonov.plan import TrainingConfig, legal_data_parallel, plan_batch
+from solomonov.plan import TrainingConfig, legal_data_parallel, plan_batch, total_steps
 from solomonov.schedule import ScheduleConfig
 
 PLAIN = ScheduleConfig()
@@ -106,7 +107,8 @@ def test_legal_data_parallel_is_all_divisors(rows: int, micro: int) -> None:
 
 def test_length_in_tokens_rounds_up_to_whole_batches() -> None:
     training = TrainingConfig.model_validate({"total_tokens": 1001, "global_batch_tokens": 100})
-    assert training.steps == 11
+    assert total_steps(training, BatchRows(10), 10) == 11
+    assert total_steps(training, BatchRows(10, first=2, over=20), 10) == 14, "2, 2, 2, 4, 6, 8 rows, then 10"
 
 
 @pytest.mark.parametrize("mode", ["none", "selective"])
