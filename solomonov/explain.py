@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
+from solomonov.config import Config
 from solomonov.devices import GIB, Device, measured_speed
 from solomonov.layouts import legal_batch
 from solomonov.memory import describe
-from solomonov.model.counts import flops_per_token, parameter_count
-from solomonov.model.naming import layer_names
+from solomonov.model.counts import flops_per_token, parameter_count, parameter_shapes
+from solomonov.model.naming import is_hidden_matrix, layer_names
 from solomonov.planner import (
     FASTER,
     SLOWER,
@@ -29,10 +31,15 @@ from solomonov.planner import (
 )
 from solomonov.topology import stage_bounds
 
-CHECKPOINT_BYTES = 12
-"""A parameter's master and its two moments, in fp32."""
-EMA_CHECKPOINT_BYTES = 4
-"""Its moving average, if one is kept."""
+
+def checkpoint_bytes(config: Config, vocab_size: int) -> int:
+    """Of each parameter its master, its moments (two of AdamW, one of Muon) and its moving average where one is kept,
+    in fp32."""
+    muon, average = config.optimizer.kind == "muon", config.training.ema_decay is not None
+    return sum(
+        4 * math.prod(shape) * (3 - (muon and is_hidden_matrix(name, shape)) + average)
+        for name, shape in parameter_shapes(config.model, vocab_size).items()
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +84,6 @@ def facts(explanation: Explanation) -> dict[str, Any]:
     question, taken, seconds = explanation.question, explanation.taken, explanation.seconds
     plan, model = taken.plan, question.config.model
     parameters = parameter_count(model, question.vocab_size)
-    ema = question.config.training.ema_decay is not None
     tokens = plan.batch_rows * plan.sequence_tokens
     updates = plan.trained_tokens(plan.total_steps) / tokens  # of whole batches
     flops = flops_per_token(model, question.vocab_size, plan.sequence_tokens)
@@ -103,7 +109,7 @@ def facts(explanation: Explanation) -> dict[str, Any]:
             "bus_bytes_per_second": explanation.device.bus_bytes_per_second,
             "seconds_an_update": taken.offload_seconds,
         },
-        "checkpoint_bytes": (CHECKPOINT_BYTES + EMA_CHECKPOINT_BYTES * ema) * parameters,
+        "checkpoint_bytes": checkpoint_bytes(question.config, question.vocab_size),
         "checkpoints_kept": question.config.checkpoint.keep_last,
         "seconds_an_update": seconds,
         "seconds_range": [seconds * FASTER, seconds * SLOWER],

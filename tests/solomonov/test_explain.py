@@ -56,6 +56,11 @@ def test_the_numbers_of_a_known_model(config: str, capsys: pytest.CaptureFixture
     averaged = json.loads(out)
     assert averaged["checkpoint_bytes"] == 16 * found["parameters"]
     assert averaged["memory"]["optimizer"] == 16 * -(-found["parameters"] // 64)
+    code, out, _ = plan(capsys, config, FULL, "optimizer.kind=muon", "--gpu", "h100", "--json")
+    muon = json.loads(out)
+    # Query and out 4096 x 4096, key and value 4096 x 1024, three of 4096 x 14336: one moment each instead of two.
+    matrices = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    assert muon["checkpoint_bytes"] == 12 * found["parameters"] - 4 * matrices
     assert found["seconds"] == pytest.approx(found["seconds_an_update"] * batch["total_steps"])
     assert found["device_hours"] == pytest.approx(found["seconds"] * 64 / 3600)
     assert found["tokens_per_second"] == pytest.approx(4194304 / found["seconds_an_update"])
