@@ -22,13 +22,15 @@ class Numbers:
         return RowBatch(indices, ids, ids, ids)
 
 
-def steps(world: int, first: int, count: int, batch: int, micro: int, prefetch: int) -> list[list[list[list[int]]]]:
+def steps(
+    world: int, first: int, count: int, batch: BatchRows, micro: int, prefetch: int
+) -> list[list[list[list[int]]]]:
     """[step][rank][micro-batch] -> row numbers."""
     per_rank = []
     for rank in range(world):
         with Loader(
             Numbers(),
-            batches=BatchRows(batch),
+            batches=batch,
             dp_rank=rank,
             dp_size=world,
             micro_batch_rows=micro,
@@ -39,16 +41,19 @@ def steps(world: int, first: int, count: int, batch: int, micro: int, prefetch: 
     return [[rank[step] for rank in per_rank] for step in range(count)]
 
 
-worlds, batches, micros, prefetches = st.integers(1, 9), st.integers(1, 40), st.integers(1, 12), st.integers(0, 4)
+worlds, micros, prefetches = st.integers(1, 9), st.integers(1, 12), st.integers(0, 4)
+batches = st.integers(1, 40).flatmap(
+    lambda full: st.builds(BatchRows, st.just(full), st.integers(1, full), st.sampled_from([0, 1, 30, 200]))
+)
+"""Of one size, or growing over the first steps."""
 
 
 @settings(max_examples=60)
-@given(worlds, st.integers(0, 10**9), batches, micros, prefetches)
-def test_the_ranks_partition_each_batch(world: int, first: int, batch: int, micro: int, prefetch: int) -> None:
+@given(worlds, st.one_of(st.integers(0, 9), st.integers(0, 10**9)), batches, micros, prefetches)
+def test_the_ranks_partition_each_batch(world: int, first: int, batch: BatchRows, micro: int, prefetch: int) -> None:
     for number, step in enumerate(steps(world, first, 3, batch, micro, prefetch)):
-        start = (first + number) * batch
         rows = sorted(row for rank in step for part in rank for row in part)
-        assert rows == list(range(start, start + batch))
+        assert rows == list(batch.rows(first + number))
         for rank, parts in enumerate(step):
             mine = [row for part in parts for row in part]
             assert mine == sorted(mine)
@@ -60,9 +65,9 @@ def test_the_ranks_partition_each_batch(world: int, first: int, batch: int, micr
 @settings(max_examples=40)
 @given(worlds, worlds, st.integers(0, 5), st.integers(1, 4), batches, micros, prefetches)
 def test_stopping_and_going_on_with_another_world_gives_the_same_rest(
-    before: int, after: int, stopped: int, more: int, batch: int, micro: int, prefetch: int
+    before: int, after: int, stopped: int, more: int, batch: BatchRows, micro: int, prefetch: int
 ) -> None:
-    whole = steps(1, 0, stopped + more, batch, batch, 0)
+    whole = steps(1, 0, stopped + more, batch, batch.full, 0)
     first = steps(before, 0, stopped, batch, micro, prefetch)
     rest = steps(after, stopped, more, batch, micro, prefetch)
     assert [sorted(row for rank in step for part in rank for row in part) for step in first + rest] == [

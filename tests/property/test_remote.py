@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from data_pipeline.batches import BatchRows
 from data_pipeline.cluster import Worker, WorkerFailed, WorkerLost
 from data_pipeline.config import WorkersConfig
 from data_pipeline.dataset import Dataset
@@ -143,14 +144,22 @@ class Simulation:
 
 
 def remote(
-    stream: Stream, simulation: Simulation, *, workers: int, batch: int, end: int, window: int, first: int = 0
+    stream: Stream,
+    simulation: Simulation,
+    *,
+    workers: int,
+    batch: int | BatchRows,
+    end: int,
+    window: int,
+    first: int = 0,
 ) -> tuple[RemoteRows, list[tuple[str, dict[str, Any]]]]:
     events: list[tuple[str, dict[str, Any]]] = []
+    batches = BatchRows(batch) if isinstance(batch, int) else batch
     rows = RemoteRows(
         simulation,
         stream,
         WorkersConfig(backend="ray", count=workers, window_bytes=window, patience_seconds=PATIENCE),
-        rows_of=lambda step: np.arange(step * batch, (step + 1) * batch, dtype=np.int64),
+        rows_of=lambda step: np.array(batches.rows(step), dtype=np.int64),
         steps=range(first, end),
         on_event=lambda kind, **fields: events.append((kind, fields)),
     )
@@ -254,6 +263,17 @@ def test_without_faults_each_worker_builds_the_rows_of_its_lanes(stream: Stream)
     assert {worker.number for _, worker, _ in simulation.sent} == {0, 1, 2}
     for _, worker, numbers in simulation.sent:
         assert set(stream.lanes_of(numbers) % 3) == {worker.number}, "else each block is read by several workers"
+
+
+@pytest.mark.parametrize("window", [1 << 10, 1 << 14, 1 << 20])
+def test_batches_that_grow_are_those_of_the_stream(window: int, stream: Stream) -> None:
+    """In windows that hold less than a batch, some of them, and all."""
+    batches = BatchRows(30, first=5, over=60)
+    assert [len(batches.rows(step)) for step in (0, 3, 11)] == [5, 10, 30]
+    rows, _ = remote(stream, Simulation(stream, 3, []), workers=3, batch=batches, end=12, window=window)
+    for step in range(12):
+        numbers = np.array(batches.rows(step), dtype=np.int64)
+        assert rows.rows(numbers).digest() == stream.rows(numbers).digest()
 
 
 def test_a_step_that_no_reply_holds_comes_in_several(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,18 @@ def test_a_warm_up_of_the_row_length_that_does_not_end_is_refused(user: User) ->
     assert error.remedy == "set schedule.sequence_warmup.tokens to at most 4864, or train longer"
 
 
+def test_a_warm_up_of_the_batch_that_does_not_end_is_refused(user: User) -> None:
+    """One row at first, eight in the end, of 32 tokens each."""
+    words = ("training.total_steps=20", "schedule.batch_warmup.from_tokens=32")
+    plan = prepared(user, *words, "schedule.batch_warmup.tokens=640").plan
+    assert len(plan.batches.rows(0)) == 1
+    assert len(plan.batches.rows(19)) == 8
+    error = refusal(user, *words, "schedule.batch_warmup.tokens=100000")
+    assert error.what == "no update has its full size"
+    least = int(error.remedy.split()[5].rstrip(","))
+    assert error.remedy == f"set schedule.batch_warmup.tokens to at most {least}, or train longer"
+
+
 def test_a_home_folder_is_found(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(user.folder))
     made = prepared(user, "data.folder=~/dataset", "run.folder=~/elsewhere")
