@@ -44,7 +44,7 @@ from benchmarks.layouts_rank import RESULT, TASK, Row
 from solomonov.config import OptimizerConfig
 from solomonov.equivalence import LEAST_EPS, Trial
 from solomonov.equivalence_rank import spec_of
-from solomonov.footprint import footprint
+from solomonov.footprint import Training, footprint
 from solomonov.metrics import LOSS_BOUND
 from solomonov.model.config import ModelConfig
 from solomonov.parallel import ParallelConfig
@@ -213,9 +213,7 @@ def foreseen(trial: Trial, row: Row) -> int:
     spec = spec_of(trial, row)
     fields = {"zero_stage": row.zero_stage, "pipeline": row.pipeline, "offload": row.offload}
     parallel = ParallelConfig.model_validate(fields)
-    needed = footprint(
-        trial.model, trial.vocab_size, spec.plan, parallel, precision=row.precision, recompute=spec.recompute
-    )
+    needed = footprint(trial.model, trial.vocab_size, spec.plan, parallel, Training(row.precision, spec.recompute))
     return needed.total + needed.host
 
 

@@ -23,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from solomonov.model.attention import attention_context
-from solomonov.model.config import ModelConfig, Recompute
+from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.counts import parameter_count, parameter_shapes
 from solomonov.model.layers import Block
 from solomonov.model.loss import cross_entropy_sum
 from solomonov.model.naming import is_hidden_matrix, layer_names
-from solomonov.parallel import LIVE_PARAMETERS, ParallelConfig, bucket_elements
+from solomonov.parallel import LIVE_PARAMETERS, ParallelConfig, bucket_elements, overlaps
 from solomonov.plan import BatchPlan
 from solomonov.topology import stage_bounds
 
@@ -154,27 +154,37 @@ def head_working(width: int, vocab_size: int, tokens: int, precision: str) -> Wo
     return _working(precision, make)
 
 
+@dataclass(frozen=True)
+class Training:
+    """What else decides how much memory is needed."""
+
+    precision: str
+    """Resolved: fp32, bf16 or bf16_autocast."""
+    recompute: Recompute = NOTHING_AGAIN
+    """What the backward pass computes again."""
+    ema: bool = False
+    """A moving average of the weights is kept."""
+    muon: bool = False
+    """Muon updates the matrices between embedding and head."""
+    overlap: bool = False
+    """The device can reduce gradients beside the backward pass: where the layout does so, one buffer is filled while
+    another one is reduced."""
+
+
 def footprint(
     model: ModelConfig,
     vocab_size: int,
     plan: BatchPlan,
     parallel: ParallelConfig,
-    *,
-    precision: str,
-    recompute: Recompute,
-    ema: bool = False,
-    muon: bool = False,
+    training: Training,
 ) -> Footprint:
     """What the rank that needs the most needs.
 
     Args:
         plan: the batch and its cut, for the number of data-parallel ranks of this layout.
         parallel: a legal layout.
-        precision: resolved: fp32, bf16 or bf16_autocast.
-        recompute: what the backward pass computes again.
-        ema: whether a moving average of the weights is kept.
-        muon: whether Muon updates the matrices between embedding and head.
     """
+    precision, recompute = training.precision, training.recompute
     bounds = stage_bounds(model, vocab_size, plan.sequence_tokens, parallel.pipeline)
     # Ranks that share rows have all tokens in attention alone, for their part of the heads: as many numbers.
     here = replace(plan, sequence_tokens=plan.sequence_tokens // parallel.sequence)
@@ -184,7 +194,7 @@ def footprint(
     for name, shape in parameter_shapes(model, vocab_size).items():
         layer = next(layer for layer in names if name.startswith(f"{layer}."))
         sizes[layer] += prod(shape)
-        if muon and is_hidden_matrix(name, shape):
+        if training.muon and is_hidden_matrix(name, shape):
             of_muon[layer] += prod(shape)
             largest_matrix = max(largest_matrix, prod(shape))
     if model.tie_embeddings and parallel.pipeline > 1:
@@ -195,7 +205,7 @@ def footprint(
         held_parameters = sum(sizes[name] for name in held)
         matrices = sum(of_muon[name] for name in held)
         state = _state(
-            _Numbers(held_parameters, matrices, largest_matrix, 16 if ema else 12), parallel, plan, precision
+            _Numbers(held_parameters, matrices, largest_matrix, 16 if training.ema else 12), parallel, plan, precision
         )
         if parallel.offload != "none":
             state = _offloaded(state, held_parameters, max(sizes.values()), parallel, plan, precision)
@@ -204,6 +214,8 @@ def footprint(
         # Gradients come one by one; where they are accumulated, or have a place of their own, all are there before.
         early = state.gradients if state.early or plan.accumulation > 1 else 0
         during = bucket if parallel.zero_stage else 0
+        if training.overlap and parallel.zero_stage < 3 and overlaps(parallel.zero_stage, parallel.pipeline):
+            during *= 2  # at stage 3 both are always there
         # At stages 1 and 2 the bucket is made for the first gradient, when the head is done.
         at = [("head", early, during if parallel.zero_stage == 3 else 0, head)]
         at += [("block", early, during, last_block), ("block", state.gradients, during, first_block)]

@@ -26,6 +26,12 @@ def bucket_elements(parameters: int) -> int:
     return min(2**27, parameters)
 
 
+def overlaps(zero_stage: int, pipeline: int) -> bool:
+    """Whether gradients are reduced beside the backward pass, on devices that can do both at once: in a stream of its
+    own, while a second buffer is filled. At stage 0 they come after it, and DeepSpeed's pipeline excludes it."""
+    return zero_stage > 0 and pipeline == 1
+
+
 class ParallelConfig(Section):
     """How parameters, gradients and optimizer state are laid out over the ranks."""
 

@@ -15,11 +15,11 @@ from itertools import pairwise
 from solomonov.config import Config
 from solomonov.devices import CPU, GIB, HOST_USABLE, Device
 from solomonov.errors import ConfigurationError
-from solomonov.footprint import Footprint, footprint, sharers
+from solomonov.footprint import Footprint, Training, footprint, sharers
 from solomonov.layouts import batch_of, candidates, legal_batch, offloaded_candidates, sequence_candidates
 from solomonov.memory import describe
 from solomonov.model.counts import flops_per_token, layer_flops, parameter_count
-from solomonov.parallel import Offload, ParallelConfig
+from solomonov.parallel import Offload, ParallelConfig, overlaps
 from solomonov.plan import BatchPlan, TrainingConfig
 from solomonov.topology import stage_bounds
 
@@ -122,23 +122,19 @@ def estimate(question: Question, parallel: ParallelConfig) -> Estimate:
     """
     config = question.config
     plan = batch_of(config, parallel, precision=question.precision, world=question.world)
-    recompute = config.training.recompute
-    ema = config.training.ema_decay is not None
-    needed = footprint(
-        config.model,
-        question.vocab_size,
-        plan,
-        parallel,
-        precision=question.precision,
-        recompute=recompute,
+    device, ema = question.device, config.training.ema_decay is not None
+    training = Training(
+        question.precision,
+        config.training.recompute,
         ema=ema,
         muon=config.optimizer.kind == "muon",
+        overlap=device.name != CPU,
     )
+    needed = footprint(config.model, question.vocab_size, plan, parallel, training)
     compute = _compute_seconds(question, plan, parallel)
     exchange = _exchange_seconds(question, plan, parallel)
-    # A backward pass is two thirds of the products, and exchange runs beside it; a pipeline's comes after it.
-    hidden = compute * 2 / 3 if parallel.pipeline == 1 and question.device.name != CPU else 0.0
-    device = question.device
+    # A backward pass is two thirds of the products, and exchange runs beside it; in a pipeline it comes after it.
+    hidden = compute * 2 / 3 if training.overlap and overlaps(parallel.zero_stage, parallel.pipeline) else 0.0
     if device.name == CPU:  # whose memory is the machine's
         needed = replace(needed, optimizer=needed.optimizer + needed.host, host=0)
     bus = _bus_bytes(question, plan, parallel)

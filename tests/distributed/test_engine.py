@@ -206,6 +206,19 @@ def test_deepspeed_is_told_what_to_offload(kind: str, pinned: bool) -> None:
         assert ("zero_force_ds_cpu_optimizer" in config) == (offload != "none")
 
 
+@pytest.mark.parametrize(
+    ("kind", "layout", "overlapped"),
+    [
+        *[("cuda", Layout(zero_stage=stage), stage > 0) for stage in (0, 1, 2, 3)],
+        ("cuda", Layout(zero_stage=1, pipeline=2), False),
+        *[("cpu", Layout(zero_stage=stage), stage == 3) for stage in (0, 1, 2, 3)],
+    ],
+)
+def test_deepspeed_is_told_to_reduce_beside_the_backward_pass(kind: str, layout: Layout, overlapped: bool) -> None:
+    config = deepspeed_config(tiny.make_spec(layout, 2), torch.device(kind))
+    assert config["zero_optimization"]["overlap_comm"] is overlapped
+
+
 @pytest.mark.parametrize("layout", [*[Layout(zero_stage=stage) for stage in (1, 2, 3)], *OFFLOADED], ids=str)
 def test_offloaded_state_lives_on_the_host(layout: Layout) -> None:
     """There DeepSpeed keeps a gradient beside each master from one update to the next, and all that a rank holds of

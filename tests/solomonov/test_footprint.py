@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from solomonov.batch import TokenBatch
 from solomonov.engine import Engine
-from solomonov.footprint import Allocated, Footprint, footprint
+from solomonov.footprint import Allocated, Footprint, Training, footprint
 from solomonov.model.config import ModelConfig, Recompute
 from solomonov.model.counts import parameter_count
 from solomonov.parallel import ParallelConfig
@@ -89,9 +89,8 @@ def test_what_is_foreseen_is_what_is_there(world: int, layout: Layout) -> None:
     recompute = Recompute(layout.recompute, layout.every)
     plan = plan_of(layout, world)
     ema = layout.ema is not None
-    found = footprint(
-        MODEL, VOCAB, plan, parallel, precision=layout.precision, recompute=recompute, ema=ema, muon=layout.muon
-    )
+    training = Training(layout.precision, recompute, ema=ema, muon=layout.muon)
+    found = footprint(MODEL, VOCAB, plan, parallel, training)
     foreseen = found.total + found.host
     measured = max(run_ranks(measured_peak, world, layout))
     assert 0.95 * measured <= foreseen <= 1.15 * measured, f"{foreseen / measured:.3f} of what was measured"
@@ -101,7 +100,7 @@ def test_a_model_of_any_size_is_foreseen_without_its_memory() -> None:
     """8 billion parameters on 4,096 ranks, ZeRO 3: 16 bytes a parameter over the ranks, and what is live at once."""
     model = ModelConfig(layers=32, d_model=4096, heads=32, kv_heads=8, d_ff=14336)
     plan = BatchPlan(8192, 4096, 1, 1, 4096, 10)
-    found = footprint(model, 128256, plan, ParallelConfig(zero_stage=3), precision="bf16", recompute=Recompute("full"))
+    found = footprint(model, 128256, plan, ParallelConfig(zero_stage=3), Training("bf16", Recompute("full")))
     share = parameter_count(model, 128256) / 4096
     assert found.optimizer == pytest.approx(12 * share, rel=1e-3)
     assert found.weights == pytest.approx(2 * share + 2e9, rel=1e-3)
@@ -115,7 +114,7 @@ def test_what_is_offloaded_leaves_the_device(precision: str) -> None:
 
     def needed(zero_stage: int, offload: str) -> Footprint:
         parallel = ParallelConfig.model_validate({"zero_stage": zero_stage, "offload": offload})
-        return footprint(MODEL, VOCAB, plan, parallel, precision=precision, recompute=Recompute())
+        return footprint(MODEL, VOCAB, plan, parallel, Training(precision))
 
     share = parameter_count(MODEL, VOCAB) / 4
     for stage in (1, 2, 3):
@@ -137,12 +136,24 @@ def test_the_average_is_four_bytes_of_each_number_that_a_rank_owns(zero_stage: i
         pytest.skip("nothing is offloaded at stage 0")
     plan = BatchPlan(SEQUENCE, ROWS, 2, 1, 4, 10)
     parallel = ParallelConfig.model_validate({"zero_stage": zero_stage, "offload": offload})
-    without, kept = (
-        footprint(MODEL, VOCAB, plan, parallel, precision="fp32", recompute=Recompute(), ema=ema)
-        for ema in (False, True)
-    )
+    without, kept = (footprint(MODEL, VOCAB, plan, parallel, Training("fp32", ema=ema)) for ema in (False, True))
     share = parameter_count(MODEL, VOCAB) / (4 if zero_stage else 1)
     device, host = (0, 4 * share) if offload == "optimizer" else (4 * share, 0)
     assert kept.optimizer - without.optimizer == pytest.approx(device, abs=4)
     assert kept.host - without.host == pytest.approx(host, abs=4)
     assert (kept.weights, kept.gradients) == (without.weights, without.gradients)
+
+
+@pytest.mark.parametrize(("zero_stage", "pipeline", "more"), [(0, 1, 0), (1, 1, 1), (2, 1, 1), (3, 1, 0), (1, 2, 0)])
+def test_a_device_that_reduces_beside_the_backward_pass_has_a_second_buffer(
+    zero_stage: int, pipeline: int, more: int
+) -> None:
+    """Of as many gradients as the model has; rows are so many that the backward pass needs the most."""
+    parallel = ParallelConfig.model_validate({"zero_stage": zero_stage, "pipeline": pipeline})
+    plan = BatchPlan(SEQUENCE, 512, 256, 1, 2 // pipeline, 10)
+    one, other = (
+        footprint(MODEL, VOCAB, plan, parallel, Training("fp32", Recompute("full"), overlap=overlap))
+        for overlap in (False, True)
+    )
+    assert one.moment == "block"
+    assert other.total - one.total == more * 4 * parameter_count(MODEL, VOCAB)
