@@ -10,7 +10,7 @@ import torch
 from solomonov.config import OptimizerConfig
 from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.counts import parameter_count
-from solomonov.parallel import LIVE_PARAMETERS, Offload, bucket_elements, overlaps
+from solomonov.parallel import LIVE_PARAMETERS, Offload, ParallelConfig, bucket_elements, overlaps
 from solomonov.plan import BatchPlan
 
 
@@ -51,7 +51,9 @@ def deepspeed_config(spec: EngineSpec, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's JSON for a layout on a kind of device."""
     bucket = bucket_elements(parameter_count(spec.model, spec.vocab_size))
     # At stage 3 DeepSpeed's buffers are made for it on any device.
-    beside = overlaps(spec.zero_stage, spec.pipeline) and (device.type == "cuda" or spec.zero_stage == 3)
+    fields = {"zero_stage": spec.zero_stage, "pipeline": spec.pipeline, "offload": spec.offload}
+    layout = ParallelConfig.model_validate(fields)
+    beside = overlaps(layout, spec.precision) and (device.type == "cuda" or spec.zero_stage == 3)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": spec.plan.micro_rows,
         "gradient_accumulation_steps": spec.plan.accumulation,

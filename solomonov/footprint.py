@@ -214,7 +214,7 @@ def footprint(
         # Gradients come one by one; where they are accumulated, or have a place of their own, all are there before.
         early = state.gradients if state.early or plan.accumulation > 1 else 0
         during = bucket if parallel.zero_stage else 0
-        if training.overlap and parallel.zero_stage < 3 and overlaps(parallel.zero_stage, parallel.pipeline):
+        if training.overlap and parallel.zero_stage < 3 and overlaps(parallel, precision):
             during *= 2  # at stage 3 both are always there
         # At stages 1 and 2 the bucket is made for the first gradient, when the head is done.
         at = [("head", early, during if parallel.zero_stage == 3 else 0, head)]

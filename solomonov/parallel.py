@@ -26,12 +26,6 @@ def bucket_elements(parameters: int) -> int:
     return min(2**27, parameters)
 
 
-def overlaps(zero_stage: int, pipeline: int) -> bool:
-    """Whether gradients are reduced beside the backward pass, on devices that can do both at once: in a stream of its
-    own, while a second buffer is filled. At stage 0 they come after it, and DeepSpeed's pipeline excludes it."""
-    return zero_stage > 0 and pipeline == 1
-
-
 class ParallelConfig(Section):
     """How parameters, gradients and optimizer state are laid out over the ranks."""
 
@@ -47,6 +41,19 @@ class ParallelConfig(Section):
     """What lives in the memory of the rank's machine instead of its device's: `optimizer`: masters, moments and their
     update (with zero_stage 1, 2 or 3); `parameters`: these and the parameters between two uses (with zero_stage 3).
     Each update then waits for the bus and for the machine's own cores: for models that fit in no other way."""
+
+
+def overlaps(parallel: ParallelConfig, precision: str) -> bool:
+    """Whether gradients are reduced beside the backward pass, on devices that can do both at once: in a stream of its
+    own, while a second buffer is filled. DeepSpeed's pipeline excludes it; at stage 0, and at stage 1 with bf16 where
+    nothing is offloaded, its optimizers reduce after the backward pass.
+
+    Args:
+        precision: resolved: fp32, bf16 or bf16_autocast.
+    """
+    if parallel.pipeline > 1 or parallel.zero_stage == 0:
+        return False
+    return parallel.zero_stage > 1 or precision != "bf16" or parallel.offload != "none"
 
 
 def check_layout(

@@ -134,7 +134,7 @@ def estimate(question: Question, parallel: ParallelConfig) -> Estimate:
     compute = _compute_seconds(question, plan, parallel)
     exchange = _exchange_seconds(question, plan, parallel)
     # A backward pass is two thirds of the products, and exchange runs beside it; in a pipeline it comes after it.
-    hidden = compute * 2 / 3 if training.overlap and overlaps(parallel.zero_stage, parallel.pipeline) else 0.0
+    hidden = compute * 2 / 3 if training.overlap and overlaps(parallel, question.precision) else 0.0
     if device.name == CPU:  # whose memory is the machine's
         needed = replace(needed, optimizer=needed.optimizer + needed.host, host=0)
     bus = _bus_bytes(question, plan, parallel)

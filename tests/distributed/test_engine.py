@@ -19,7 +19,6 @@ from solomonov.batch import TokenBatch
 from solomonov.config import OptimizerConfig
 from solomonov.distributed import Control
 from solomonov.engine import Engine
-from solomonov.engine_spec import deepspeed_config
 from solomonov.model.transformer import Transformer
 from solomonov.optim import make_optimizer
 from solomonov.partition import base_optimizer, local_pieces
@@ -188,35 +187,6 @@ def test_layout_equals_plain_pytorch(world: int, layout: Layout) -> None:
     assert_layout_ran(outcomes, layout)
     for outcome in outcomes:
         assert_equal_within(outcome, reference(layout.tied), 1e-5)
-
-
-@pytest.mark.parametrize(("kind", "pinned"), [("cpu", False), ("cuda", True)])
-def test_deepspeed_is_told_what_to_offload(kind: str, pinned: bool) -> None:
-    """Page-locked memory only where a device copies from it; nothing is said where nothing is offloaded."""
-    host = {"device": "cpu", "pin_memory": pinned}
-    for offload, expected in {
-        "none": {},
-        "optimizer": {"offload_optimizer": host},
-        "parameters": {"offload_optimizer": host, "offload_param": host},
-    }.items():
-        spec = tiny.make_spec(Layout(zero_stage=3, offload=offload), 1)
-        config = deepspeed_config(spec, torch.device(kind))
-        zero = config["zero_optimization"]
-        assert {key: value for key, value in zero.items() if key.startswith("offload")} == expected
-        assert ("zero_force_ds_cpu_optimizer" in config) == (offload != "none")
-
-
-@pytest.mark.parametrize(
-    ("kind", "layout", "overlapped"),
-    [
-        *[("cuda", Layout(zero_stage=stage), stage > 0) for stage in (0, 1, 2, 3)],
-        ("cuda", Layout(zero_stage=1, pipeline=2), False),
-        *[("cpu", Layout(zero_stage=stage), stage == 3) for stage in (0, 1, 2, 3)],
-    ],
-)
-def test_deepspeed_is_told_to_reduce_beside_the_backward_pass(kind: str, layout: Layout, overlapped: bool) -> None:
-    config = deepspeed_config(tiny.make_spec(layout, 2), torch.device(kind))
-    assert config["zero_optimization"]["overlap_comm"] is overlapped
 
 
 @pytest.mark.parametrize("layout", [*[Layout(zero_stage=stage) for stage in (1, 2, 3)], *OFFLOADED], ids=str)

@@ -183,7 +183,7 @@ def test_offload_is_the_last_resort() -> None:
     on_cpu = replace(short, device=replace(short.device, name="cpu"))
     assert all(item.parallel.offload == "none" for item in survey(on_cpu))
     apart, together = estimate(short, parallel).footprint, estimate(on_cpu, parallel).footprint
-    assert (together.total, together.host) == (apart.total + apart.host, 0)
+    assert (together.optimizer, together.host) == (apart.optimizer + apart.host, 0)
 
 
 @pytest.mark.parametrize(
