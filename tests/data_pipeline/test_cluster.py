@@ -3,39 +3,61 @@
 from __future__ import annotations
 
 import socket
+import sys
+from pathlib import Path
 
 import pytest
 
+from tests.support.processes import program_environment, run_program
+
+JOIN = """
+import sys
+import ray
 from data_pipeline.cluster import ClusterLost, join
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def refuse(**_):
+    raise {error}
+
+{patch}
+try:
+    join(sys.argv[1], "ours")
+except ClusterLost as lost:
+    print("LOST", lost)
+print("joined:", ray.is_initialized())
+"""
+"""In a process of its own: Ray reads its settings when it is imported, once, and other tests have other ones."""
+
+
+def joined(tmp_path: Path, error: str | None, *, listens: bool) -> str:
+    """What a process says that joins; with `error`, ray.init raises it."""
+    code = JOIN.format(error=error or "AssertionError", patch="ray.init = refuse" if error else "")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        if not listens:
+            server.close()
+        command = [sys.executable, "-c", code, address]
+        ended, output = run_program(command, log=tmp_path / "log", deadline=60.0, env=program_environment())
+    assert ended == 0, output
+    return output
 
 
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (OSError("no such socket"), "no such socket"),
-        (KeyError("an error that nobody foresaw"), "Ray gave up with an error"),
+        ("OSError('no such socket')", "no such socket"),
+        ("KeyError('an error that nobody foresaw')", "Ray gave up with an error"),
     ],
 )
-def test_a_ray_that_gives_up_is_not_joined(error: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_gives_up_is_not_joined(error: str, told: str, tmp_path: Path) -> None:
     """Else the first call after it would start a Ray of its own on this machine."""
-    ray = pytest.importorskip("ray")
-
-    def refuse(**_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(ray, "init", refuse)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        address = f"127.0.0.1:{listening.getsockname()[1]}"
-        with pytest.raises(ClusterLost, match=told):
-            join(address, "ours")
-    assert not ray.is_initialized()
+    output = joined(tmp_path, error, listens=True)
+    assert "LOST 127.0.0.1:" in output
+    assert told in output
+    assert "joined: False" in output
 
 
-def test_where_nobody_listens_nothing_is_joined() -> None:
-    pytest.importorskip("ray")
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        address = f"127.0.0.1:{listening.getsockname()[1]}"
-    with pytest.raises(ClusterLost, match="refused"):
-        join(address, "ours")
+def test_where_nobody_listens_nothing_is_joined(tmp_path: Path) -> None:
+    output = joined(tmp_path, None, listens=False)
+    assert "LOST 127.0.0.1:" in output
+    assert "refused" in output
+    assert "joined: False" in output

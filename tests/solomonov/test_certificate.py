@@ -42,7 +42,7 @@ def test_a_fault_and_a_death_are_told_and_the_rest_is_proven(
 ) -> None:
     """By the body of the command: it leaves with 1, says what differs, and writes the file all the same."""
     path = tmp_path / "certificate.json"
-    options = Namespace(ranks=1, to=str(path), json=True)
+    options = Namespace(ranks=1, all=False, to=str(path), json=True)
     assert commands.prove(options, config(), faulty) == exits.DIFFERS == 1
     certificate = json.loads(path.read_text())
     shown = capsys.readouterr()
