@@ -52,16 +52,14 @@ def test_the_user_s_own_configuration_is_proven(optimizer: str, user: User) -> N
         (("--ranks", "0"), 2, "0 is less than 1"),
     ],
 )
-def test_bad_input_is_refused_before_anything_runs(
-    words: tuple[str, ...], code: int, message: str, prepared: User
-) -> None:
-    found, output = prepared.solomonov("prove", "own.yaml", "--layouts", *words)
+def test_bad_input_is_refused_before_anything_runs(words: tuple[str, ...], code: int, message: str, user: User) -> None:
+    found, output = user.solomonov("prove", "own.yaml", "--layouts", *words)
     assert (found, message in output) == (code, True), output
     assert "layouts\n" not in output
 
 
-def test_an_interrupt_ends_all_ranks(prepared: User, tmp_path: Path) -> None:
-    with prepared.command("prove", "own.yaml", "--layouts", "--ranks", "2", TMPDIR=str(tmp_path)) as program:
+def test_an_interrupt_ends_all_ranks(user: User, tmp_path: Path) -> None:
+    with user.command("prove", "own.yaml", "--layouts", "--ranks", "2", TMPDIR=str(tmp_path)) as program:
         ran = "solomonov-prove-*/case-*.json"
         program.wait_for(lambda: list(tmp_path.glob(ran)), deadline=120, what="a layout was run")
         program.send(signal.SIGINT)
@@ -70,7 +68,7 @@ def test_an_interrupt_ends_all_ranks(prepared: User, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("solomonov-prove-*")), "what the ranks wrote was left"
 
 
-def test_what_is_to_be_proven_must_be_said(prepared: User) -> None:
-    code, output = prepared.solomonov("prove", "own.yaml")
+def test_what_is_to_be_proven_must_be_said(user: User) -> None:
+    code, output = user.solomonov("prove", "own.yaml")
     assert code == 2
     assert "--layouts" in output
