@@ -231,6 +231,20 @@ class Engine:
         self._ds.eval()
         return float(self._ds(*self._own_tokens(batch)))
 
+    def close(self) -> None:
+        """Let go of memory and process groups, in a process that goes on without this engine: DeepSpeed's hooks on
+        gradients hold it otherwise, where the garbage collector does not see them."""
+        self._ds.destroy()
+        if self.spec.pipeline > 1:
+            from deepspeed.runtime.pipe import p2p
+            from deepspeed.utils import groups
+
+            p2p._grid = p2p._groups = groups.mpu = None
+            self._ds.pipe_buffers, self._ds.loss = (
+                {},
+                None,
+            )  # the last micro-batch's graph, of which hooks hold the engine
+
     def _sequence_share(self, grid: RankGrid | None) -> tuple[SequenceShare, int]:
         """This rank's share of its rows, and which of the `plan.data_parallel` groups of ranks has these rows."""
         from deepspeed.sequence.layer import DistributedAttention

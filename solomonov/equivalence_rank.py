@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 from solomonov.batch import TokenBatch
-from solomonov.distributed import Control, RankInfo, meet, start_process_group, stop_process_group
+from solomonov.distributed import (
+    Control,
+    RankInfo,
+    groups_end_within,
+    meet,
+    start_process_group,
+    stop_process_group,
+)
 from solomonov.engine import Engine
 from solomonov.engine_spec import EngineSpec
 from solomonov.equivalence import Case, Outcome, State, Trial
@@ -43,7 +50,8 @@ def main(arguments: Sequence[str], before: Callable[[Case, Engine], None] = lamb
     control = Control()
     for number, fields in json.loads((folder / name).read_text(encoding="utf-8")):
         case = Case.model_validate(fields)
-        outcome = run_case(trial, case, control, before)
+        with groups_end_within():
+            outcome = run_case(trial, case, control, before)
         if control.rank == 0:
             save_outcome(folder, number, outcome)
     stop_process_group()
@@ -74,7 +82,9 @@ def run_case(
     if case.precision == "fp32":
         last = whole_state(engine, control)
         state |= {key: tensor for key, tensor in last.items() if key[1] in COMPARED}
-    return Outcome(losses, norms, control.all_gather_object(engine.layout), state)
+    layouts = control.all_gather_object(engine.layout)
+    engine.close()
+    return Outcome(losses, norms, layouts, state)
 
 
 def spec_of(trial: Trial, case: Case) -> EngineSpec:

@@ -11,13 +11,14 @@ import math
 from dataclasses import replace
 from functools import cache
 
+import psutil
 import pytest
 import torch
 
 from solomonov import engine_spec as spec_module
 from solomonov.batch import TokenBatch
 from solomonov.config import OptimizerConfig
-from solomonov.distributed import Control
+from solomonov.distributed import Control, groups_end_within
 from solomonov.engine import Engine
 from solomonov.model.transformer import Transformer
 from solomonov.optim import make_optimizer
@@ -139,6 +140,27 @@ def test_the_inner_stage_of_a_pipeline_trains_without_rows() -> None:
     for outcome, _ in outcomes:
         assert outcome.layout["pipeline"] == 3
         assert_equal_within(outcome, reference(layout.tied), 1e-5)
+
+
+def threads_after(layouts: list[Layout]) -> list[int]:
+    """Threads of this process after each of some engines that follow each other."""
+    counts = []
+    for layout in layouts:
+        with groups_end_within():
+            engine = tiny.make_engine(layout)
+            tiny.train(engine, 0, 1)
+            engine.close()
+            del engine
+        counts.append(psutil.Process().num_threads())
+    return counts
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(zero_stage=2), Layout(zero_stage=1, pipeline=2), Layout(sequence=2)], ids=str
+)
+def test_an_engine_that_is_closed_takes_its_process_groups_along(layout: Layout) -> None:
+    for first, *later in run_ranks(threads_after, 2, [layout] * 4):
+        assert later == [first] * 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from solomonov.distributed import (
     COLLECTIVE_TIMEOUT_SECONDS,
     Control,
     RankInfo,
+    groups_end_within,
     meet,
     pick_device,
     start_process_group,
@@ -43,6 +45,40 @@ def talk() -> dict[str, Any]:
         "floats": control.sum_floats([0.1 * (rank + 1), 1e300, math.inf if rank else 1.0]),
         "device": str(pick_device(RankInfo.from_environment())),
     }
+
+
+def threads() -> int:
+    return psutil.Process().num_threads()
+
+
+def groups_and_their_threads() -> dict[str, Any]:
+    """Threads before, within and after, and what is left: of our groups, of one that DeepSpeed keeps, of the world."""
+    import deepspeed
+    from deepspeed.utils import groups
+
+    deepspeed.init_distributed("gloo", dist_init_required=False)
+    before, left, kept = threads(), [], []
+    for _ in range(2):
+        with groups_end_within():
+            mine = [dist.new_group() for _ in range(5)]
+            kept.append(groups._clone_world_group())
+            within = threads()
+            total = torch.ones(3)
+            dist.all_reduce(total, group=kept[-1])
+            del mine
+        left.append(groups._WORLD_GROUP)
+        kept.clear()
+    dist.all_reduce(total)
+    return {"before": before, "within": within, "after": threads(), "left": left, "total": total.tolist()}
+
+
+@pytest.mark.dist(world=WORLD)
+def test_groups_that_are_made_within_end_with_their_threads() -> None:
+    for found in run_ranks(groups_and_their_threads, WORLD):
+        assert found["within"] == found["before"] + 18, "three a group"
+        assert found["after"] == found["before"]
+        assert found["left"] == [None, None], "DeepSpeed does not go on with one that is gone"
+        assert found["total"] == [4.0] * 3, "the world is still there"
 
 
 @pytest.mark.dist(world=WORLD)

@@ -64,7 +64,8 @@ def test_the_numbers_of_a_known_model(config: str, capsys: pytest.CaptureFixture
     assert found["seconds"] == pytest.approx(found["seconds_an_update"] * batch["total_steps"])
     assert found["device_hours"] == pytest.approx(found["seconds"] * 64 / 3600)
     assert found["tokens_per_second"] == pytest.approx(4194304 / found["seconds_an_update"])
-    layout = {"zero_stage": 1, "pipeline": 1, "sequence": 1, "offload": "none"}
+    # In bf16 stage 1 reduces after the backward pass, stage 2 beside it: the faster one is taken.
+    layout = {"zero_stage": 2, "pipeline": 1, "sequence": 1, "offload": "none"}
     taken = layout | {"bytes": memory["total"], "relative_seconds": 1.0, "fits": True}
     assert taken in found["layouts"]
     shape = {"zero_stage": 2, "pipeline": 4, "sequence": 1, "offload": "none"}
