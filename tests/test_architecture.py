@@ -40,7 +40,7 @@ COMPOSITION_ROOTS = {f"solomonov.{name}": {"launcher"} for name in ("cli", "supe
 
 # Heavy dependency -> the one module a package that imports it, inside functions only.
 DOORS: dict[str, set[str]] = {
-    "deepspeed": {"solomonov/engine.py", "solomonov/stages.py"},
+    "deepspeed": {"solomonov/engine.py", "solomonov/stages.py", "solomonov/distributed.py"},
     "tensorboard": {"solomonov/tensorboard.py"},
     "transformers": {"solomonov/export.py"},
     "tokenizers": {"solomonov/fast_tokenizer.py"},
