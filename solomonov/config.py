@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_serializer
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_serializer, model_validator
 
 from data_pipeline.config import DataConfig, TokenizerConfig
 from solomonov.errors import ConfigurationError
@@ -153,6 +153,20 @@ class Config(Section):
     """Held-out loss."""
     metrics: MetricsConfig = MetricsConfig()
     """Records."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rows_reach_the_model(cls, given: Any) -> Any:
+        """`model.attention.train_tokens` where it is not given; what is no mapping is refused by its own field."""
+        sections = [given, given.get("model"), given.get("data")] if isinstance(given, Mapping) else [None]
+        if not all(isinstance(section, Mapping) for section in sections):
+            return given
+        attention = given["model"].get("attention", {})
+        tokens = given["data"].get("sequence_tokens", DataConfig.model_fields["sequence_tokens"].default)
+        if not isinstance(attention, Mapping) or attention.get("train_tokens") is not None or type(tokens) is not int:
+            return given
+        attention = {**attention, "train_tokens": max(2, tokens)}
+        return {**given, "model": {**given["model"], "attention": attention}}
 
     @field_serializer("parallel")
     def _none_is_auto(self, parallel: ParallelConfig | None) -> Any:

@@ -35,6 +35,8 @@ MOST_RANKS = 16
 """Each is a process with torch and DeepSpeed, about 0.5 GiB."""
 MOST_LAYERS, MOST_HEADS, MOST_WIDTH, MOST_TOKENS, MOST_PIECES, STEPS = 4, 4, 8, 16, 97, 4
 """What is scaled down to: layers, heads, their width, tokens a row, pieces (odd: shares are uneven), updates."""
+MOST_WINDOW = 5
+"""The same of a window: rows are longer, and no multiple of it."""
 LEAST_EPS = 1e-5
 """AdamW's first updates are g / (|g| + eps): of a gradient that all but cancels, what is left is rounding, and a small
 eps makes a whole step of it, which no layout shares with another. Gradients here are near 1e-2."""
@@ -132,11 +134,15 @@ def scale_down(config: Config, ranks: int) -> Trial:
     }
     if model.residual_mode == "scaled":
         changes["base_layers"] = max(1, int(layers * model.branch_scale))
-    small = ModelConfig.model_validate({**model.model_dump(), **changes})
+    attention = model.attention
+    if attention.window is not None:
+        attention = attention.model_copy(update={"window": min(attention.window, MOST_WINDOW)})
+    small = ModelConfig.model_validate({**model.model_dump(), **changes, "attention": attention})
     vocab_size = min(config.tokenizer.vocab_size, MOST_PIECES)
     tokens = min(config.data.sequence_tokens, MOST_TOKENS)
     rows = math.lcm(*worlds(ranks)) * max(ACCUMULATIONS)
     before = {f"model.{key}": getattr(model, key) for key in changes} | {
+        "model.attention.window": model.attention.window,
         "tokenizer.vocab_size": config.tokenizer.vocab_size,
         "data.sequence_tokens": config.data.sequence_tokens,
         "training.global_batch_tokens": config.training.global_batch_tokens,
@@ -144,6 +150,7 @@ def scale_down(config: Config, ranks: int) -> Trial:
         "optimizer.eps": config.optimizer.eps,
     }
     now = {f"model.{key}": value for key, value in changes.items()} | {
+        "model.attention.window": attention.window,
         "tokenizer.vocab_size": vocab_size,
         "data.sequence_tokens": tokens,
         "training.global_batch_tokens": rows * tokens,

@@ -1,8 +1,8 @@
 """Hugging Face export: a folder that stock `transformers` loads, checked before it gets its name.
 
-The only module that imports `transformers`. With `qk_norm` the model is a Qwen3, without it a Llama; the
-branch factor of `scaled` is folded into the output projections, so the exported model is a plain pre-norm one
-with the same logits.
+The only module that imports `transformers`. With `qk_norm` the model is a Qwen3, without it a Llama; what neither
+holds as it is exported is refused, flag by flag. The branch factor of `scaled` is folded into the output projections,
+so the exported model is a plain pre-norm one with the same logits.
 """
 
 from __future__ import annotations
@@ -103,9 +103,13 @@ def export_hf(
         shard_bytes: most bytes of one weight file (a larger tensor gets a file of its own).
 
     Raises:
-        ConfigurationError: the state is not this model's, or `folder` holds something else than an export.
+        ConfigurationError: Llama and Qwen3 cannot hold the model, the state is not its, or `folder` holds something
+            else than an export.
         NumericalError: the loaded export does not give the same logits.
     """
+    refusal = export_refusal(model)
+    if refusal is not None:
+        raise refusal
     target = Path(folder)
     tokenizer = Tokenizer.load(tokenizer_model_path)
     shapes = parameter_shapes(model, tokenizer.vocab_size)
@@ -150,6 +154,22 @@ def export_hf(
     _sync(aside)
     _replace(aside, target)
     return report
+
+
+def export_refusal(model: ModelConfig) -> ConfigurationError | None:
+    """Which flags of the model keep it out of Llama and Qwen3; None: none."""
+    flags = model.attention
+    held = {"position": "rope", "window": None, "gate": "none", "logit_scale": "none", "sink": False}
+    odd = {name: getattr(flags, name) for name, value in held.items() if getattr(flags, name) != value}
+    if not odd:
+        return None
+    return ConfigurationError(
+        "Neither Llama nor Qwen3, to which models are exported, holds this attention.",
+        got=", ".join(f"model.attention.{name}: {value}" for name, value in odd.items()),
+        rule="what is exported rotates in every layer, sees all tokens, and has no gate, log-n scale or sink",
+        remedy="`solomonov generate` and `evaluate` read the run itself; to export one, train it with "
+        "model.attention.preset: rope",
+    )
 
 
 def load_hf(folder: Path | str) -> tuple[ModelConfig, dict[str, Tensor], int]:
@@ -366,7 +386,11 @@ def _model_config(folder: Path, config: Mapping[str, Any]) -> ModelConfig:
                 "residual": "prenorm",
                 "norm_eps": config["rms_norm_eps"],
                 "tie_embeddings": config["tie_word_embeddings"],
-                "attention": {"rope_theta": config["rope_theta"], "qk_norm": kind == "qwen3"},
+                "attention": {
+                    "preset": "rope",
+                    "rope_theta": config["rope_theta"],
+                    "qk_norm": kind == "qwen3",
+                },
             }
         )
     except (KeyError, ValidationError) as error:

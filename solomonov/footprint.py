@@ -22,12 +22,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from solomonov.model.attention import attention_context
+from solomonov.model.attention import SequenceShare, attend, attention_context, layer_contexts
 from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.counts import parameter_count, parameter_shapes
 from solomonov.model.layers import Block
 from solomonov.model.loss import cross_entropy_sum
 from solomonov.model.naming import is_hidden_matrix, layer_names
+from solomonov.model.pipeline import BlockStage
 from solomonov.parallel import LIVE_PARAMETERS, ParallelConfig, bucket_elements, overlaps
 from solomonov.plan import BatchPlan
 from solomonov.topology import stage_bounds
@@ -124,21 +125,60 @@ def _working(precision: str, make: Callable[[torch.dtype], Callable[[], Tensor]]
 
 @cache
 def block_working(
-    config: ModelConfig, rows: int, sequence_tokens: int, precision: str, *, selective: bool = False
+    config: ModelConfig,
+    rows: int,
+    sequence_tokens: int,
+    precision: str,
+    *,
+    layer: int = 0,
+    selective: bool = False,
+    staged: bool = False,
+    ranks: int = 1,
 ) -> Working:
     """Of one block on `rows` rows, gradients of its parameters included.
 
     Args:
+        layer: number of the block.
         selective: whether it keeps only products (see `model.recompute`).
+        staged: whether it is one of a pipeline, where each makes masks and tables for itself.
+        ranks: that share each row, of which this is one.
     """
 
     def make(dtype: torch.dtype) -> Callable[[], Tensor]:
-        block = Block(config, selective=selective)
-        context = attention_context(torch.zeros(rows, sequence_tokens, dtype=torch.int32), config)
-        hidden = torch.zeros(rows, sequence_tokens, config.d_model, dtype=dtype, requires_grad=True)
+        documents = torch.zeros(rows, sequence_tokens, dtype=torch.int32)
+        hidden = torch.zeros(rows, sequence_tokens // ranks, config.d_model, dtype=dtype, requires_grad=True)
+        if staged:
+            stage = BlockStage(config, layer, f"layers.{layer}", 0, selective)
+            return lambda: stage((hidden, documents))[0]
+        block = Block(config, layer, selective=selective)
+        context = attention_context(documents, config, layer, share=_share(ranks))
         return lambda: block(hidden, context)
 
     return _working(precision, make)
+
+
+def _share(ranks: int) -> SequenceShare | None:
+    """A share of rows by whose exchange there are as many numbers as after a real one."""
+
+    def exchanged(query: Tensor, key: Tensor, value: Tensor, _: int, **options: Any) -> Tensor:
+        def here(x: Tensor) -> Tensor:
+            return x.reshape(x.shape[0], x.shape[1] * ranks, x.shape[2] // ranks, x.shape[3])
+
+        return attend(here(query), here(key), here(value), **options).reshape(query.shape)
+
+    return SequenceShare(0, ranks, exchanged) if ranks > 1 else None
+
+
+@cache
+def contexts_bytes(config: ModelConfig, rows: int, sequence_tokens: int, ranks: int) -> int:
+    """Of the masks and tables that all blocks of a model share."""
+    with FakeTensorMode(), Allocated() as allocated:
+        documents = torch.zeros(rows, sequence_tokens, dtype=torch.int32)
+        before = allocated.now
+        contexts = layer_contexts(documents, config, share=_share(ranks))
+        size: int = allocated.now - before
+        assert contexts, "a model has a layer"
+        return size
 
 
 @cache
@@ -186,8 +226,6 @@ def footprint(
     """
     precision, recompute = training.precision, training.recompute
     bounds = stage_bounds(model, vocab_size, plan.sequence_tokens, parallel.pipeline)
-    # Ranks that share rows have all tokens in attention alone, for their part of the heads: as many numbers.
-    here = replace(plan, sequence_tokens=plan.sequence_tokens // parallel.sequence)
     names = layer_names(model)
     bucket = 4 * bucket_elements(parameter_count(model, vocab_size))
     sizes, of_muon, largest_matrix = dict.fromkeys(names, 0), dict.fromkeys(names, 0), 0
@@ -210,7 +248,9 @@ def footprint(
         if parallel.offload != "none":
             state = _offloaded(state, held_parameters, max(sizes.values()), parallel, plan, precision)
         in_flight = min(plan.accumulation, parallel.pipeline - stage)
-        head, last_block, first_block = _activations(model, vocab_size, here, held, in_flight, precision, recompute)
+        head, last_block, first_block = _activations(
+            model, vocab_size, plan, parallel, held, in_flight, precision, recompute
+        )
         # Gradients come one by one; where they are accumulated, or have a place of their own, all are there before.
         early = state.gradients if state.early or plan.accumulation > 1 else 0
         during = bucket if parallel.zero_stage else 0
@@ -335,6 +375,7 @@ def _activations(
     model: ModelConfig,
     vocab_size: int,
     plan: BatchPlan,
+    parallel: ParallelConfig,
     layers: Sequence[str],
     in_flight: int,
     precision: str,
@@ -344,22 +385,39 @@ def _activations(
 
     A group is what one input is kept for: a single block, but where several are computed again together.
     """
-    blocks = sum(name.startswith("layers.") for name in layers)
-    tokens = plan.micro_rows * plan.sequence_tokens
-    size = min(recompute.every, blocks) if recompute.mode == "full" else 1
-    group = _group_working(model, plan, size, precision, recompute) if blocks else Working(0, 0)
-    of_one_micro_batch = -(-blocks // max(1, size)) * group.kept
+    ranks, staged = parallel.sequence, parallel.pipeline > 1
+    blocks = [int(name.partition(".")[2]) for name in layers if name.startswith("layers.")]
+    tokens = plan.micro_rows * plan.sequence_tokens // ranks
+    size = recompute.every if recompute.mode == "full" else 1
+    stream = tokens * model.d_model * (2 if precision == "bf16" else 4)
+    groups = []
+    for begin in range(0, len(blocks), size):
+        workings = [
+            block_working(
+                model,
+                plan.micro_rows,
+                plan.sequence_tokens,
+                precision,
+                layer=_first_alike(model, block),
+                selective=recompute.mode == "selective",
+                staged=staged,
+                ranks=ranks,
+            )
+            for block in blocks[begin : begin + size]
+        ]
+        # Run again, they keep what they would have kept without.
+        kept, backward = sum(block.kept for block in workings), max(block.backward for block in workings)
+        groups.append(Working(stream, kept + backward) if recompute.mode == "full" else Working(kept, backward))
+    of_one_micro_batch = sum(group.kept for group in groups)
+    first, last = (groups[0], groups[-1]) if groups else (Working(0, 0), Working(0, 0))
     head = head_working(model.d_model, vocab_size, tokens, precision) if "head" in layers else Working(0, 0)
-    all_kept = in_flight * of_one_micro_batch
+    shared = 0 if staged else contexts_bytes(model, plan.micro_rows, plan.sequence_tokens, ranks)
+    all_kept = in_flight * of_one_micro_batch + shared
     of_others = all_kept - of_one_micro_batch
-    return all_kept + head.kept + head.backward, all_kept + group.backward, of_others + group.kept + group.backward
+    return all_kept + head.kept + head.backward, all_kept + last.backward, of_others + first.kept + first.backward
 
 
-def _group_working(model: ModelConfig, plan: BatchPlan, blocks: int, precision: str, recompute: Recompute) -> Working:
-    """Of so many blocks for one micro-batch; run again, they keep what they would have kept without."""
-    selective = recompute.mode == "selective"
-    block = block_working(model, plan.micro_rows, plan.sequence_tokens, precision, selective=selective)
-    if recompute.mode != "full":
-        return block
-    stream = plan.micro_rows * plan.sequence_tokens * model.d_model * (2 if precision == "bf16" else 4)
-    return Working(stream, blocks * block.kept + block.backward)
+def _first_alike(model: ModelConfig, layer: int) -> int:
+    """The first layer whose block is of the same kind."""
+    kind = model.layer_attention(layer)
+    return next(other for other in range(model.layers) if model.layer_attention(other) == kind)

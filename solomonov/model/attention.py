@@ -1,4 +1,5 @@
-"""Causal attention within documents: grouped queries, rotary positions, normalised queries and keys."""
+"""Causal attention within documents: grouped queries, and the flags of `attention_config`, each exact on its own and
+with the others. With all of them off nothing but the plain product is computed."""
 
 from __future__ import annotations
 
@@ -10,8 +11,11 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from solomonov.model import window
 from solomonov.model.cache import LayerCache
 from solomonov.model.config import ModelConfig
+from solomonov.model.flex import FlexPlan, flex_attend, flex_plan, flex_suits
+from solomonov.model.positions import alibi_slopes, log_visible
 from solomonov.model.rope import document_positions, rope_tables, rotate
 
 
@@ -35,72 +39,157 @@ class SequenceShare:
         each = total // self.ranks
         return slice(self.rank * each, (self.rank + 1) * each)
 
+    def heads(self, total: int) -> slice:
+        """Which of so many query heads are this rank's in attention."""
+        return self.tokens(total)
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionContext:
-    """What all blocks of one forward pass share. Nothing in it needs a gradient."""
+    """What all blocks of one kind share in a forward pass. Nothing in it needs a gradient."""
 
-    mask: Tensor
-    """(B, 1, T, S) bool, true where a query may look. Every query sees itself, so no row of it is empty:
-    padding (document -1) looks at padding, and softmax never meets a row of minus infinities."""
+    mask: Tensor | None
+    """(B, 1, T, S) bool, true where a query may look, or (B, H, T, S) fp32 biases, see `window`; with a sink S is one
+    more. None: `flex` says it."""
 
-    cosine: Tensor
+    block: int
+    """Queries of a block where attention goes block by block: B and T above are of blocks. 0: it does not."""
+
+    flex: FlexPlan | None
+    """How a CUDA kernel finds out which keys to look at."""
+
+    cosine: Tensor | None
+    """(B, 1, T, E/2) fp32; None: nothing is rotated."""
+
+    sine: Tensor | None
     """(B, 1, T, E/2) fp32."""
 
-    sine: Tensor
-    """(B, 1, T, E/2) fp32."""
+    log_keys: Tensor | None
+    """(B, 1, T, 1) fp32, ln of how many keys a query sees; None: logits are not scaled by it."""
 
     share: SequenceShare | None = None
-    """Where the tokens here are some of each row's: `cosine` and `sine` are theirs, `mask` is all tokens'."""
+    """Where the tokens here are some of each row's: the tables are theirs, the mask is all tokens', biases are for this
+    rank's heads."""
+
+
+def token_positions(document_ids: Tensor, new_tokens: int | None = None, share: SequenceShare | None = None) -> Tensor:
+    """(B, T) positions within their documents of the tokens that are here; arguments as of `attention_context`."""
+    total = document_ids.shape[1]
+    positions = document_positions(document_ids)[:, 0 if new_tokens is None else total - new_tokens :]
+    return positions if share is None else positions[:, share.tokens(total)]
 
 
 def attention_context(
     document_ids: Tensor,
     config: ModelConfig,
+    layer: int = 0,
     *,
     new_tokens: int | None = None,
     share: SequenceShare | None = None,
 ) -> AttentionContext:
-    """Mask and rotary tables for rows of packed documents.
+    """Masks and tables of one layer, and of all of its kind, for rows of packed documents.
 
     Args:
         document_ids: (B, S) of all tokens, cached ones first.
+        layer: number of the layer, from 0.
         new_tokens: T, how many of the last tokens are queries; None: all.
         share: of the rows' tokens, where other ranks have the rest.
     """
-    total = document_ids.shape[1]
-    begin = 0 if new_tokens is None else total - new_tokens
-    index = torch.arange(total, device=document_ids.device)
-    causal = index[begin:, None] >= index
-    same_document = document_ids[:, begin:, None] == document_ids[:, None, :]
-    positions = document_positions(document_ids)[:, begin:]
-    if share is not None:
-        positions = positions[:, share.tokens(total)]
-    cosine, sine = rope_tables(positions, config.head_width, config.attention.rope_theta)
-    return AttentionContext((same_document & causal)[:, None], cosine, sine, share)
+    kind, total, device = config.layer_attention(layer), document_ids.shape[1], document_ids.device
+    new = total if new_tokens is None else new_tokens
+    positions = token_positions(document_ids, new_tokens, share)
+    cosine, sine = None, None
+    if kind.position == "rope":
+        cosine, sine = rope_tables(positions, config.head_width, kind.rope_theta)
+    slopes = None
+    if kind.position == "alibi":
+        slopes = torch.tensor(alibi_slopes(config.heads), device=device)
+        slopes = slopes if share is None else slopes[share.heads(config.heads)]
+    mask, flex = None, None
+    if new == total and flex_suits(config, layer, device):
+        flex = flex_plan(document_ids, kind.window, slopes)
+    else:
+        seen = window.visible(document_ids[:, -window.keys_in_reach(total, new, kind.window) :], new, kind.window)
+        mask = seen[:, None] if slopes is None else window.biased(seen, slopes)
+        if config.attention.sink:
+            mask = window.with_room_for_sink(mask)
+    block = 0 if flex is not None else window.block_size(new, kind.window)
+    return AttentionContext(mask, block, flex, cosine, sine, log_visible(positions) if kind.log_n else None, share)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+def layer_contexts(
+    document_ids: Tensor,
+    config: ModelConfig,
+    *,
+    new_tokens: int | None = None,
+    share: SequenceShare | None = None,
+) -> list[AttentionContext]:
+    """The context of each layer, one for all layers of a kind; arguments as of `attention_context`."""
+    of_kind = {}
+    for layer in range(config.layers):
+        kind = config.layer_attention(layer)
+        if kind not in of_kind:
+            of_kind[kind] = attention_context(document_ids, config, layer, new_tokens=new_tokens, share=share)
+    return [of_kind[config.layer_attention(layer)] for layer in range(config.layers)]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None,
+    block: int = 0,
+    flex: FlexPlan | None = None,
+    sink: Tensor | None = None,
+) -> Tensor:
     """Scaled dot-product attention of H query heads over K key-value heads, of which each serves H/K.
 
     Args:
         query: (B, T, H, E).
         key: (B, S, K, E); `value` likewise.
-        mask: (B, 1, T, S) bool.
+        mask, block, flex: as in the context.
+        sink: (H,) logits.
 
     Returns:
         (B, T, H, E).
     """
     # The kernels that take a mask without writing out all T x S scores want one key head a query head
     # (enable_gqa falls back to the plain product on CUDA, and is no faster on CPU).
-    shared = query.shape[2] // key.shape[2]
+    rows, tokens, heads, width = query.shape
+    shared = heads // key.shape[2]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if flex is not None:
+        return flex_attend(query, key, value, flex, sink).transpose(1, 2)
+    if block:
+        query = window.queries_in_blocks(query, block)
+        key, value = (window.keys_in_blocks(each, tokens, block) for each in (key, value))
     if shared > 1:
         key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+    if sink is None:
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    else:
+        scale = 1.0 / math.sqrt(width)
+        query, key, value = _with_sink(query, key, value, sink / scale)
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)[..., :width]
+    if block:
+        mixed = window.out_of_blocks(mixed, rows, tokens)
+    return mixed.transpose(1, 2)
 
 
-def _attend_together(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+def _with_sink(query: Tensor, key: Tensor, value: Tensor, sink: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One more key without value, whose product with every query is `sink` (H,): a channel that is 1 in queries, and in
+    keys 0 but for that one. As a key, and not as a bias, its gradient comes out of the kernels that write out no
+    scores."""
+    query = functional.pad(query, (0, 1), value=1.0)
+    key, value = functional.pad(key, (0, 1, 0, 1)), functional.pad(value, (0, 1, 0, 1))
+    channel = functional.pad(sink.to(key.dtype)[:, None, None], (key.shape[3] - 1, 0, key.shape[2] - 1, 0))
+    return query, key + channel, value
+
+
+def _attend_together(
+    query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, sink: Tensor | None
+) -> Tensor:
     """`attend` over the tokens of all ranks that share these rows."""
     share = context.share
     assert share is not None, "all tokens are here"
@@ -108,7 +197,9 @@ def _attend_together(query: Tensor, key: Tensor, value: Tensor, context: Attenti
     copies = share.ranks // math.gcd(key.shape[2], share.ranks)
     if copies > 1:
         key, value = key.repeat_interleave(copies, dim=2), value.repeat_interleave(copies, dim=2)
-    return share.attend(query, key, value, 0, mask=context.mask)
+    if sink is not None:
+        sink = sink[share.heads(query.shape[2])]
+    return share.attend(query, key, value, 0, mask=context.mask, block=context.block, flex=context.flex, sink=sink)
 
 
 class Linear(nn.Module):
@@ -138,11 +229,29 @@ class RMSNorm(nn.Module):
         return (wide * scale * self.weight.float()).to(x.dtype)
 
 
-class Attention(nn.Module):
-    """Attention of H query heads over K key-value heads of width E, without biases."""
+class OutputGate(Linear):
+    """sigmoid(W x + b), a number a head or one an element of it (arXiv 2505.06708)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.bias = nn.Parameter(torch.empty(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs), each between 0 and 1."""
+        return torch.sigmoid(functional.linear(x, self.weight, self.bias))
+
+
+class Attention(nn.Module):
+    """Attention of H query heads over K key-value heads of width E, without biases.
+
+    Args:
+        config: the model's shape.
+        layer: number of the layer, from 0, which decides of what kind it is.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
+        flags = config.attention
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_head_count, config.head_width
         self.q = Linear(config.d_model, self.heads * self.head_dim)
         self.k = Linear(config.d_model, self.kv_heads * self.head_dim)
@@ -150,9 +259,14 @@ class Attention(nn.Module):
         self.out = Linear(self.heads * self.head_dim, config.d_model)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
-        if config.attention.qk_norm:
+        if flags.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+        self.gate: OutputGate | None = None
+        if flags.gate != "none":
+            self.gate = OutputGate(config.d_model, self.heads * (self.head_dim if flags.gate == "element" else 1))
+        self.log_scale = nn.Parameter(torch.empty(self.heads)) if config.layer_attention(layer).log_n else None
+        self.sink = nn.Parameter(torch.empty(self.heads)) if flags.sink else None
 
     def forward(self, x: Tensor, context: AttentionContext, past: LayerCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); with `past`, the new tokens also see the cached ones."""
@@ -162,15 +276,22 @@ class Attention(nn.Module):
         value = self.v(x).view(rows, tokens, self.kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        query = rotate(query.transpose(1, 2), context.cosine, context.sine)
-        key = rotate(key.transpose(1, 2), context.cosine, context.sine)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        if context.cosine is not None and context.sine is not None:
+            query = rotate(query, context.cosine, context.sine)
+            key = rotate(key, context.cosine, context.sine)
+        if self.log_scale is not None and context.log_keys is not None:
+            scale = self.log_scale.float()[:, None, None] * context.log_keys
+            query = (query.float() * scale).to(query.dtype)
         if past is not None:
             key, value = past.extend(key, value.transpose(1, 2))
             value = value.transpose(1, 2)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if context.share is None:
-            mixed = attend(query, key, value, context.mask)
+            mixed = attend(query, key, value, mask=context.mask, block=context.block, flex=context.flex, sink=self.sink)
         else:
-            mixed = _attend_together(query, key, value, context)
+            mixed = _attend_together(query, key, value, context, self.sink)
+        if self.gate is not None:
+            mixed = mixed * self.gate(x).view(rows, tokens, self.heads, -1)
         joined = mixed.reshape(rows, tokens, self.heads * self.head_dim)
         return self.out(joined)  # type: ignore[no-any-return]

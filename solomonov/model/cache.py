@@ -24,8 +24,30 @@ class LayerCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+class WindowCache(LayerCache):
+    """Keys and values of one local block: of the tokens before the new ones only those within its window.
+
+    Args:
+        keys, values: (B, K, 0, E), of no tokens.
+        window: tokens that are kept.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, window: int) -> None:
+        super().__init__(keys, values)
+        self.window = window
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append (B, K, T, E) keys and values; returns them after those that were kept."""
+        keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
+        # Copies, or a long prompt would stay as a whole.
+        self.keys, self.values = keys[:, :, -self.window :].clone(), values[:, :, -self.window :].clone()
+        self.tokens = self.keys.shape[2]
+        return keys, values
+
+
 class KeyValueCache:
-    """The caches of all blocks and the document ids seen, in memory allocated once.
+    """The caches of all blocks and the document ids seen, in memory allocated once but for
+    local blocks, which keep a window.
 
     Args:
         config: the model's shape.
@@ -43,10 +65,16 @@ class KeyValueCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (batch_rows, config.kv_head_count, capacity_tokens, config.head_width)
+        def tensor(tokens: int) -> Tensor:
+            shape = (batch_rows, config.kv_head_count, tokens, config.head_width)
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        windows = [config.layer_attention(layer).window for layer in range(config.layers)]
         self.layers = [
-            LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-            for _ in range(config.layers)
+            LayerCache(tensor(capacity_tokens), tensor(capacity_tokens))
+            if window is None
+            else WindowCache(tensor(0), tensor(0), window)
+            for window in windows
         ]
         self.capacity_tokens = capacity_tokens
         self.document_ids = torch.empty((batch_rows, 0), dtype=torch.int32, device=device)

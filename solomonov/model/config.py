@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from solomonov.model.attention_config import AttentionConfig, LayerAttention
 from solomonov.section import Section
 
 RecomputeMode = Literal["none", "selective", "full"]
@@ -24,22 +25,6 @@ class Recompute:
 
 NOTHING_AGAIN = Recompute()
 """All that the backward pass needs is kept."""
-
-
-class AttentionConfig(Section):
-    """How tokens look at each other."""
-
-    position: Literal["rope"] = "rope"
-    """How order is told: `rope` rotates queries and keys by their position within the document."""
-
-    rope_theta: float = Field(default=10_000.0, gt=1.0)
-    """Base of the rotary frequencies theta^(-2i/E); larger reaches further (500,000 for 8k tokens and up)."""
-
-    qk_norm: bool = True
-    """RMSNorm over each query and key head before the rotation: keeps attention logits bounded at high rates.
-
-    True exports as Qwen3, false as Llama.
-    """
 
 
 class ModelConfig(Section):
@@ -61,7 +46,7 @@ class ModelConfig(Section):
     """Key and value heads, each shared by heads / kv_heads query heads; null: as many as heads."""
 
     head_dim: int | None = Field(default=None, ge=2)
-    """Width of one head, even; null: d_model / heads."""
+    """Width of one head, even where it is rotated; null: d_model / heads."""
 
     d_ff: int | None = Field(default=None, ge=1)
     """Inner width of the gated feed-forward; null: 8/3 of d_model, rounded up to a multiple of 16."""
@@ -97,10 +82,11 @@ class ModelConfig(Section):
                 f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}: "
                 "every key-value head serves the same number of query heads"
             )
-        if self.head_width % 2:
+        if self.head_width % 2 and any(self.layer_attention(i).position == "rope" for i in range(self.layers)):
             raise ValueError(
                 f"a head is {self.head_width} wide, but rotary positions turn pairs: "
-                "give a d_model / heads (or head_dim) that is even"
+                f"give a d_model / heads (or head_dim) that is even, say head_dim {self.head_width + 1}, "
+                "or set attention.position to nope or alibi"
             )
         return self
 
@@ -113,6 +99,10 @@ class ModelConfig(Section):
     def head_width(self) -> int:
         """E, with the default filled in."""
         return self.d_model // self.heads if self.head_dim is None else self.head_dim
+
+    def layer_attention(self, layer: int) -> LayerAttention:
+        """What the attention of layer number `layer` does, from 0."""
+        return self.attention.of_layer(layer, self.layers)
 
     @property
     def feed_forward_width(self) -> int:

@@ -15,16 +15,13 @@ def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[in
     keys = config.kv_head_count * config.head_width
     block: dict[str, tuple[int, ...]] = {
         "attention_norm.weight": (width,),
+        **_head_scalars(config),
         "attention.q.weight": (queries, width),
         "attention.k.weight": (keys, width),
         "attention.v.weight": (keys, width),
         "attention.out.weight": (width, queries),
     }
-    if config.attention.qk_norm:
-        block |= {
-            "attention.q_norm.weight": (config.head_width,),
-            "attention.k_norm.weight": (config.head_width,),
-        }
+    block |= _flag_shapes(config)
     block |= {
         "feed_forward_norm.weight": (width,),
         "feed_forward.gate.weight": (inner, width),
@@ -34,12 +31,40 @@ def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[in
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in layer_names(config):
         if layer.startswith("layers."):
-            shapes |= {f"{layer}.{name}": shape for name, shape in block.items()}
+            log_n = config.layer_attention(int(layer.partition(".")[2])).log_n
+            shapes |= {
+                f"{layer}.{name}": shape for name, shape in block.items() if log_n or name != "attention.log_scale"
+            }
         elif layer == "final_norm":
             shapes["final_norm.weight"] = (width,)
         elif layer == "embedding" or not config.tie_embeddings:
             shapes[f"{layer}.weight"] = (vocab_size, width)
     return shapes
+
+
+def _flag_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The modules that the attention's flags add to a block."""
+    flags, shapes = config.attention, dict[str, tuple[int, ...]]()
+    if flags.qk_norm:
+        shapes |= dict.fromkeys(("attention.q_norm.weight", "attention.k_norm.weight"), (config.head_width,))
+    if flags.gate != "none":
+        gates = config.heads * (config.head_width if flags.gate == "element" else 1)
+        shapes |= {"attention.gate.weight": (gates, config.d_model), "attention.gate.bias": (gates,)}
+    return shapes
+
+
+def _head_scalars(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What the attention's flags add to a block, one number a head; not all blocks have `log_scale`."""
+    wanted = {"log_scale": config.attention.logit_scale == "log_n", "sink": config.attention.sink}
+    return {f"attention.{name}": (config.heads,) for name, is_there in wanted.items() if is_there}
+
+
+def visible_keys(sequence_tokens: int, window: int | None) -> float:
+    """Keys that a query of a row of one document sees on average: (T + 1) / 2, in a window w of a longer row
+    w - w (w - 1) / 2T."""
+    if window is None or window >= sequence_tokens:
+        return (sequence_tokens + 1) / 2
+    return window - window * (window - 1) / (2 * sequence_tokens)
 
 
 def parameter_count(config: ModelConfig, vocab_size: int) -> int:
@@ -51,8 +76,8 @@ def layer_flops(config: ModelConfig, vocab_size: int, sequence_tokens: int) -> d
     """Layer -> floating-point operations of its forward pass on one token, in the order of the stack.
 
     Two a value of each matrix that multiplies (the head, tied or not; not the embedding look-up, not the norms), and in
-    a block the two attention products, each 2 * H * E operations per visible key, over the (T + 1) / 2 keys that a
-    causal row shows on average. Rows that hold several documents show fewer: the figure is an upper bound.
+    a block the two attention products, each 2 * H * E operations per visible key, over the keys that a causal row shows
+    on average, in local layers of the window. Rows of several documents show fewer: the figure is an upper bound.
     Source: Kaplan et al. (arXiv 2001.08361) and PaLM appendix B (arXiv 2204.02311), which counts all T keys.
     """
     costs = dict.fromkeys(layer_names(config), 0)
@@ -61,7 +86,9 @@ def layer_flops(config: ModelConfig, vocab_size: int, sequence_tokens: int) -> d
             costs[".".join(name.split(".")[:2])] += 2 * prod(shape)
     for layer in costs:
         if layer.startswith("layers."):
-            costs[layer] += 2 * config.heads * config.head_width * (sequence_tokens + 1)
+            window = config.layer_attention(int(layer.partition(".")[2])).window
+            keys = visible_keys(sequence_tokens, window)
+            costs[layer] += round(4 * config.heads * config.head_width * keys)
     costs["head"] = 2 * vocab_size * config.d_model
     return costs
 

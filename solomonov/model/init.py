@@ -15,15 +15,18 @@ import xxhash
 from torch import Tensor, nn
 
 from solomonov.model.config import ModelConfig
+from solomonov.model.positions import log_scale_start
 
 
 @dataclass(frozen=True)
 class InitRule:
-    """One row of the table: parameters whose whole name matches start as N(0, std^2), or as ones."""
+    """One row of the table: parameters whose whole name matches start as N(0, std^2), or all as one number."""
 
     pattern: str
     std: Callable[[ModelConfig, int], float] | None
-    """From the configuration and the number of inputs of the matrix; None: all ones."""
+    """From the configuration and the number of inputs of the matrix; None: all are `constant`."""
+    constant: Callable[[ModelConfig], float] = lambda config: 1.0
+    """The number that all values are, from the configuration."""
 
 
 def _branch_output_std(config: ModelConfig, fan_in: int) -> float:
@@ -53,6 +56,11 @@ INIT_TABLE: tuple[InitRule, ...] = (
     InitRule(r"layers\.\d+\.(attention\.out|feed_forward\.down)\.weight", _branch_output_std),
     InitRule(r"layers\.\d+\.(attention|feed_forward)_norm\.weight", None),
     InitRule(r"layers\.\d+\.attention\.[qk]_norm\.weight", None),
+    # A gate starts at sigmoid(2) = 0.88 for every token, near to none; a sink weighs as much as one key of logit 0.
+    InitRule(r"layers\.\d+\.attention\.gate\.weight", None, lambda config: 0.0),
+    InitRule(r"layers\.\d+\.attention\.gate\.bias", None, lambda config: 2.0),
+    InitRule(r"layers\.\d+\.attention\.log_scale", None, lambda config: log_scale_start(config.attention.row_tokens)),
+    InitRule(r"layers\.\d+\.attention\.sink", None, lambda config: 0.0),
     InitRule(r"final_norm\.weight", None),
 )
 """Every parameter matches exactly one row. A layer maps inputs of size about 1 to outputs of size about 1."""
@@ -74,7 +82,7 @@ def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: in
     """The fp32 tensor on CPU with which the parameter `name` starts: a function of its arguments alone."""
     rule = init_rule(name)
     if rule.std is None:
-        return torch.ones(tuple(shape))
+        return torch.full(tuple(shape), rule.constant(config))
     generator = torch.Generator()
     generator.manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()))
     return torch.randn(tuple(shape), generator=generator) * rule.std(config, shape[-1])

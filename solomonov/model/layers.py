@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,19 +14,31 @@ from solomonov.model.attention import Attention, AttentionContext, Linear, RMSNo
 from solomonov.model.cache import LayerCache
 from solomonov.model.config import ModelConfig
 from solomonov.model.loss import cross_entropy_and_z_sums, cross_entropy_sum
+from solomonov.model.positions import sinusoids
 from solomonov.model.recompute import keeping_products
 
 
 class Embedding(nn.Module):
-    """Token ids to vectors."""
+    """Token ids to vectors; with sinusoidal positions these are added."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, config.d_model))
+        self.sinusoidal = config.attention.position == "sinusoidal"
+        # A tied matrix starts at 1/sqrt(D) as the head needs it: brought to the size of positions, as in 2017.
+        self.scale = math.sqrt(config.d_model) if config.tie_embeddings else 1.0
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, T) integers -> (B, T, D)."""
-        return functional.embedding(input_ids, self.weight)
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(B, T) integers -> (B, T, D).
+
+        Args:
+            positions: (B, T) within the document, from 0; only sinusoidal ones are told here.
+        """
+        vectors = functional.embedding(input_ids, self.weight)
+        if not self.sinusoidal:
+            return vectors
+        assert positions is not None, "sinusoidal positions are added to the embedding, and none came"
+        return (vectors.float() * self.scale + sinusoids(positions, vectors.shape[-1])).to(vectors.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -51,15 +64,16 @@ class Block(nn.Module):
 
     Args:
         config: its shape.
+        index: number of the layer, from 0.
         selective: keep only products for the backward pass (see `recompute`). This is done in here, and not around
             the block, so that what torch.compile makes of a block does it as well.
     """
 
-    def __init__(self, config: ModelConfig, *, selective: bool = False) -> None:
+    def __init__(self, config: ModelConfig, index: int, *, selective: bool = False) -> None:
         super().__init__()
         self.branch_scale = config.branch_scale
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, index)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = SwiGLU(config)
         self.selective = selective

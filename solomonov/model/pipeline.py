@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from solomonov.model.attention import attention_context
+from solomonov.model.attention import attention_context, token_positions
 from solomonov.model.config import ModelConfig
 from solomonov.model.init import initialise
 from solomonov.model.layers import Block, Embedding, FinalNorm, Head
@@ -33,15 +33,16 @@ class EmbeddingStage(Embedding):
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
         """(input_ids, document_ids) -> (hidden, document_ids)."""
         input_ids, document_ids = carry
-        return super().forward(input_ids), document_ids
+        positions = token_positions(document_ids) if self.sinusoidal else None
+        return super().forward(input_ids, positions), document_ids
 
 
 class BlockStage(Block):
     """`Block` on the carry."""
 
-    def __init__(self, config: ModelConfig, name: str, seed: int, selective: bool) -> None:
-        super().__init__(config, selective=selective)
-        self.config = config
+    def __init__(self, config: ModelConfig, index: int, name: str, seed: int, selective: bool) -> None:
+        super().__init__(config, index, selective=selective)
+        self.config, self.index = config, index
         initialise(self, config, seed, prefix=f"{name}.")
 
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
@@ -50,7 +51,7 @@ class BlockStage(Block):
         return self._kept_of(self._on_documents, hidden, document_ids), document_ids
 
     def _on_documents(self, hidden: Tensor, document_ids: Tensor) -> Tensor:
-        return self._both_branches(hidden, attention_context(document_ids, self.config))
+        return self._both_branches(hidden, attention_context(document_ids, self.config, self.index))
 
 
 class FinalNormStage(FinalNorm):
@@ -129,7 +130,7 @@ def pipeline_layers(config: ModelConfig, vocab_size: int, seed: int, *, selectiv
         elif name == "final_norm":
             layer = PipelineLayer(name, FinalNormStage, (config, name, seed))
         elif name != "head":
-            layer = PipelineLayer(name, BlockStage, (config, name, seed, selective))
+            layer = PipelineLayer(name, BlockStage, (config, int(name.partition(".")[2]), name, seed, selective))
         elif tied is None:
             layer = PipelineLayer(name, HeadStage, (config, vocab_size, name, seed))
         else:

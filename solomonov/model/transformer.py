@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from solomonov.model.attention import SequenceShare, attention_context
+from solomonov.model.attention import SequenceShare, layer_contexts, token_positions
 from solomonov.model.cache import KeyValueCache
 from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.init import initialise
@@ -41,7 +41,7 @@ class Transformer(nn.Module):
         self.share: SequenceShare | None = None
         self.embedding = Embedding(config, vocab_size)
         selective = recompute.mode == "selective"
-        self.layers = nn.ModuleList([Block(config, selective=selective) for _ in range(config.layers)])
+        self.layers = nn.ModuleList([Block(config, index, selective=selective) for index in range(config.layers)])
         self.final_norm = FinalNorm(config)
         self.head = Head(config, vocab_size)
         if config.tie_embeddings:
@@ -74,13 +74,15 @@ class Transformer(nn.Module):
         """
         seen = document_ids if cache is None else cache.append_documents(document_ids)
         new_tokens = input_ids.shape[1] if self.share is None else None
-        context = attention_context(seen, self.config, new_tokens=new_tokens, share=self.share)
-        hidden = self.embedding(input_ids)
+        contexts = layer_contexts(seen, self.config, new_tokens=new_tokens, share=self.share)
+        positions = token_positions(seen, new_tokens, self.share) if self.embedding.sinusoidal else None
+        hidden = self.embedding(input_ids, positions)
         if self.recompute.mode == "full" and self.training and cache is None:
-            hidden = in_groups([partial(block, context=context) for block in self.layers], hidden, self.recompute.every)
+            blocks = [partial(block, context=context) for block, context in zip(self.layers, contexts, strict=True)]
+            hidden = in_groups(blocks, hidden, self.recompute.every)
         else:
             for index, block in enumerate(self.layers):
-                hidden = block(hidden, context, None if cache is None else cache.layers[index])
+                hidden = block(hidden, contexts[index], None if cache is None else cache.layers[index])
         return self.head(self.final_norm(hidden), labels, with_z=with_z)  # type: ignore[no-any-return]
 
 

@@ -94,6 +94,26 @@ def test_what_is_not_plain_yaml_is_refused(text: str) -> None:
     refusal(text)
 
 
+def test_the_length_of_a_row_reaches_the_model() -> None:
+    """As what a preset's window and the log-n scale start from; what is given stands."""
+    assert parse().config.model.attention.train_tokens == 512, "the default of data.sequence_tokens"
+    given = ("data.sequence_tokens=256", "model.attention.preset=hybrid")
+    attention = parse(MINIMAL, *given).config.model.attention
+    assert (attention.train_tokens, attention.window) == (256, 64)
+    attention = parse(MINIMAL, *given, "model.attention.train_tokens=128").config.model.attention
+    assert (attention.train_tokens, attention.window) == (128, 32)
+    attention = parse(MINIMAL, *given, "model.attention.train_tokens=null").config.model.attention
+    assert (attention.train_tokens, attention.window) == (256, 64)
+    assert "data.sequence_tokens: Input should be a valid integer" in refusal(MINIMAL, "data.sequence_tokens=x").got
+    assert "train_tokens" not in refusal(MINIMAL, "data.sequence_tokens=x").got
+    assert "model.attention" in refusal(MINIMAL, "model.attention=3").got
+
+
+def test_attention_flags_that_do_not_go_together_are_named_with_their_key() -> None:
+    error = refusal(MINIMAL, "model.attention.global_every=4")
+    assert "model.attention: global_every without window" in error.got
+
+
 def test_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be read"):
         load_config(tmp_path / "absent.yaml")

@@ -55,6 +55,15 @@ def test_a_deep_model_is_scaled_down_and_each_change_is_told() -> None:
     assert Trial.model_validate_json(found.model_dump_json()) == found, "the ranks read what was written"
 
 
+def test_a_window_is_scaled_down_with_the_rows_that_it_moves_over() -> None:
+    found = trial(model=MODEL + ", attention: {preset: hybrid}")
+    flags = found.model.attention
+    assert (flags.preset, flags.window, flags.global_every) == ("hybrid", 5, 4)
+    assert found.changed["model.attention.window"] == (128, 5)
+    assert [found.model.layer_attention(layer).window for layer in range(4)] == [5, 5, 5, None]
+    assert "model.attention.window" not in trial().changed
+
+
 @settings(max_examples=60)
 @given(
     layers=st.integers(1, 200),

@@ -109,6 +109,28 @@ def test_logits_of_transformers_are_ours(
     assert list(tmp_path.iterdir()) == [tmp_path / "out"], "something was left aside"
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"position": "nope"},
+        {"window": 8},
+        {"gate": "head"},
+        {"logit_scale": "log_n"},
+        {"sink": True},
+    ],
+    ids=str,
+)
+def test_attention_that_no_stock_class_holds_is_refused_by_its_flag(
+    tmp_path: Path, tokenizer_path: Path, flags: dict[str, object]
+) -> None:
+    config = tiny_config(attention=flags)
+    ((name, value),) = flags.items()
+    with pytest.raises(ConfigurationError, match=f"model.attention.{name}: {value}") as caught:
+        export_hf(_state(config), config, tokenizer_path, tmp_path / "out", sequence_tokens=32)
+    assert "model.attention.preset: rope" in caught.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
 def _assert_same_ids(tokenizer: Tokenizer, fast: Any, text: str) -> None:
     """Equal ids; where the scores are not rounded, ties may fall otherwise: as many tokens of the same text."""
     ours, theirs = tokenizer.encode(text), fast.encode(text, add_special_tokens=False).ids

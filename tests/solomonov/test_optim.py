@@ -9,17 +9,20 @@ from solomonov.config import OptimizerConfig
 from solomonov.optim import make_optimizer, parameter_groups
 from tests.solomonov.model.common import spread_model, tiny_config
 
-# What the weights multiply: matrices decay; gains, and the table of which a step touches few rows, do not.
+# What the weights multiply: matrices decay; gains, biases, numbers of a head, and the table of which a step touches few
+# rows, do not.
 PLAIN = {"embedding.weight", "final_norm.weight"}
 
 
 def plain_by_hand(names: list[str]) -> set[str]:
-    return {name for name in names if name in PLAIN or name.split(".")[-2].endswith("norm")}
+    ends = ("gate.bias", "log_scale", "sink")
+    return {name for name in names if name in PLAIN or name.split(".")[-2].endswith("norm") or name.endswith(ends)}
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_parameter_is_in_one_group_with_its_decay(tied: bool) -> None:
-    named = dict(spread_model(tiny_config(tie_embeddings=tied)).named_parameters())
+    flags = {"gate": "head", "logit_scale": "log_n", "sink": True}
+    named = dict(spread_model(tiny_config(tie_embeddings=tied, attention=flags)).named_parameters())
     groups = parameter_groups(named.items(), OptimizerConfig(weight_decay=0.25))
     decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(named) == len(decay_of)

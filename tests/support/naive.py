@@ -36,29 +36,84 @@ def rope(x: Array, position: int, theta: float) -> Array:
     return result
 
 
-def softmax_mix(query: Array, keys: Sequence[Array], values: Sequence[Array]) -> Array:
-    """One query's answer over the given keys: sum of softmax(q . k / sqrt(E)) v."""
-    scores = [float(np.dot(query, key)) / math.sqrt(len(query)) for key in keys]
-    top = max(scores)
-    weights = [math.exp(score - top) for score in scores]
+def softmax_mix(logits: Sequence[float], values: Sequence[Array], sink: float | None = None) -> Array:
+    """One query's answer over the keys it sees: sum of softmax(logits) v.
+
+    Args:
+        sink: one more logit, which takes its part and adds nothing (gpt-oss, arXiv 2508.10925).
+    """
+    everything = [*logits] if sink is None else [*logits, sink]
+    top = max(everything)
+    total = sum(math.exp(logit - top) for logit in everything)
     mixed = np.zeros(len(values[0]))
-    for weight, value in zip(weights, values, strict=True):
-        mixed = mixed + weight / sum(weights) * value
+    for logit, value in zip(logits, values, strict=True):
+        mixed = mixed + math.exp(logit - top) / total * value
     return mixed
 
 
-def attention(state: Mapping[str, Array], prefix: str, config: ModelConfig, document: Sequence[Array]) -> list[Array]:
-    """Causal grouped-query attention over one document: one vector (D,) in and out per token."""
-    width, shared = config.head_width, config.heads // config.kv_head_count
+def sees_all(config: ModelConfig, layer: int) -> bool:
+    """Whether a layer has no window: every `global_every`-th, counted from 1, in a shorter stack the last."""
+    flags = config.attention
+    if flags.window is None:
+        return True
+    if flags.global_every is None:
+        return False
+    chosen = [number for number in range(1, config.layers + 1) if number % flags.global_every == 0] or [config.layers]
+    return layer + 1 in chosen
+
+
+def order_of(config: ModelConfig, layer: int) -> tuple[str, float]:
+    """How a layer tells order, and the base of its rotation."""
+    flags = config.attention
+    position, theta = flags.position, flags.rope_theta
+    if flags.window is not None and sees_all(config, layer):
+        position = flags.global_position or position
+        theta = flags.global_rope_theta or theta
+    return position, theta
+
+
+def alibi_slope(head: int, heads: int) -> float:
+    """ "A geometric sequence that starts at 2^(-8/n) and uses that same value as its ratio", n a power of 2 (arXiv
+    2108.12409, section 3); for other n as `get_slopes` of the authors' code: those of the power of 2 below, then every
+    second one of the power above."""
+    below = 2 ** math.floor(math.log2(heads))
+    if head < below:
+        return (2 ** (-8 / below)) ** (head + 1)
+    return (2 ** (-8 / (2 * below))) ** (2 * (head - below) + 1)
+
+
+def sinusoid(position: int, width: int) -> Array:
+    """sin(pos / 10000^(2i/d)) at 2i, cos of the same at 2i + 1 (arXiv 1706.03762, section 3.5)."""
+    angles = [position / 10_000 ** (2 * (channel // 2) / width) for channel in range(width)]
+    return np.array([math.cos(angle) if channel % 2 else math.sin(angle) for channel, angle in enumerate(angles)])
+
+
+def gates(state: Mapping[str, Array], prefix: str, config: ModelConfig, x: Array) -> Array:
+    """(H * E,) numbers that the mixed values are multiplied by: sigmoid(W x + b) (arXiv 2505.06708)."""
+    if config.attention.gate == "none":
+        return np.ones(config.heads * config.head_width)
+    found = state[f"{prefix}.gate.weight"] @ x + state[f"{prefix}.gate.bias"]
+    opened = np.array([1.0 / (1.0 + math.exp(-float(value))) for value in found])
+    return opened if config.attention.gate == "element" else np.repeat(opened, config.head_width)
+
+
+def attention(
+    state: Mapping[str, Array], prefix: str, config: ModelConfig, document: Sequence[Array], layer: int = 0
+) -> list[Array]:
+    """Causal grouped-query attention of a layer over one document: one vector (D,) in and out per token."""
+    flags, width, shared = config.attention, config.head_width, config.heads // config.kv_head_count
+    order, theta = order_of(config, layer)
+    to_all = sees_all(config, layer)
 
     def heads(name: str, x: Array, count: int, position: int | None) -> list[Array]:
         flat = state[f"{prefix}.{name}.weight"] @ x
         parts = [flat[index * width : (index + 1) * width] for index in range(count)]
         if position is not None:
-            if config.attention.qk_norm:
+            if flags.qk_norm:
                 gain = state[f"{prefix}.{name}_norm.weight"]
                 parts = [rms_norm(part, gain, config.norm_eps) for part in parts]
-            parts = [rope(part, position, config.attention.rope_theta) for part in parts]
+            if order == "rope":
+                parts = [rope(part, position, theta) for part in parts]
         return parts
 
     keys = [heads("k", x, config.kv_head_count, position) for position, x in enumerate(document)]
@@ -66,12 +121,71 @@ def attention(state: Mapping[str, Array], prefix: str, config: ModelConfig, docu
     answers = []
     for position, x in enumerate(document):
         mixed = []
+        first = 0 if to_all or flags.window is None else max(0, position - flags.window + 1)
+        seen = range(first, position + 1)
         for head, query in enumerate(heads("q", x, config.heads, position)):
-            group = head // shared
-            seen = range(position + 1)
-            mixed.append(softmax_mix(query, [keys[j][group] for j in seen], [values[j][group] for j in seen]))
-        answers.append(state[f"{prefix}.out.weight"] @ np.concatenate(mixed))
+            logits = [float(np.dot(query, keys[j][head // shared])) / math.sqrt(width) for j in seen]
+            if flags.logit_scale == "log_n" and to_all:  # SSMax, arXiv 2501.19399
+                factor = float(state[f"{prefix}.log_scale"][head]) * math.log(len(seen))
+                logits = [factor * logit for logit in logits]
+            if order == "alibi":
+                slope = alibi_slope(head, config.heads)
+                logits = [logit - slope * (position - j) for logit, j in zip(logits, seen, strict=True)]
+            sink = float(state[f"{prefix}.sink"][head]) if flags.sink else None
+            mixed.append(softmax_mix(logits, [values[j][head // shared] for j in seen], sink))
+        answers.append(state[f"{prefix}.out.weight"] @ (np.concatenate(mixed) * gates(state, prefix, config, x)))
     return answers
+
+
+def dense_attention(
+    state: Mapping[str, torch.Tensor], config: ModelConfig, x: torch.Tensor, layer: int
+) -> torch.Tensor:
+    """`attention` in float64 torch over whole T x T matrices of one document, for its gradients.
+
+    Args:
+        state: the attention's own names -> float64 tensors.
+        x: (T, D) float64.
+    """
+    flags, width, tokens = config.attention, config.head_width, len(x)
+    order, theta = order_of(config, layer)
+    to_all = sees_all(config, layer)
+
+    def heads(name: str) -> torch.Tensor:
+        return (x @ state[f"{name}.weight"].T).view(tokens, -1, width).transpose(0, 1)
+
+    def placed(name: str) -> torch.Tensor:
+        parts = heads(name)
+        if flags.qk_norm:
+            parts = parts / (parts.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+            parts = parts * state[f"{name}_norm.weight"]
+        if order == "rope":
+            angles = torch.outer(torch.arange(tokens).double(), theta ** (-torch.arange(0, width, 2).double() / width))
+            turned = torch.complex(parts[..., : width // 2], parts[..., width // 2 :]) * torch.polar(
+                torch.ones_like(angles), angles
+            )
+            parts = torch.cat((turned.real, turned.imag), -1)
+        return parts
+
+    shared = config.heads // config.kv_head_count
+    query, key, value = placed("q"), placed("k").repeat_interleave(shared, 0), heads("v").repeat_interleave(shared, 0)
+    logits = query @ key.transpose(1, 2) / math.sqrt(width)
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    if flags.logit_scale == "log_n" and to_all:
+        logits = logits * state["log_scale"][:, None, None] * torch.arange(1, tokens + 1).double().log()[:, None]
+    if order == "alibi":
+        slopes = torch.tensor([alibi_slope(head, config.heads) for head in range(config.heads)]).double()
+        logits = logits - slopes[:, None, None] * distance
+    hidden = distance < 0
+    if not to_all and flags.window is not None:
+        hidden = hidden | (distance >= flags.window)
+    logits = logits.masked_fill(hidden, -math.inf)
+    if flags.sink:
+        logits = torch.cat((logits, state["sink"][:, None, None].expand(-1, tokens, 1)), -1)
+    mixed = logits.softmax(-1)[..., :tokens] @ value
+    if flags.gate != "none":
+        opened = (x @ state["gate.weight"].T + state["gate.bias"]).sigmoid()
+        mixed = mixed * opened.view(tokens, config.heads, -1).transpose(0, 1)
+    return mixed.transpose(0, 1).reshape(tokens, -1) @ state["out.weight"].T
 
 
 def feed_forward(state: Mapping[str, Array], prefix: str, x: Array) -> Array:
@@ -88,13 +202,17 @@ def logits(state: Mapping[str, Array], config: ModelConfig, input_ids: Sequence[
         state: canonical name -> float64 array.
     """
     stream = [state["embedding.weight"][token] for token in input_ids]
+    if config.attention.position == "sinusoidal":  # arXiv 1706.03762, section 3.4: a shared matrix times sqrt(d)
+        factor = math.sqrt(config.d_model) if config.tie_embeddings else 1.0
+        stream = [factor * x + sinusoid(position, config.d_model) for position, x in enumerate(stream)]
     scale = 1.0
     if config.residual == "scaled" or (config.residual == "auto" and config.layers > config.base_layers):
         scale = min(1.0, config.base_layers / config.layers)
     for layer in range(config.layers):
         name = f"layers.{layer}"
         gain = state[f"{name}.attention_norm.weight"]
-        branch = attention(state, f"{name}.attention", config, [rms_norm(x, gain, config.norm_eps) for x in stream])
+        normed = [rms_norm(x, gain, config.norm_eps) for x in stream]
+        branch = attention(state, f"{name}.attention", config, normed, layer)
         stream = [x + scale * b for x, b in zip(stream, branch, strict=True)]
         gain = state[f"{name}.feed_forward_norm.weight"]
         stream = [

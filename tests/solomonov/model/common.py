@@ -14,6 +14,17 @@ from solomonov.model.transformer import Transformer
 
 VOCAB = 23
 
+ATTENTION: dict[str, dict[str, Any]] = {
+    "vanilla": {"preset": "vanilla"},
+    "rope": {"preset": "rope"},
+    "alibi": {"preset": "alibi"},
+    "local": {"preset": "local", "window": 3, "global_every": 2},
+    "hybrid": {"preset": "hybrid", "window": 4, "global_every": 2, "train_tokens": 12},
+    "all local": {"position": "alibi", "window": 3, "sink": True, "gate": "head"},
+    "much at once": {"preset": "hybrid", "window": 5, "global_every": 2, "global_position": "alibi", "sink": True},
+}
+"""The presets, and flags that none of them has, with windows that rows of a test outgrow."""
+
 
 def tiny_config(**changes: Any) -> ModelConfig:
     """Two layers, width 16, four heads on two key-value heads."""

@@ -1,16 +1,22 @@
-"""Attention and RMSNorm against float64 loops over each document alone; the mask against its definition."""
+"""Attention with any of its flags and RMSNorm against float64 loops over each document alone, gradients against dense
+float64 matrices; the mask against its definition; shared rows against whole ones."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+import torch.nn.functional as functional
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from solomonov.model.attention import Attention, RMSNorm, attention_context
+from solomonov.model.attention import Attention, RMSNorm, SequenceShare, attend, attention_context
+from solomonov.model.config import ModelConfig
+from solomonov.model.rope import rotate
 from tests.solomonov.model.common import tiny_config
 from tests.support import naive
 
@@ -39,10 +45,156 @@ def test_attention_equals_loops_over_each_document(kv_heads: int, qk_norm: bool)
             np.testing.assert_allclose(answer[row, begin:end], expected, atol=2e-5, rtol=1e-4)
 
 
+@st.composite
+def flag_sets(draw: st.DrawFn) -> dict[str, Any]:
+    """Every legal combination of flags."""
+    position = draw(st.sampled_from(["rope", "nope", "alibi", "sinusoidal"]))
+    flags: dict[str, Any] = {
+        "position": position,
+        "rope_theta": draw(st.sampled_from([100.0, 10_000.0])),
+        "qk_norm": draw(st.booleans()),
+        "gate": draw(st.sampled_from(["none", "head", "element"])),
+        "sink": draw(st.booleans()),
+        "window": draw(st.none() | st.integers(1, 10)),
+    }
+    if flags["window"] is not None:
+        flags["global_every"] = draw(st.none() | st.integers(2, 3))
+    if flags.get("global_every") is not None and position != "sinusoidal":
+        flags["global_position"] = draw(st.sampled_from([None, "rope", "nope", "alibi"]))
+    if flags.get("global_every") is not None and (flags.get("global_position") or position) == "rope":
+        flags["global_rope_theta"] = draw(st.sampled_from([None, 1000.0]))
+    if flags["window"] is None or flags.get("global_every") is not None:
+        flags["logit_scale"] = draw(st.sampled_from(["none", "log_n"]))
+    return flags
+
+
+def bounds_of(row: list[int]) -> list[tuple[int, int]]:
+    """Begin and end of each run of equal numbers."""
+    cuts = [0, *(index for index in range(1, len(row)) if row[index] != row[index - 1]), len(row)]
+    return list(pairwise(cuts))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    flags=flag_sets(),
+    layer=st.integers(0, 1),
+    runs=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    padding=st.integers(0, 3),
+    heads=st.sampled_from([(1, 1), (2, 1), (3, 3), (4, 2), (6, 2)]),
+)
+def test_every_combination_of_flags_equals_the_loops_and_its_gradients_the_dense_ones(
+    flags: dict[str, Any], layer: int, runs: list[int], padding: int, heads: tuple[int, int]
+) -> None:
+    """In fp32: outputs within 2e-5 + 1e-4 of the value, gradients within 1e-4 of the largest of their tensor, or of 1
+    where that is less. Two rows, of which the second has its documents the other way round."""
+    config = tiny_config(d_model=8, head_dim=4, heads=heads[0], kv_heads=heads[1], attention=flags)
+    module = Attention(config, layer)
+    state = _filled(module)
+    rows = [
+        [document for document, tokens in enumerate(lengths) for _ in range(tokens)] + [-1] * padding
+        for lengths in (runs, runs[::-1])
+    ]
+    generator = torch.Generator().manual_seed(len(rows[0]))
+    x = torch.randn(2, len(rows[0]), 8, generator=generator, requires_grad=True)
+    weights = torch.randn(x.shape, generator=generator)
+    answer = module(x, attention_context(torch.tensor(rows), config, layer))
+    (answer * weights).sum().backward()
+
+    exact = {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
+    wide = x.detach().double().requires_grad_()
+    for number, row in enumerate(rows):
+        for begin, end in bounds_of(row):
+            document = list(wide[number, begin:end].detach().numpy())
+            expected = np.stack(naive.attention(state, "a", config, document, layer))
+            np.testing.assert_allclose(answer[number, begin:end].detach().numpy(), expected, atol=2e-5, rtol=1e-4)
+            dense = naive.dense_attention(exact, config, wide[number, begin:end], layer)
+            np.testing.assert_allclose(dense.detach().numpy(), expected, atol=1e-12, rtol=1e-9)
+            (dense * weights[number, begin:end].double()).sum().backward()
+    pairs = [(x.grad, wide.grad), *((p.grad, exact[name].grad) for name, p in module.named_parameters())]
+    for found, reference in pairs:
+        assert found is not None, "no gradient came"
+        assert reference is not None, "no gradient came"
+        bound = 1e-4 * max(1.0, float(reference.abs().max()))
+        assert float((found.double() - reference).abs().max()) <= bound
+
+
+def test_flags_that_are_off_leave_the_plain_product() -> None:
+    """To the bit, and nothing else of the context is there."""
+    config = tiny_config()
+    module = Attention(config)
+    _filled(module)
+    documents = torch.tensor([[0, 0, 0, 1, 1, -1]])
+    context = attention_context(documents, config)
+    assert (context.block, context.flex, context.log_keys) == (0, None, None)
+    x = torch.randn(1, 6, config.d_model, generator=torch.Generator().manual_seed(1))
+    query, key, value = (
+        layer(x).view(1, 6, heads, 4) for layer, heads in ((module.q, 4), (module.k, 2), (module.v, 2))
+    )
+    assert module.q_norm is not None
+    assert module.k_norm is not None
+    assert context.cosine is not None
+    assert context.sine is not None
+    query = rotate(module.q_norm(query).transpose(1, 2), context.cosine, context.sine)
+    key = rotate(module.k_norm(key).transpose(1, 2), context.cosine, context.sine)
+    key, value = key.repeat_interleave(2, dim=1), value.transpose(1, 2).repeat_interleave(2, dim=1)
+    mask = (documents[:, :, None] == documents[:, None, :]) & torch.ones(6, 6, dtype=torch.bool).tril()
+    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None])
+    assert torch.equal(module(x, context), module.out(mixed.transpose(1, 2).reshape(1, 6, 16)))
+
+
+def _shared(module: Attention, config: ModelConfig, x: Tensor, documents: Tensor, layer: int, ranks: int) -> Tensor:
+    """What `ranks` ranks that share rows make of them, one after the other: first all compute what they exchange, then
+    each attends for its heads, and goes on with its tokens."""
+    sent: list[tuple[Tensor, Tensor, Tensor]] = []
+    options: list[dict[str, Any]] = []
+
+    def run(rank: int, attend_together: Any) -> Tensor:
+        share = SequenceShare(rank, ranks, attend_together)
+        mine = x[:, share.tokens(x.shape[1])]
+        answer: Tensor = module(mine, attention_context(documents, config, layer, share=share))
+        return answer
+
+    def note(query: Tensor, key: Tensor, value: Tensor, _: int, **others: Any) -> Tensor:
+        sent.append((query, key, value))
+        options.append(others)
+        return torch.zeros_like(query)
+
+    for rank in range(ranks):
+        run(rank, note)
+    whole = [torch.cat(parts, dim=1) for parts in zip(*sent, strict=True)]
+    mixed = []
+    for rank, of_attend in enumerate(options):
+        of_rank = (each.chunk(ranks, dim=2)[rank] for each in whole)
+        mixed.append(attend(*of_rank, **of_attend))
+    answers = torch.cat(mixed, dim=2).chunk(ranks, dim=1)
+    return torch.cat([run(rank, lambda *_, rank=rank, **__: answers[rank]) for rank in range(ranks)], dim=1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(flags=flag_sets(), layer=st.integers(0, 1), ranks=st.sampled_from([2, 4]), first=st.integers(1, 12))
+def test_rows_that_ranks_share_give_what_whole_rows_give(
+    flags: dict[str, Any], layer: int, ranks: int, first: int
+) -> None:
+    """Outputs and gradients, which are summed over the ranks, in fp32 within 1e-5."""
+    config = tiny_config(d_model=8, head_dim=4, heads=4, kv_heads=2, attention=flags)
+    module = Attention(config, layer)
+    _filled(module)
+    documents = torch.tensor([[0] * first + [1] * (12 - first), [0] * 12])
+    x = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found = []
+    whole = module(x, attention_context(documents, config, layer))
+    for answer in (whole, _shared(module, config, x, documents, layer, ranks)):
+        loss = (answer * torch.arange(12)[:, None].cos()).sum()
+        found.append([answer, *torch.autograd.grad(loss, [x, *module.parameters()])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=2e-5)
+
+
 @given(runs=st.lists(st.integers(1, 6), min_size=1, max_size=5), padding=st.integers(0, 4))
 def test_mask_is_causal_and_within_documents(runs: list[int], padding: int) -> None:
     row = [document for document, tokens in enumerate(runs) for _ in range(tokens)] + [-1] * padding
     context = attention_context(torch.tensor([row]), tiny_config())
+    assert context.mask is not None
     assert context.mask.shape == (1, 1, len(row), len(row))
     for query in range(len(row)):
         for key in range(len(row)):
@@ -55,13 +207,13 @@ def test_only_the_new_tokens_ask() -> None:
         attention_context(documents, tiny_config()),
         attention_context(documents, tiny_config(), new_tokens=2),
     )
-    assert torch.equal(last.mask, whole.mask[:, :, 3:])
-    assert torch.equal(last.cosine, whole.cosine[:, :, 3:])
-    assert torch.equal(last.sine, whole.sine[:, :, 3:])
+    for name in ("mask", "cosine", "sine"):
+        assert torch.equal(getattr(last, name), getattr(whole, name)[:, :, 3:])
 
 
-def test_a_row_of_nothing_but_padding_is_finite_in_both_directions() -> None:
-    config = tiny_config()
+@pytest.mark.parametrize("keys", [{}, {"window": 2}, {"position": "alibi", "window": 4}, {"sink": True}], ids=str)
+def test_a_row_of_nothing_but_padding_is_finite_in_both_directions(keys: dict[str, Any]) -> None:
+    config = tiny_config(attention=keys)
     module = Attention(config)
     _filled(module)
     x = torch.randn(1, 6, config.d_model, generator=torch.Generator().manual_seed(0), requires_grad=True)

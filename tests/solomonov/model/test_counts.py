@@ -7,12 +7,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from solomonov.model.config import ModelConfig
-from solomonov.model.counts import flops_per_token, parameter_count, parameter_shapes
+from solomonov.model.counts import flops_per_token, layer_flops, parameter_count, parameter_shapes, visible_keys
 from solomonov.model.transformer import Transformer
-from tests.solomonov.model.common import VOCAB, random_ids, tiny_config
+from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, tiny_config
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"attention": {"qk_norm": False}}, {"head_dim": 6}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"attention": {"qk_norm": False}},
+        {"head_dim": 6},
+        *({"attention": flags, "layers": 3, "head_dim": 6} for flags in ATTENTION.values()),
+    ],
+)
 def test_shapes_are_those_of_the_module(changes: dict[str, object]) -> None:
     config = tiny_config(**changes)
     model = Transformer(config, VOCAB, seed=None)
@@ -44,6 +53,18 @@ def test_attention_term_is_the_sum_over_visible_keys() -> None:
     visible = sum(position + 1 for position in range(tokens)) / tokens
     without = flops_per_token(config, VOCAB, -1)  # T + 1 = 0: no attention at all
     assert flops_per_token(config, VOCAB, tokens) - without == pytest.approx(3 * 5 * 2 * 2 * 32 * visible)
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 9, 50])
+def test_a_window_shows_as_many_keys_as_are_counted_one_by_one(window: int) -> None:
+    tokens = 9
+    counted = sum(min(position + 1, window) for position in range(tokens)) / tokens
+    assert visible_keys(tokens, window) == pytest.approx(counted)
+    flags = {"window": window, "global_every": 2}
+    full = layer_flops(tiny_config(), VOCAB, tokens)
+    mixed = layer_flops(tiny_config(attention=flags), VOCAB, tokens)
+    assert mixed["layers.1"] == full["layers.1"], "a global layer"
+    assert full["layers.0"] - mixed["layers.0"] == pytest.approx(4 * 16 * ((tokens + 1) / 2 - counted), abs=0.5)
 
 
 def _attention_flops_seen(counter: FlopCounterMode) -> int:

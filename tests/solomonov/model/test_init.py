@@ -66,11 +66,24 @@ def test_spreads_are_those_of_the_table(residual: str) -> None:
     assert torch.equal(initial_value("final_norm.weight", (128,), config, 0), torch.ones(128))
 
 
+def test_gates_start_open_sinks_small_and_scales_at_the_length_of_training() -> None:
+    flags = {"gate": "head", "logit_scale": "log_n", "sink": True, "train_tokens": 256}
+    for tokens, attention in ((256, flags), (1024, {**flags, "train_tokens": None})):
+        config = tiny_config(attention=attention)
+        start = dict(Transformer(config, VOCAB, seed=1).named_parameters())
+        for layer in ("layers.0.attention", "layers.1.attention"):
+            assert torch.equal(start[f"{layer}.gate.weight"], torch.zeros(4, 16))
+            assert torch.equal(start[f"{layer}.gate.bias"], torch.full((4,), 2.0))
+            assert torch.equal(start[f"{layer}.sink"], torch.zeros(4))
+            assert start[f"{layer}.log_scale"].tolist() == pytest.approx([1 / math.log(tokens)] * 4)
+
+
 def test_every_parameter_has_exactly_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in parameter_shapes(tiny_config(), VOCAB):
+    everything = {"gate": "head", "logit_scale": "log_n", "sink": True}
+    for name in parameter_shapes(tiny_config(attention=everything), VOCAB):
         init_rule(name)
     with pytest.raises(ValueError, match="0 rows"):
-        init_rule("layers.0.attention.gate.weight")
+        init_rule("layers.0.attention.door.weight")
     monkeypatch.setattr(init, "INIT_TABLE", (*INIT_TABLE, InitRule(r"head\..*", None)))
     with pytest.raises(ValueError, match="2 rows"):
         init_rule("head.weight")

@@ -15,7 +15,7 @@ from solomonov.footprint import Allocated
 from solomonov.model.attention import attention_context
 from solomonov.model.config import NOTHING_AGAIN, Recompute
 from solomonov.model.transformer import Transformer, compile_blocks
-from tests.solomonov.model.common import VOCAB, random_ids, spread_model, tiny_config
+from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, spread_model, tiny_config
 
 MODES = [Recompute("selective"), *[Recompute("full", every) for every in (1, 2, 3, 5, 8)]]
 aten = torch.ops.aten
@@ -39,6 +39,19 @@ def test_no_bit_of_loss_and_gradients_changes(recompute: Recompute, precision: s
             model = model.bfloat16()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16_autocast"):
             found.append(train_once(model))
+    (expected_loss, expected), (loss, gradients) = found
+    assert torch.equal(loss, expected_loss)
+    assert gradients.keys() == expected.keys()
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("flags", ["hybrid", "much at once", "alibi"])
+@pytest.mark.parametrize("recompute", MODES[:2], ids=str)
+def test_no_bit_changes_with_other_kinds_of_attention(recompute: Recompute, flags: str) -> None:
+    found = [
+        train_once(spread_model(tiny_config(layers=3, attention=ATTENTION[flags]), recompute=again), tokens=14)
+        for again in (NOTHING_AGAIN, recompute)
+    ]
     (expected_loss, expected), (loss, gradients) = found
     assert torch.equal(loss, expected_loss)
     assert gradients.keys() == expected.keys()
@@ -75,6 +88,22 @@ def test_selective_computes_norms_again_and_neither_products_nor_attention() -> 
     # All of a block is run again, but for the last product, from which no gradient is computed.
     assert [full[name] - kept[name] for name in (products, attention)] == [4 * 6, 4]
     assert [full[name] - kept[name] for name in (norms, activations)] == [4 * 4, 4]
+
+
+@pytest.mark.parametrize("flags", ["hybrid", "all local"])
+def test_selective_computes_no_product_again_that_a_gate_or_a_window_has(flags: str) -> None:
+    def counts(recompute: Recompute) -> Counter[Any]:
+        model = spread_model(tiny_config(layers=2, attention=ATTENTION[flags]), recompute=recompute)
+        with Operations() as operations:
+            train_once(model, tokens=14)
+        return operations.counts
+
+    kept, selective = counts(NOTHING_AGAIN), counts(Recompute("selective"))
+    attention = aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert kept[attention] == 2
+    for name in (aten.mm.default, aten.addmm.default, attention):
+        assert selective[name] == kept[name], str(name)
+    assert selective[aten.sigmoid.default] > kept[aten.sigmoid.default]
 
 
 def activation_bytes(layers: int, recompute: Recompute, tokens: int = 64) -> tuple[int, int]:

@@ -1,0 +1,221 @@
+"""The `model.attention` section: orthogonal flags, presets of them, which combinations are legal. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from solomonov.section import Section
+
+Preset = Literal["vanilla", "rope", "alibi", "local", "hybrid"]
+LayerPosition = Literal["rope", "nope", "alibi"]
+"""How the attention of one layer tells order."""
+
+DEFAULT_PRESET: Preset = "rope"
+"""What an empty section means."""
+
+ASSUMED_TRAIN_TOKENS = 1024
+"""Tokens a row in training where `train_tokens` says nothing."""
+
+_WINDOWS: dict[Preset, tuple[int, int]] = {"local": (4, 1024), "hybrid": (4, 1024)}
+"""Window of a preset: a row of training divided by the first number, at most the second one, Gemma 3's (arXiv
+2503.19786). A layer then sees in training all distances that it ever sees, however long the rows are later on."""
+
+PRESETS: dict[Preset, dict[str, Any]] = {
+    # The Transformer of 2017 (arXiv 1706.03762).
+    "vanilla": {"position": "sinusoidal", "qk_norm": False},
+    # As in Qwen3.
+    "rope": {"position": "rope", "qk_norm": True},
+    # arXiv 2108.12409
+    "alibi": {"position": "alibi", "qk_norm": False},
+    # Five local layers to a global one, as in Gemma 3 (arXiv 2503.19786).
+    "local": {"position": "rope", "qk_norm": True, "global_every": 6, "global_rope_theta": 1e6},
+    # Local rotary and global position-free layers (arXiv 2501.18795), gates (2505.06708), SSMax (2501.19399)
+    "hybrid": {
+        "position": "rope",
+        "qk_norm": True,
+        "global_every": 4,
+        "global_position": "nope",
+        "gate": "element",
+        "logit_scale": "log_n",
+    },
+}
+"""Preset -> the flags that it sets; its window is worked out from the length of a row."""
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """What the attention of one layer does; layers that are equal in this share masks and tables."""
+
+    position: LayerPosition
+    """How it tells order itself; `nope` also where positions are in the stream."""
+    rope_theta: float
+    """Base of the rotary frequencies."""
+    window: int | None
+    """Keys that a query sees at most, its own among them; None: all."""
+    log_n: bool
+    """Its logits grow with ln of the number of keys that a query sees."""
+
+
+class AttentionConfig(Section):
+    """How tokens look at each other. `preset` fills in what is not given."""
+
+    preset: Preset = DEFAULT_PRESET
+    """`vanilla`: the Transformer of 2017. `rope`: rotary positions, QK norm. `alibi`: linear biases. `local`: five
+    layers in six see a window. `hybrid`: three in four see a window and rotate, every fourth sees all without positions
+    and with logits that grow with the number of keys; output gates."""
+
+    position: Literal["rope", "nope", "alibi", "sinusoidal"] = "rope"
+    """How order is told: `rope` rotates queries and keys by their position within the document (arXiv 2104.09864);
+    `alibi` takes from a logit m_h * distance (arXiv 2108.12409); `nope` tells nothing but what the causal mask does
+    (arXiv 2305.19466); `sinusoidal` is added to the embedding (arXiv 1706.03762)."""
+
+    rope_theta: float = Field(default=10_000.0, gt=1.0)
+    """Base of the rotary frequencies theta^(-2i/E); larger reaches further (500,000 for 8k tokens and up)."""
+
+    qk_norm: bool = True
+    """RMSNorm over each query and key head before the rotation: keeps attention logits bounded at high rates.
+
+    With the preset `rope`: true exports as Qwen3, false as Llama.
+    """
+
+    window: int | None = Field(default=None, ge=1)
+    """Tokens that a query of a local layer sees, its own and those just before it; null: all layers see all."""
+
+    global_every: int | None = Field(default=None, ge=2)
+    """With a window: each n-th layer is global and sees all, in a stack of fewer layers the last one; null: none."""
+
+    global_position: LayerPosition | None = None
+    """How global layers tell order; null: as `position` says."""
+
+    global_rope_theta: float | None = Field(default=None, gt=1.0)
+    """Base of the rotary frequencies of global layers; null: `rope_theta`."""
+
+    gate: Literal["none", "head", "element"] = "none"
+    """What attention found is multiplied by sigmoid(W x + b) before the output projection, x the block's normed input:
+    one gate a `head`, or one an `element` of it (arXiv 2505.06708)."""
+
+    logit_scale: Literal["none", "log_n"] = "none"
+    """`log_n`: logits are multiplied by s_h * ln(keys that the query sees), s_h learned, one a head (SSMax, arXiv
+    2501.19399); in global layers alone where there are local ones. What ALiBi takes and a sink are not."""
+
+    sink: bool = False
+    """A learned logit a head takes part in the softmax and has no value, so that a head need not look anywhere
+    (as in gpt-oss, arXiv 2508.10925)."""
+
+    train_tokens: int | None = Field(default=None, ge=2)
+    """Tokens a row in training, from which a preset's window follows, and at which `log_n` starts as no scale
+    (s_h = 1 / ln of it); null: data.sequence_tokens."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fills_in(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        preset = given.get("preset", DEFAULT_PRESET)
+        if not isinstance(preset, str) or preset not in PRESETS:  # refused as a field
+            return given
+        return _fitting(preset, given) | dict(given)
+
+    @model_validator(mode="after")
+    def _flags_agree(self) -> Self:
+        of_global = self.given_global_keys
+        if self.window is None and (self.global_every is not None or of_global):
+            names = ", ".join((["global_every"] if self.global_every is not None else []) + of_global)
+            raise ValueError(
+                f"{names} without window: without a window every layer sees all, and none is the global one. "
+                f"Set window (say {default_window('hybrid', self.train_tokens)}), or {names} to null"
+            )
+        if of_global and self.global_every is None:
+            raise ValueError(
+                f"{', '.join(of_global)} without global_every: with a window and no global_every all layers are local. "
+                "Set global_every (say 4), or it to null"
+            )
+        if self.position == "sinusoidal" and self.global_position is not None:
+            raise ValueError(
+                f"global_position {self.global_position} with position sinusoidal: what is added to the embedding is "
+                "in all layers. Set global_position to null, or position to rope"
+            )
+        if self.global_rope_theta is not None and (self.global_position or self.position) != "rope":
+            raise ValueError(
+                f"global_rope_theta {self.global_rope_theta:g}, but the position of global layers is "
+                f"{self.global_position or self.position}: nothing rotates there. Set global_rope_theta to null, or "
+                "global_position to rope"
+            )
+        if self.logit_scale == "log_n" and self.window is not None and self.global_every is None:
+            raise ValueError(
+                f"logit_scale log_n with window {self.window} and no global_every: it is for layers that see all, and "
+                "there is none. Set global_every (say 4), or logit_scale to none"
+            )
+        return self
+
+    @property
+    def given_global_keys(self) -> list[str]:
+        """Names of the keys of global layers that are not null."""
+        return [name for name in ("global_position", "global_rope_theta") if getattr(self, name) is not None]
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens a row in training, assumed where nothing is known."""
+        return ASSUMED_TRAIN_TOKENS if self.train_tokens is None else self.train_tokens
+
+    def is_global(self, layer: int, layers: int) -> bool:
+        """Whether a layer sees all tokens of a document.
+
+        Args:
+            layer: its number, from 0.
+            layers: of the stack.
+        """
+        if self.window is None:
+            return True
+        if self.global_every is None:
+            return False
+        return (layer + 1) % self.global_every == 0 or (layers < self.global_every and layer == layers - 1)
+
+    def of_layer(self, layer: int, layers: int) -> LayerAttention:
+        """What the attention of layer number `layer` of `layers` does, from 0."""
+        sees_all = self.is_global(layer, layers)
+        at_global = sees_all and self.window is not None
+        position = self.global_position if at_global and self.global_position is not None else self.position
+        theta = self.global_rope_theta if at_global and self.global_rope_theta is not None else self.rope_theta
+        return LayerAttention(
+            position="nope" if position == "sinusoidal" else position,
+            rope_theta=theta,
+            window=None if sees_all else self.window,
+            log_n=self.logit_scale == "log_n" and sees_all,
+        )
+
+
+def default_window(preset: Preset, train_tokens: int | None) -> int | None:
+    """The window that a preset sets for rows of so many tokens (None: not known); None: it sets none."""
+    if preset not in _WINDOWS:
+        return None
+    share, most = _WINDOWS[preset]
+    return max(1, min((ASSUMED_TRAIN_TOKENS if train_tokens is None else train_tokens) // share, most))
+
+
+def _fitting(preset: Preset, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a preset, but for those that mean nothing beside the given ones: who takes the window out of a
+    preset need not know what else it sets for its global layers."""
+    tokens = given.get("train_tokens")
+    flags = dict(PRESETS[preset])
+    window = default_window(preset, tokens if type(tokens) is int and tokens > 1 else None)
+    if window is not None:
+        flags["window"] = window
+
+    def chosen(name: str) -> Any:
+        return given.get(name, flags.get(name))
+
+    if chosen("window") is None:
+        flags.pop("global_every", None)
+    no_global = chosen("global_every") is None
+    if no_global or chosen("position") == "sinusoidal":
+        flags.pop("global_position", None)
+    if no_global and chosen("window") is not None:
+        flags.pop("logit_scale", None)
+    if no_global or (chosen("global_position") or chosen("position")) != "rope":
+        flags.pop("global_rope_theta", None)
+    return flags

@@ -1,0 +1,160 @@
+"""Flags of attention: what presets fill in, which layers are global, and every rule against a choice that breaks it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from solomonov.model.attention_config import DEFAULT_PRESET, PRESETS, AttentionConfig, LayerAttention, default_window
+from solomonov.model.config import ModelConfig
+
+
+def attention(**keys: Any) -> AttentionConfig:
+    return AttentionConfig.model_validate(keys)
+
+
+def test_an_empty_section_is_the_default_preset() -> None:
+    assert attention() == attention(preset=DEFAULT_PRESET) == ModelConfig().attention
+    assert DEFAULT_PRESET == "rope"
+    assert (attention().position, attention().qk_norm, attention().window) == ("rope", True, None)
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("vanilla", {"position": "sinusoidal", "qk_norm": False}),
+        ("rope", {"position": "rope", "qk_norm": True}),
+        ("alibi", {"position": "alibi", "qk_norm": False}),
+        (
+            "local",
+            {"position": "rope", "qk_norm": True, "window": 256, "global_every": 6, "global_rope_theta": 1e6},
+        ),
+        (
+            "hybrid",
+            {
+                "position": "rope",
+                "qk_norm": True,
+                "window": 256,
+                "global_every": 4,
+                "global_position": "nope",
+                "gate": "element",
+                "logit_scale": "log_n",
+            },
+        ),
+    ],
+)
+def test_a_preset_sets_these_flags_and_no_others(preset: str, expected: dict[str, Any]) -> None:
+    plain = {name: field.default for name, field in AttentionConfig.model_fields.items()}
+    assert attention(preset=preset).model_dump() == plain | expected | {"preset": preset}
+
+
+def test_the_window_of_a_preset_is_a_quarter_of_a_row_and_at_most_1024() -> None:
+    for tokens, window in ((256, 64), (4096, 1024), (65536, 1024), (2, 1), (None, 256)):
+        assert default_window("hybrid", tokens) == window
+        assert attention(preset="hybrid", train_tokens=tokens).window == window
+    assert default_window("rope", 4096) is None
+
+
+@given(
+    preset=st.sampled_from(sorted(PRESETS)),
+    given_flags=st.fixed_dictionaries(
+        {},
+        optional={
+            "window": st.none() | st.integers(1, 9),
+            "global_every": st.none() | st.integers(2, 9),
+            "position": st.sampled_from(["rope", "nope", "alibi", "sinusoidal"]),
+            "gate": st.sampled_from(["none", "head", "element"]),
+            "qk_norm": st.booleans(),
+            "sink": st.booleans(),
+        },
+    ),
+)
+def test_what_is_given_stands_and_a_preset_breaks_no_rule_of_its_own(preset: str, given_flags: dict[str, Any]) -> None:
+    """Only a global_every without any window is a mistake among these, and it is the user's own."""
+    lonely = given_flags.get("global_every") is not None
+    lonely = lonely and given_flags.get("window", default_window(preset, None)) is None  # type: ignore[arg-type]
+    if lonely:
+        with pytest.raises(ValidationError, match="without window"):
+            attention(preset=preset, **given_flags)
+        return
+    found = attention(preset=preset, **given_flags)
+    assert {name: getattr(found, name) for name in given_flags} == given_flags
+    assert AttentionConfig.model_validate(found.model_dump()) == found
+
+
+@pytest.mark.parametrize(
+    ("keys", "rule", "remedy"),
+    [
+        ({"global_every": 4}, "without a window every layer sees all", "Set window"),
+        ({"global_position": "nope"}, "without a window every layer sees all", "global_position to null"),
+        ({"window": 8, "global_rope_theta": 5e5}, "all layers are local", "Set global_every"),
+        (
+            {"position": "sinusoidal", "window": 8, "global_every": 2, "global_position": "nope"},
+            "added to the embedding is in all layers",
+            "Set global_position to null",
+        ),
+        (
+            {"window": 8, "global_every": 2, "global_position": "nope", "global_rope_theta": 5e5},
+            "nothing rotates there",
+            "Set global_rope_theta to null",
+        ),
+        (
+            {"position": "alibi", "window": 8, "global_every": 2, "global_rope_theta": 5e5},
+            "global layers is alibi",
+            "Set global_rope_theta to null",
+        ),
+        ({"window": 8, "logit_scale": "log_n"}, "for layers that see all", "Set global_every"),
+        ({"window": 0}, "greater than or equal to 1", ""),
+        ({"window": 8, "global_every": 1}, "greater than or equal to 2", ""),
+        ({"window": 8, "global_every": 2, "global_position": "sinusoidal"}, "global_position", ""),
+        ({"preset": "hybird"}, "preset", ""),
+        ({"preset": ["rope"]}, "preset", ""),
+        ({"position": "learned"}, "position", ""),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused_with_the_nearest_choice(
+    keys: dict[str, Any], rule: str, remedy: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        attention(**keys)
+    text = str(caught.value)
+    assert rule in text
+    assert remedy in text
+
+
+def test_every_nth_layer_is_global_and_the_last_of_a_shorter_stack() -> None:
+    def globals_of(layers: int, **keys: Any) -> list[int]:
+        flags = attention(**keys)
+        return [layer for layer in range(layers) if flags.is_global(layer, layers)]
+
+    assert globals_of(9, window=4, global_every=4) == [3, 7]
+    assert globals_of(4, window=4, global_every=4) == [3]
+    assert globals_of(3, window=4, global_every=4) == [2]
+    assert globals_of(1, window=4, global_every=4) == [0]
+    assert globals_of(3, window=4) == []
+    assert globals_of(3) == [0, 1, 2]
+
+
+def test_kinds_of_layers() -> None:
+    hybrid = attention(preset="hybrid", window=8)
+    assert hybrid.of_layer(0, 4) == LayerAttention("rope", 10_000.0, 8, False)
+    assert hybrid.of_layer(3, 4) == LayerAttention("nope", 10_000.0, None, True)
+    local = attention(preset="local", window=8, rope_theta=100.0)
+    assert local.of_layer(0, 6) == LayerAttention("rope", 100.0, 8, False)
+    assert local.of_layer(5, 6) == LayerAttention("rope", 1e6, None, False)
+    assert attention(preset="vanilla").of_layer(0, 1).position == "nope", "it is in the stream"
+    assert attention(logit_scale="log_n").of_layer(0, 1).log_n, "without a window all layers see all"
+
+
+def test_rotation_alone_needs_even_heads() -> None:
+    with pytest.raises(ValidationError, match=r"15 wide.*say head_dim 16"):
+        ModelConfig.model_validate({"head_dim": 15})
+    for position in ("nope", "alibi", "sinusoidal"):
+        assert ModelConfig.model_validate({"head_dim": 15, "attention": {"position": position}}).head_width == 15
+    keys = {"position": "nope", "window": 4, "global_every": 2, "global_position": "rope"}
+    with pytest.raises(ValidationError, match="15 wide"):
+        ModelConfig.model_validate({"head_dim": 15, "attention": keys})

@@ -1,0 +1,142 @@
+"""What the CUDA kernel is told against the masks and biases of the CPU; the kernel itself where there is CUDA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from solomonov.model import flex
+from solomonov.model import window as windows
+from solomonov.model.attention import Attention, attend, attention_context
+from solomonov.model.flex import flex_plan, flex_suits, key_blocks, mask_function, score_function
+from solomonov.model.positions import alibi_slopes
+from tests.solomonov.model.common import tiny_config
+from tests.solomonov.model.test_window import documents_of
+
+
+def grid(heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row, head, query and key numbers that broadcast to (1, heads, tokens, tokens)."""
+    return (
+        torch.zeros(1, 1, 1, 1, dtype=torch.int32),
+        torch.arange(heads).view(1, -1, 1, 1),
+        torch.arange(tokens).view(1, 1, -1, 1),
+        torch.arange(tokens).view(1, 1, 1, -1),
+    )
+
+
+runs = st.lists(st.integers(1, 150), min_size=1, max_size=5)
+
+
+@given(runs=runs, padding=st.integers(0, 4), window=st.none() | st.integers(1, 300))
+def test_the_mask_function_is_the_mask(runs: list[int], padding: int, window: int | None) -> None:
+    documents = documents_of(runs, padding)
+    tokens = documents.shape[1]
+    # Not cut into blocks: as of as many new tokens as fit in a window.
+    near = torch.arange(tokens)[:, None] - torch.arange(tokens) < (window or tokens)
+    expected = windows.visible(documents, tokens, None) & near
+    found = mask_function(documents, window)(*grid(1, tokens))
+    assert torch.equal(found[0], expected)
+
+
+@settings(deadline=None)
+@given(runs=runs, padding=st.integers(0, 4), window=st.none() | st.integers(1, 300))
+def test_the_blocks_that_are_looked_at_are_those_in_which_something_is_seen(
+    runs: list[int], padding: int, window: int | None
+) -> None:
+    """All of them; and beyond these at most those from the first query's begin on."""
+    documents = documents_of(runs, padding)
+    tokens, size = documents.shape[1], flex.BLOCK_TOKENS
+    counts, numbers = key_blocks(documents, window)
+    seen = mask_function(documents, window)(*grid(1, tokens))[0, 0]
+    for block in range(counts.shape[1]):
+        listed = numbers[0, block, : int(counts[0, block])].tolist()
+        rows = seen[block * size : (block + 1) * size]
+        needed = {key // size for key in rows.any(dim=0).nonzero().flatten().tolist()}
+        assert needed <= set(listed)
+        of_first_query = int(rows[0].nonzero()[0, 0]) // size
+        assert listed == list(range(of_first_query, block + 1))
+    dense = flex_plan(documents, window, None).blocks.to_dense()[0, 0].bool()
+    for block in range(counts.shape[1]):
+        assert dense[block].nonzero().flatten().tolist() == numbers[0, block, : int(counts[0, block])].tolist()
+
+
+@pytest.mark.parametrize("heads", [3, 8])
+def test_the_score_function_is_the_bias(heads: int) -> None:
+    slopes = torch.tensor(alibi_slopes(heads))
+    seen = torch.ones(1, 9, 9, dtype=torch.bool)
+    found = score_function(slopes)(torch.full((), 0.5), *grid(heads, 9))
+    torch.testing.assert_close(found, windows.biased(seen, slopes) + 0.5)
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("alibi", [False, True])
+def test_as_operations_on_a_cpu_it_gives_the_same(monkeypatch: pytest.MonkeyPatch, sink: bool, alibi: bool) -> None:
+    """The forward pass with all scores written out; torch has no other on a CPU."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention.flex_attention)
+    documents, heads = documents_of([100, 70, 25], 5), 4
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 200, count, 16, generator=generator) for count in (heads, 2, 2))
+    slopes = torch.tensor(alibi_slopes(heads)) if alibi else None
+    logits = torch.linspace(-1.0, 2.0, heads) if sink else None
+    mask = windows.visible(documents, 200, 33)
+    mask = mask[:, None] if slopes is None else windows.biased(mask, slopes)
+    mask = windows.with_room_for_sink(mask) if sink else mask
+    expected = attend(query, key, value, mask=mask, block=33, sink=logits)
+    found = attend(query, key, value, mask=None, flex=flex_plan(documents, 33, slopes), sink=logits)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "device", "suits"),
+    [
+        ({"window": 8}, "cuda", True),
+        ({"window": 8}, "cpu", False),
+        ({"position": "alibi"}, "cuda", True),
+        ({"sink": True}, "cuda", True),
+        ({}, "cuda", False),
+        ({"window": 8, "global_every": 2, "global_position": "nope"}, "cuda", True),
+    ],
+)
+def test_what_is_left_to_the_kernel(keys: dict[str, Any], device: str, suits: bool) -> None:
+    assert flex_suits(tiny_config(attention=keys, head_dim=16), 0, torch.device(device)) == suits
+    assert not flex_suits(tiny_config(attention=keys, head_dim=8), 0, torch.device(device)), "too narrow a head"
+
+
+def test_a_full_layer_beside_local_ones_takes_the_plain_way() -> None:
+    config = tiny_config(attention={"window": 8, "global_every": 2}, head_dim=16)
+    assert [flex_suits(config, layer, torch.device("cuda")) for layer in (0, 1)] == [True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [{"window": 33}, {"position": "alibi"}, {"sink": True, "window": 33}], ids=str)
+def test_the_kernel_gives_what_the_cpu_gives(keys: dict[str, Any]) -> None:
+    """Outputs and gradients in fp32 within 1e-4 (bf16 products are not in play), 200 tokens of several documents."""
+    config = tiny_config(attention=keys, head_dim=16)
+    module = Attention(config, 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    documents = documents_of([100, 70, 25], 5)
+    found = []
+    for device in ("cpu", "cuda"):
+        module = module.to(device)
+        x = torch.randn(1, 200, config.d_model, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+        context = attention_context(documents.to(device), config)
+        assert (context.flex is not None) == (device == "cuda")
+        answer = module(x, context)
+        answer.square().sum().backward()
+        assert x.grad is not None
+        gradients = [parameter.grad.cpu() for parameter in module.parameters() if parameter.grad is not None]
+        found.append([answer.detach().cpu(), x.grad.cpu(), *gradients])
+        module.zero_grad()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
