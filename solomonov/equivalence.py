@@ -26,6 +26,7 @@ from solomonov.metrics import LOSS_BOUND
 from solomonov.model.config import ModelConfig, RecomputeMode
 from solomonov.model.counts import parameter_count, parameter_shapes
 from solomonov.model.naming import layer_names
+from solomonov.model.residual import branch_form
 from solomonov.parallel import Offload, ParallelConfig, check_layout
 from solomonov.partition import EMA, MOMENTUM
 from solomonov.section import Section
@@ -133,7 +134,7 @@ def scale_down(config: Config, ranks: int) -> Trial:
         "base_layers": model.base_layers,
     }
     if model.residual_mode == "scaled":
-        changes["base_layers"] = max(1, int(layers * model.branch_scale))
+        changes["base_layers"] = max(1, int(layers * branch_form(model, 0).scale))
     attention = model.attention
     if attention.window is not None:
         attention = attention.model_copy(update={"window": min(attention.window, MOST_WINDOW)})

@@ -1,8 +1,7 @@
 """Hugging Face export: a folder that stock `transformers` loads, checked before it gets its name.
 
 The only module that imports `transformers`. With `qk_norm` the model is a Qwen3, without it a Llama; what neither
-holds as it is exported is refused, flag by flag. The branch factor of `scaled` is folded into the output projections,
-so the exported model is a plain pre-norm one with the same logits.
+holds is refused, flag by flag (see `interop`, which folds the factors of residual forms into the weights).
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch import Tensor
 from data_pipeline.tokenizer import Tokenizer
 from solomonov.errors import ConfigurationError, DamagedCheckpointError, NumericalError
 from solomonov.fast_tokenizer import build_tokenizer
+from solomonov.interop import export_refusal, folded, hf_name
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_count, parameter_shapes
 from solomonov.model.transformer import Transformer
@@ -36,23 +36,6 @@ _CHECK_TEXT = (
     "def depth(layers):\n\treturn sum(1 for _ in layers)  # naïve, höchstens 1,000\n\n"
     "       seven spaces, <s> is not a token, 日本語 😀 …\r\n" + "The quick brown fox jumps over the lazy dog. " * 4
 )
-
-# Ours -> theirs, of one block; what stands outside the blocks comes after.
-_BLOCK_NAMES = {
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.out": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "attention_norm": "input_layernorm",
-    "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.gate": "mlp.gate_proj",
-    "feed_forward.up": "mlp.up_proj",
-    "feed_forward.down": "mlp.down_proj",
-}
-_OUTER_NAMES = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
-_FOLDED = ("attention.out.weight", "feed_forward.down.weight")
 
 
 @dataclass(frozen=True)
@@ -132,7 +115,7 @@ def export_hf(
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    exported = {name: _folded(name, tensor, model).to(DTYPES[dtype]) for name, tensor in state.items()}
+    exported = {name: tensor.to(DTYPES[dtype]) for name, tensor in folded(state, model).items()}
     weight_bytes = _write_weights(aside, exported, shard_bytes)
     config = hf_config(model, tokenizer, sequence_tokens, dtype)
     _write_json(aside / "config.json", config)
@@ -154,22 +137,6 @@ def export_hf(
     _sync(aside)
     _replace(aside, target)
     return report
-
-
-def export_refusal(model: ModelConfig) -> ConfigurationError | None:
-    """Which flags of the model keep it out of Llama and Qwen3; None: none."""
-    flags = model.attention
-    held = {"position": "rope", "window": None, "gate": "none", "logit_scale": "none", "sink": False}
-    odd = {name: getattr(flags, name) for name, value in held.items() if getattr(flags, name) != value}
-    if not odd:
-        return None
-    return ConfigurationError(
-        "Neither Llama nor Qwen3, to which models are exported, holds this attention.",
-        got=", ".join(f"model.attention.{name}: {value}" for name, value in odd.items()),
-        rule="what is exported rotates in every layer, sees all tokens, and has no gate, log-n scale or sink",
-        remedy="`solomonov generate` and `evaluate` read the run itself; to export one, train it with "
-        "model.attention.preset: rope",
-    )
 
 
 def load_hf(folder: Path | str) -> tuple[ModelConfig, dict[str, Tensor], int]:
@@ -194,15 +161,6 @@ def load_hf(folder: Path | str) -> tuple[ModelConfig, dict[str, Tensor], int]:
             got = tuple(state[name].shape) if name in state else "missing"
             raise _damaged(path, f"{hf_name(name)} is {got}", f"a tensor of shape {shape}")
     return model, {name: state[name] for name in shapes}, int(config["max_position_embeddings"])
-
-
-def hf_name(name: str) -> str:
-    """Hugging Face's name (Llama and Qwen3 share them) of the parameter that we call `name`."""
-    layer, _, _ = name.rpartition(".")
-    if layer in _OUTER_NAMES:
-        return f"{_OUTER_NAMES[layer]}.weight"
-    _, index, part = layer.split(".", 2)
-    return f"model.layers.{index}.{_BLOCK_NAMES[part]}.weight"
 
 
 def hf_config(model: ModelConfig, tokenizer: Tokenizer, sequence_tokens: int, dtype: str) -> dict[str, Any]:
@@ -235,10 +193,6 @@ def hf_config(model: ModelConfig, tokenizer: Tokenizer, sequence_tokens: int, dt
         "torch_dtype": dtype,
     }
     return config | ({"use_sliding_window": False} if qwen else {"mlp_bias": False})
-
-
-def _folded(name: str, tensor: Tensor, model: ModelConfig) -> Tensor:
-    return tensor * model.branch_scale if name.endswith(_FOLDED) else tensor
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor], shard_bytes: int) -> int:
@@ -412,7 +366,8 @@ def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _card(name: str, report: ExportReport, model: ModelConfig, tokenizer: Tokenizer, sequence_tokens: int) -> str:
-    folded = "" if model.branch_scale == 1.0 else f"; branch factor {model.branch_scale:.4g} folded into the weights"
+    mode = model.residual_mode
+    factors = "" if mode == "prenorm" else f"; the factors of `{mode}` folded into the weights"
     begin = list(tokenizer.pieces())[tokenizer.bos].text
     return f"""---
 library_name: transformers
@@ -421,7 +376,7 @@ pipeline_tag: text-generation
 # {name}
 
 Trained from scratch with Solomonov. {report.parameters:,} parameters: {model.layers} layers of width
-{model.d_model}, {model.heads} heads on {model.kv_head_count} key-value heads{folded}.
+{model.d_model}, {model.heads} heads on {model.kv_head_count} key-value heads{factors}.
 Vocabulary of {tokenizer.vocab_size:,}, trained on rows of {sequence_tokens:,} tokens. It is a base model: it
 continues text. Every text begins with `{begin}`, which the tokenizer adds.
 

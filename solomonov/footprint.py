@@ -23,12 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from solomonov.model.attention import SequenceShare, attend, attention_context, layer_contexts
+from solomonov.model.attention_config import LayerAttention
 from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.counts import parameter_count, parameter_shapes
 from solomonov.model.layers import Block
 from solomonov.model.loss import cross_entropy_sum
 from solomonov.model.naming import is_hidden_matrix, layer_names
 from solomonov.model.pipeline import BlockStage
+from solomonov.model.residual import BranchForm, branch_form
 from solomonov.parallel import LIVE_PARAMETERS, ParallelConfig, bucket_elements, overlaps
 from solomonov.plan import BatchPlan
 from solomonov.topology import stage_bounds
@@ -418,6 +420,9 @@ def _activations(
 
 
 def _first_alike(model: ModelConfig, layer: int) -> int:
-    """The first layer whose block is of the same kind."""
-    kind = model.layer_attention(layer)
-    return next(other for other in range(model.layers) if model.layer_attention(other) == kind)
+    """The first layer whose block is of the same kind; the factor c apart, of which nothing is kept."""
+
+    def kind(of: int) -> tuple[LayerAttention, BranchForm]:
+        return model.layer_attention(of), replace(branch_form(model, of), inner=0.0)
+
+    return next(other for other in range(model.layers) if kind(other) == kind(layer))

@@ -11,10 +11,10 @@ from solomonov.config import OptimizerConfig
 from solomonov.model.naming import is_hidden_matrix
 from solomonov.partition import parameter_shape
 
-NO_DECAY_SUFFIXES = ("norm.weight", "embedding.weight", ".bias", ".log_scale", ".sink")
-"""Names with these endings do not decay: norm gains and biases, one value a channel, what is one number a head, and the
-embedding, a table of which a step touches few rows (decay would pull the rare ones to 0). All other parameters are
-matrices and decay."""
+NO_DECAY_SUFFIXES = ("norm.weight", "embedding.weight", ".bias", "_scale", ".sink")
+"""Names with these endings do not decay: norm gains, biases and branch scales, one value a channel, what is one number
+a head or a branch, and the embedding, a table of which a step touches few rows (decay would pull the rare ones to 0).
+All other parameters are matrices and decay."""
 
 
 def parameter_groups(

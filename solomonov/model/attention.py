@@ -15,6 +15,7 @@ from solomonov.model import window
 from solomonov.model.cache import LayerCache
 from solomonov.model.config import ModelConfig
 from solomonov.model.flex import FlexPlan, flex_attend, flex_plan, flex_suits
+from solomonov.model.norms import RMSNorm
 from solomonov.model.positions import alibi_slopes, log_visible
 from solomonov.model.rope import document_positions, rope_tables, rotate
 
@@ -212,21 +213,6 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
         return functional.linear(x, self.weight)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 (arXiv 1910.07467)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., width) -> (..., width) in the dtype of x."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight.float()).to(x.dtype)
 
 
 class OutputGate(Linear):

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from solomonov.model.attention_config import AttentionConfig, LayerAttention
+from solomonov.model.residual import ResidualMode
 from solomonov.section import Section
 
 RecomputeMode = Literal["none", "selective", "full"]
@@ -49,13 +50,16 @@ class ModelConfig(Section):
     """Width of one head, even where it is rotated; null: d_model / heads."""
 
     d_ff: int | None = Field(default=None, ge=1)
-    """Inner width of the gated feed-forward; null: 8/3 of d_model, rounded up to a multiple of 16."""
+    """Inner width of the feed-forward; null: 8/3 of d_model, rounded up to a multiple of 16, and 4 times d_model where
+    there is no gate: as many parameters."""
 
-    residual: Literal["auto", "prenorm", "scaled"] = "auto"
-    """What a branch adds to the stream: x' = x + s * f(norm(x)).
+    residual: Literal["auto"] | ResidualMode = "auto"
+    """How a branch is added to the stream (`solomonov/model/residual.py` has all as one form).
 
-    `prenorm`: s = 1, output projections start smaller by sqrt(2 * layers). `scaled`: s = base_layers / layers
-    (at most 1), so that one learning rate serves every depth. `auto`: prenorm up to base_layers, else scaled.
+    `prenorm`: x + f(norm(x)), output projections start smaller by sqrt(2 * layers). `scaled`: x + s * f(norm(x)) with
+    s = base_layers / layers (at most 1), so that one learning rate serves every depth. `lns`: the norm shrinks with
+    depth. `layerscale`, `rezero`: s is learned. `peri`: the branch is normed too. `postnorm`, `deepnorm`, `keel`: the
+    sum is normed. `auto`: prenorm up to base_layers, else scaled.
     """
 
     base_layers: int = Field(default=12, ge=1)
@@ -64,8 +68,15 @@ class ModelConfig(Section):
     attention: AttentionConfig = AttentionConfig()
     """How tokens look at each other."""
 
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """`rmsnorm`: divided by the root of the mean square, with gains; `layernorm`: the mean is taken off before, and a
+    bias is added."""
+
     norm_eps: float = Field(default=1e-6, gt=0.0, lt=1.0)
-    """Added to the mean square in every RMSNorm."""
+    """Added to the mean square, or the variance, in every norm."""
+
+    feed_forward: Literal["swiglu", "gelu", "relu2"] = "swiglu"
+    """`swiglu`: down(silu(gate(x)) * up(x)); `gelu`: down(gelu(up(x))); `relu2`: down(relu(up(x))^2)."""
 
     tie_embeddings: bool = False
     """Whether the output head shares the embedding's matrix."""
@@ -107,21 +118,13 @@ class ModelConfig(Section):
     @property
     def feed_forward_width(self) -> int:
         """F, with the default filled in."""
-        return -(-8 * self.d_model // (3 * 16)) * 16 if self.d_ff is None else self.d_ff
+        if self.d_ff is not None:
+            return self.d_ff
+        return -(-8 * self.d_model // (3 * 16)) * 16 if self.feed_forward == "swiglu" else 4 * self.d_model
 
     @property
-    def residual_mode(self) -> Literal["prenorm", "scaled"]:
+    def residual_mode(self) -> ResidualMode:
         """`residual` with `auto` decided by depth."""
         if self.residual == "auto":
             return "prenorm" if self.layers <= self.base_layers else "scaled"
         return self.residual
-
-    @property
-    def branch_scale(self) -> float:
-        """s in x' = x + s * f(norm(x)): 1 for prenorm, base_layers / layers (at most 1) for scaled.
-
-        Source: CompleteP (arXiv 2505.01618) with alpha = 1.
-        """
-        if self.residual_mode == "prenorm":
-            return 1.0
-        return min(1.0, self.base_layers / self.layers)

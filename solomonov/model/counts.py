@@ -6,6 +6,7 @@ from math import prod
 
 from solomonov.model.config import ModelConfig
 from solomonov.model.naming import layer_names
+from solomonov.model.residual import branch_form
 
 
 def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
@@ -13,33 +14,54 @@ def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[in
     width, inner = config.d_model, config.feed_forward_width
     queries = config.heads * config.head_width
     keys = config.kv_head_count * config.head_width
-    block: dict[str, tuple[int, ...]] = {
-        "attention_norm.weight": (width,),
+    attention: dict[str, tuple[int, ...]] = {
         **_head_scalars(config),
         "attention.q.weight": (queries, width),
         "attention.k.weight": (keys, width),
         "attention.v.weight": (keys, width),
         "attention.out.weight": (width, queries),
+        **_flag_shapes(config),
     }
-    block |= _flag_shapes(config)
-    block |= {
-        "feed_forward_norm.weight": (width,),
-        "feed_forward.gate.weight": (inner, width),
-        "feed_forward.up.weight": (inner, width),
-        "feed_forward.down.weight": (width, inner),
-    }
+    gate: dict[str, tuple[int, ...]] = (
+        {"feed_forward.gate.weight": (inner, width)} if config.feed_forward == "swiglu" else {}
+    )
+    feed_forward = gate | {"feed_forward.up.weight": (inner, width), "feed_forward.down.weight": (width, inner)}
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in layer_names(config):
         if layer.startswith("layers."):
-            log_n = config.layer_attention(int(layer.partition(".")[2])).log_n
-            shapes |= {
-                f"{layer}.{name}": shape for name, shape in block.items() if log_n or name != "attention.log_scale"
-            }
+            index = int(layer.partition(".")[2])
+            block = _scale_shapes(config, index)
+            block |= _branch_norms(config, index, "attention") | attention
+            block |= _branch_norms(config, index, "feed_forward") | feed_forward
+            if not config.layer_attention(index).log_n:
+                block.pop("attention.log_scale", None)
+            shapes |= {f"{layer}.{name}": shape for name, shape in block.items()}
         elif layer == "final_norm":
-            shapes["final_norm.weight"] = (width,)
+            shapes |= _norm_shapes(config, "final_norm")
         elif layer == "embedding" or not config.tie_embeddings:
             shapes[f"{layer}.weight"] = (vocab_size, width)
     return shapes
+
+
+def _scale_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """Of the learned factors of a layer's branches."""
+    size = {"none": 0, "scalar": 1, "channel": config.d_model}[branch_form(config, layer).learned]
+    return dict.fromkeys(("attention_scale", "feed_forward_scale"), (size,)) if size else {}
+
+
+def _branch_norms(config: ModelConfig, layer: int, branch: str) -> dict[str, tuple[int, ...]]:
+    """Of the norms of the stream around one branch of a layer."""
+    form, shapes = branch_form(config, layer), dict[str, tuple[int, ...]]()
+    for place, wanted in (("norm", form.pre), ("out_norm", form.out), ("post_norm", form.post)):
+        if wanted:
+            shapes |= _norm_shapes(config, f"{branch}_{place}")
+    return shapes
+
+
+def _norm_shapes(config: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
+    """Of a norm of the stream."""
+    parameters = ("weight", "bias") if config.norm == "layernorm" else ("weight",)
+    return {f"{name}.{parameter}": (config.d_model,) for parameter in parameters}
 
 
 def _flag_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

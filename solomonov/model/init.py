@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from solomonov.model.config import ModelConfig
 from solomonov.model.positions import log_scale_start
+from solomonov.model.residual import branch_gain, learned_scale_start
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,15 @@ class InitRule:
 
 
 def _branch_output_std(config: ModelConfig, fan_in: int) -> float:
-    """1/sqrt(inputs), and in prenorm smaller by sqrt(2L): 2L branches then add up to the size of one.
+    """1/sqrt(inputs) times what the residual form asks for, see `residual.branch_gain`."""
+    return branch_gain(config) / sqrt(fan_in)
 
-    `scaled` has its own factor in the branch and starts plain. Source: GPT-2 report (2019) section 2.3;
-    CompleteP (arXiv 2505.01618) table 1.
-    """
-    plain = 1.0 / sqrt(fan_in)
-    return plain / sqrt(2 * config.layers) if config.residual_mode == "prenorm" else plain
+
+def _deepnorm_std(config: ModelConfig, fan_in: int) -> float:
+    """1/sqrt(inputs), and in deepnorm smaller by beta, as v, out and both matrices of its feed-forward are (arXiv
+    2203.00555, figure 2). A gate, which that has not, stays as it is: the branch is of beta^2 either way."""
+    gain = branch_gain(config) if config.residual_mode == "deepnorm" else 1.0
+    return gain / sqrt(fan_in)
 
 
 def _embedding_std(config: ModelConfig, fan_in: int) -> float:
@@ -51,10 +54,12 @@ def _embedding_std(config: ModelConfig, fan_in: int) -> float:
 INIT_TABLE: tuple[InitRule, ...] = (
     InitRule(r"embedding\.weight", _embedding_std),
     InitRule(r"head\.weight", lambda config, fan_in: 1.0 / sqrt(fan_in)),
-    InitRule(r"layers\.\d+\.attention\.[qkv]\.weight", lambda config, fan_in: 1.0 / sqrt(fan_in)),
-    InitRule(r"layers\.\d+\.feed_forward\.(gate|up)\.weight", lambda config, fan_in: 1.0 / sqrt(fan_in)),
+    InitRule(r"layers\.\d+\.(attention\.[qk]|feed_forward\.gate)\.weight", lambda config, fan_in: 1.0 / sqrt(fan_in)),
+    InitRule(r"layers\.\d+\.(attention\.v|feed_forward\.up)\.weight", _deepnorm_std),
     InitRule(r"layers\.\d+\.(attention\.out|feed_forward\.down)\.weight", _branch_output_std),
-    InitRule(r"layers\.\d+\.(attention|feed_forward)_norm\.weight", None),
+    InitRule(r"layers\.\d+\.(attention|feed_forward)_(out_|post_)?norm\.weight", None),
+    InitRule(r"layers\.\d+\.(attention|feed_forward)_(out_|post_)?norm\.bias", None, lambda config: 0.0),
+    InitRule(r"layers\.\d+\.(attention|feed_forward)_scale", None, learned_scale_start),
     InitRule(r"layers\.\d+\.attention\.[qk]_norm\.weight", None),
     # A gate starts at sigmoid(2) = 0.88 for every token, near to none; a sink weighs as much as one key of logit 0.
     InitRule(r"layers\.\d+\.attention\.gate\.weight", None, lambda config: 0.0),
@@ -62,6 +67,7 @@ INIT_TABLE: tuple[InitRule, ...] = (
     InitRule(r"layers\.\d+\.attention\.log_scale", None, lambda config: log_scale_start(config.attention.row_tokens)),
     InitRule(r"layers\.\d+\.attention\.sink", None, lambda config: 0.0),
     InitRule(r"final_norm\.weight", None),
+    InitRule(r"final_norm\.bias", None, lambda config: 0.0),
 )
 """Every parameter matches exactly one row. A layer maps inputs of size about 1 to outputs of size about 1."""
 

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from solomonov.model.attention import Attention, AttentionContext, Linear, RMSNorm
+from solomonov.model.attention import Attention, AttentionContext, Linear
 from solomonov.model.cache import LayerCache
 from solomonov.model.config import ModelConfig
 from solomonov.model.loss import cross_entropy_and_z_sums, cross_entropy_sum
+from solomonov.model.norms import StreamNorm
 from solomonov.model.positions import sinusoids
 from solomonov.model.recompute import keeping_products
+from solomonov.model.residual import branch_form
 
 
 class Embedding(nn.Module):
@@ -41,26 +43,35 @@ class Embedding(nn.Module):
         return (vectors.float() * self.scale + sinusoids(positions, vectors.shape[-1])).to(vectors.dtype)
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases (arXiv 2002.05202)."""
+class FeedForward(nn.Module):
+    """What each token is mapped to on its own, without biases.
+
+    `swiglu`: down(silu(gate(x)) * up(x)) (arXiv 2002.05202); `gelu`: down(gelu(up(x))) (arXiv 1606.08415), by the error
+    function; `relu2`: down(relu(up(x))^2) (arXiv 2109.08668).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = Linear(config.d_model, config.feed_forward_width)
+        self.kind = config.feed_forward
+        self.gate = Linear(config.d_model, config.feed_forward_width) if self.kind == "swiglu" else None
         self.up = Linear(config.d_model, config.feed_forward_width)
         self.down = Linear(config.feed_forward_width, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        inner: Tensor = functional.silu(self.gate(x)) * self.up(x)
+        inner: Tensor = self.up(x)
+        if self.gate is not None:
+            inner = functional.silu(self.gate(x)) * inner
+        elif self.kind == "gelu":
+            inner = functional.gelu(inner)
+        else:
+            inner = functional.relu(inner).square()
         return self.down(inner)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each added to the stream: x' = x + s * f(norm(x)).
-
-    The general residual is x' = norm_post(a * x + s * norm_out(f(c * norm_pre(x)))); here norm_post and
-    norm_out are the identity and a = c = 1.
+    """Attention and feed-forward, each added to the stream in the general form of `residual`:
+    x' = norm_post(alpha * x + s * norm_out(f(c * norm_pre(x)))).
 
     Args:
         config: its shape.
@@ -71,11 +82,21 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int, *, selective: bool = False) -> None:
         super().__init__()
-        self.branch_scale = config.branch_scale
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.form = branch_form(config, index)
+
+        def norm(wanted: bool) -> nn.Module | None:
+            return StreamNorm(config) if wanted else None
+
+        def scale() -> nn.Parameter | None:
+            size = {"none": 0, "scalar": 1, "channel": config.d_model}[self.form.learned]
+            return nn.Parameter(torch.empty(size)) if size else None
+
+        self.attention_norm, self.attention_out_norm = norm(self.form.pre), norm(self.form.out)
+        self.attention_post_norm, self.attention_scale = norm(self.form.post), scale()
         self.attention = Attention(config, index)
-        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.feed_forward = SwiGLU(config)
+        self.feed_forward_norm, self.feed_forward_out_norm = norm(self.form.pre), norm(self.form.out)
+        self.feed_forward_post_norm, self.feed_forward_scale = norm(self.form.post), scale()
+        self.feed_forward = FeedForward(config)
         self.selective = selective
         self._products = sum(isinstance(module, Linear) for module in self.modules())
 
@@ -92,18 +113,39 @@ class Block(nn.Module):
         return function(*args)
 
     def _both_branches(self, hidden: Tensor, context: AttentionContext, past: LayerCache | None = None) -> Tensor:
-        hidden = self._add(hidden, self.attention(self.attention_norm(hidden), context, past))
-        return self._add(hidden, self.feed_forward(self.feed_forward_norm(hidden)))
+        branch = self.attention(self._read(hidden, self.attention_norm), context, past)
+        hidden = self._add(hidden, branch, self.attention_out_norm, self.attention_scale, self.attention_post_norm)
+        branch = self.feed_forward(self._read(hidden, self.feed_forward_norm))
+        return self._add(
+            hidden, branch, self.feed_forward_out_norm, self.feed_forward_scale, self.feed_forward_post_norm
+        )
 
-    def _add(self, hidden: Tensor, branch: Tensor) -> Tensor:
-        return hidden + branch if self.branch_scale == 1.0 else hidden + self.branch_scale * branch
+    def _read(self, hidden: Tensor, pre: nn.Module | None) -> Tensor:
+        """c * norm_pre(x)."""
+        read: Tensor = hidden if pre is None else pre(hidden)
+        return read if self.form.inner == 1.0 else self.form.inner * read
+
+    def _add(
+        self,
+        hidden: Tensor,
+        branch: Tensor,
+        out: nn.Module | None,
+        learned: nn.Parameter | None,
+        post: nn.Module | None,
+    ) -> Tensor:
+        """norm_post(alpha * x + s * norm_out(branch))."""
+        if out is not None:
+            branch = out(branch)
+        if learned is not None:
+            branch = learned.to(branch.dtype) * branch
+        elif self.form.scale != 1.0:
+            branch = self.form.scale * branch
+        total = (hidden if self.form.alpha == 1.0 else self.form.alpha * hidden) + branch
+        return total if post is None else post(total)
 
 
-class FinalNorm(RMSNorm):
+class FinalNorm(StreamNorm):
     """The norm between the last block and the head."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.d_model, config.norm_eps)
 
 
 class Head(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from solomonov.model.config import ModelConfig
+from solomonov.model.residual import has_final_norm
 
 TIED_LAYERS = ("embedding", "head")
 """The layers that share one matrix when embeddings are tied; the first gives it its name."""
@@ -19,8 +20,10 @@ _WRAPPERS = frozenset({"module", "_orig_mod"})
 
 
 def layer_names(config: ModelConfig) -> list[str]:
-    """Names of the layers in order, L + 3 of them: embedding, layers.0 .. layers.(L-1), final_norm, head."""
-    return ["embedding", *(f"layers.{index}" for index in range(config.layers)), "final_norm", "head"]
+    """Names of the layers in order: embedding, layers.0 .. layers.(L-1), final_norm (but where the last block ends in a
+    norm of its own), head."""
+    last = ["final_norm"] if has_final_norm(config) else []
+    return ["embedding", *(f"layers.{index}" for index in range(config.layers)), *last, "head"]
 
 
 def canonical(name: str, layers: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.init import initialise
 from solomonov.model.layers import Block, Embedding, FinalNorm, Head
 from solomonov.model.recompute import in_groups
+from solomonov.model.residual import has_final_norm
 
 
 class Transformer(nn.Module):
@@ -42,7 +43,7 @@ class Transformer(nn.Module):
         self.embedding = Embedding(config, vocab_size)
         selective = recompute.mode == "selective"
         self.layers = nn.ModuleList([Block(config, index, selective=selective) for index in range(config.layers)])
-        self.final_norm = FinalNorm(config)
+        self.final_norm = FinalNorm(config) if has_final_norm(config) else None
         self.head = Head(config, vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -83,7 +84,9 @@ class Transformer(nn.Module):
         else:
             for index, block in enumerate(self.layers):
                 hidden = block(hidden, contexts[index], None if cache is None else cache.layers[index])
-        return self.head(self.final_norm(hidden), labels, with_z=with_z)  # type: ignore[no-any-return]
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
+        return self.head(hidden, labels, with_z=with_z)  # type: ignore[no-any-return]
 
 
 def compile_blocks(model: nn.Module) -> int:

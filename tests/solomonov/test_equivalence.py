@@ -27,6 +27,7 @@ from solomonov.equivalence import (
     scale_down,
 )
 from solomonov.model.counts import parameter_count, parameter_shapes
+from solomonov.model.residual import branch_form
 
 MODEL = "layers: 24, d_model: 256, heads: 8, kv_heads: 2"
 
@@ -47,7 +48,7 @@ def test_a_deep_model_is_scaled_down_and_each_change_is_told() -> None:
     found = trial()
     assert (found.model.layers, found.model.d_model, found.model.heads, found.model.kv_heads) == (4, 32, 4, 1)
     assert found.model.residual == "scaled", "24 layers are deeper than 12"
-    assert found.model.branch_scale == 0.5 == config().model.branch_scale
+    assert branch_form(found.model, 0).scale == 0.5 == branch_form(config().model, 0).scale
     assert found.changed["model.layers"] == (24, 4)
     assert found.changed["tokenizer.vocab_size"] == (8192, 97)
     assert found.changed["optimizer.eps"] == (1e-8, 1e-5)
@@ -81,7 +82,7 @@ def test_any_model_scales_down_to_one_of_its_kind(
     words += f", head_dim: {width}, d_model: 96" if head_dim else f", d_model: {heads * width}"
     before, found = config(words).model, trial(ranks, words)
     assert found.model.residual_mode == before.residual_mode
-    assert (found.model.branch_scale == 1.0) == (before.branch_scale == 1.0)
+    assert (branch_form(found.model, 0).scale == 1.0) == (branch_form(before, 0).scale == 1.0)
     assert found.model.heads // found.model.kv_head_count == heads // keys
     assert found.model.tie_embeddings == tied
     assert found.model.layers == min(layers, 4)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from solomonov.errors import ConfigurationError, DamagedCheckpointError, NumericalError
-from solomonov.export import export_hf, hf_name, load_hf
+from solomonov.export import export_hf, load_hf
 from solomonov.fast_tokenizer import build_tokenizer
+from solomonov.interop import hf_name
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_shapes
 from solomonov.model.transformer import Transformer
@@ -83,6 +84,7 @@ def _logits(config: ModelConfig, state: dict[str, Tensor], ids: Tensor) -> Tenso
         ({"tie_embeddings": True, "head_dim": 6}, "Qwen3ForCausalLM"),
         ({"attention": {"qk_norm": False, "rope_theta": 500.0}, "norm_eps": 0.01}, "LlamaForCausalLM"),
         ({"residual": "scaled", "layers": 5, "base_layers": 2}, "Qwen3ForCausalLM"),
+        ({"residual": "lns", "layers": 4}, "Qwen3ForCausalLM"),
         ({"tie_embeddings": True, "attention": {"qk_norm": False}, "kv_heads": 4}, "LlamaForCausalLM"),
     ],
 )
@@ -247,7 +249,7 @@ def test_wrong_logits_keep_the_export_from_its_name(
     tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(residual="scaled", layers=5, base_layers=2)
-    monkeypatch.setattr("solomonov.export._FOLDED", ("attention.out.weight",))
+    monkeypatch.setattr("solomonov.interop._LAST", ("attention.out.weight",))
     with pytest.raises(NumericalError, match="largest difference"):
         export_hf(_state(config), config, tokenizer_path, tmp_path / "out", sequence_tokens=16)
     assert not (tmp_path / "out").exists()

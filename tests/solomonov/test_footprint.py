@@ -112,6 +112,26 @@ def test_what_is_foreseen_with_windows_and_biases_is_what_is_there(
     hold(world, layout, ModelConfig.model_validate({**WIDE, "attention": flags}))
 
 
+@pytest.mark.dist
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize(
+    ("world", "layout", "changes"),
+    [
+        (1, Layout(zero_stage=0), {"residual": "keel"}),
+        (1, Layout(zero_stage=0), {"residual": "peri", "norm": "layernorm"}),
+        (1, Layout(zero_stage=0, recompute="selective"), {"residual": "deepnorm", "feed_forward": "gelu"}),
+        (1, Layout(zero_stage=0), {"residual": "layerscale", "feed_forward": "relu2"}),
+        (1, Layout(zero_stage=0, recompute="full", every=2), {"residual": "keel", "norm": "layernorm"}),
+        (2, Layout(zero_stage=1, accumulation=2, pipeline=2), {"residual": "lns"}),
+    ],
+    ids=str,
+)
+def test_what_is_foreseen_of_other_blocks_is_what_is_there(
+    world: int, layout: Layout, changes: dict[str, object]
+) -> None:
+    hold(world, layout, ModelConfig.model_validate({**WIDE, **changes}))
+
+
 def hold(world: int, layout: Layout, model: ModelConfig) -> None:
     keys = {name: getattr(layout, name) for name in ("zero_stage", "pipeline", "sequence", "offload")}
     parallel = ParallelConfig.model_validate(keys)

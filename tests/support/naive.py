@@ -188,10 +188,16 @@ def dense_attention(
     return mixed.transpose(0, 1).reshape(tokens, -1) @ state["out.weight"].T
 
 
-def feed_forward(state: Mapping[str, Array], prefix: str, x: Array) -> Array:
-    """down(silu(gate x) * up x) for one vector."""
-    gate, up = state[f"{prefix}.gate.weight"] @ x, state[f"{prefix}.up.weight"] @ x
-    inner = np.array([g / (1.0 + math.exp(-g)) * u for g, u in zip(gate, up, strict=True)])
+def feed_forward(state: Mapping[str, Array], prefix: str, config: ModelConfig, x: Array) -> Array:
+    """down(silu(gate x) * up x), down(gelu(up x)) or down(relu(up x)^2) for one vector."""
+    up = state[f"{prefix}.up.weight"] @ x
+    if config.feed_forward == "swiglu":
+        gate = state[f"{prefix}.gate.weight"] @ x
+        inner = np.array([g / (1.0 + math.exp(-g)) * u for g, u in zip(gate, up, strict=True)])
+    elif config.feed_forward == "gelu":
+        inner = np.array([u * 0.5 * (1.0 + math.erf(u / math.sqrt(2.0))) for u in up])
+    else:
+        inner = np.array([max(0.0, float(u)) ** 2 for u in up])
     return np.asarray(state[f"{prefix}.down.weight"] @ inner)
 
 
@@ -205,21 +211,66 @@ def logits(state: Mapping[str, Array], config: ModelConfig, input_ids: Sequence[
     if config.attention.position == "sinusoidal":  # arXiv 1706.03762, section 3.4: a shared matrix times sqrt(d)
         factor = math.sqrt(config.d_model) if config.tie_embeddings else 1.0
         stream = [factor * x + sinusoid(position, config.d_model) for position, x in enumerate(stream)]
-    scale = 1.0
-    if config.residual == "scaled" or (config.residual == "auto" and config.layers > config.base_layers):
-        scale = min(1.0, config.base_layers / config.layers)
     for layer in range(config.layers):
         name = f"layers.{layer}"
-        gain = state[f"{name}.attention_norm.weight"]
-        normed = [rms_norm(x, gain, config.norm_eps) for x in stream]
-        branch = attention(state, f"{name}.attention", config, normed, layer)
-        stream = [x + scale * b for x, b in zip(stream, branch, strict=True)]
-        gain = state[f"{name}.feed_forward_norm.weight"]
+        read = [reads(state, f"{name}.attention", config, layer, x) for x in stream]
+        branch = attention(state, f"{name}.attention", config, read, layer)
+        stream = [added(state, f"{name}.attention", config, layer, x, b) for x, b in zip(stream, branch, strict=True)]
+        branch = [
+            feed_forward(state, f"{name}.feed_forward", config, reads(state, f"{name}.feed_forward", config, layer, x))
+            for x in stream
+        ]
         stream = [
-            x + scale * feed_forward(state, f"{name}.feed_forward", rms_norm(x, gain, config.norm_eps)) for x in stream
+            added(state, f"{name}.feed_forward", config, layer, x, b) for x, b in zip(stream, branch, strict=True)
         ]
     head = state["embedding.weight" if config.tie_embeddings else "head.weight"]
-    return np.stack([head @ rms_norm(x, state["final_norm.weight"], config.norm_eps) for x in stream])
+    if residual(config) not in ("postnorm", "deepnorm") and (residual(config) != "keel" or config.layers == 1):
+        stream = [norm(state, "final_norm", config, x) for x in stream]
+    return np.stack([head @ x for x in stream])
+
+
+def residual(config: ModelConfig) -> str:
+    """The mode, `auto` by depth."""
+    if config.residual != "auto":
+        return config.residual
+    return "scaled" if config.layers > config.base_layers else "prenorm"
+
+
+def norm(state: Mapping[str, Array], name: str, config: ModelConfig, x: Array) -> Array:
+    """A norm of the stream on one vector."""
+    if config.norm == "rmsnorm":
+        return rms_norm(x, state[f"{name}.weight"], config.norm_eps)
+    mean = float(sum(x)) / len(x)
+    variance = sum((float(value) - mean) ** 2 for value in x) / len(x)
+    normed = np.array([(float(value) - mean) / math.sqrt(variance + config.norm_eps) for value in x])
+    return np.asarray(normed * state[f"{name}.weight"] + state[f"{name}.bias"])
+
+
+def reads(state: Mapping[str, Array], branch: str, config: ModelConfig, layer: int, x: Array) -> Array:
+    """What a branch reads of the stream."""
+    mode = residual(config)
+    if mode in ("postnorm", "deepnorm"):
+        return x
+    normed = norm(state, f"{branch}_norm", config, x)
+    return normed / math.sqrt(layer + 1) if mode == "lns" else normed
+
+
+def added(state: Mapping[str, Array], branch: str, config: ModelConfig, layer: int, x: Array, b: Array) -> Array:
+    """The stream x with what a branch gave, b, each mode as its paper writes it."""
+    mode, layers = residual(config), config.layers
+    if mode == "scaled":
+        return x + min(1.0, config.base_layers / layers) * b
+    if mode in ("layerscale", "rezero"):
+        return x + state[f"{branch}_scale"] * b
+    if mode == "peri":
+        return x + norm(state, f"{branch}_out_norm", config, b)
+    if mode == "postnorm":
+        return norm(state, f"{branch}_post_norm", config, x + b)
+    if mode == "deepnorm":
+        return norm(state, f"{branch}_post_norm", config, (2 * layers) ** 0.25 * x + b)
+    if mode == "keel" and layer > 0:
+        return norm(state, f"{branch}_post_norm", config, 2 * layers * x + b)
+    return x + b
 
 
 def cross_entropy(row: Array, label: int) -> float:

@@ -1,4 +1,4 @@
-"""Attention with any of its flags and RMSNorm against float64 loops over each document alone, gradients against dense
+"""Attention with any of its flags against float64 loops over each document alone, gradients against dense
 float64 matrices; the mask against its definition; shared rows against whole ones."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from solomonov.model.attention import Attention, RMSNorm, SequenceShare, attend, attention_context
+from solomonov.model.attention import Attention, SequenceShare, attend, attention_context
 from solomonov.model.config import ModelConfig
 from solomonov.model.rope import rotate
 from tests.solomonov.model.common import tiny_config
@@ -222,24 +222,3 @@ def test_a_row_of_nothing_but_padding_is_finite_in_both_directions(keys: dict[st
     assert bool(torch.isfinite(answer).all())
     assert x.grad is not None
     assert bool(torch.isfinite(x.grad).all())
-
-
-@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
-def test_rms_norm_equals_its_formula(size: float) -> None:
-    norm = RMSNorm(12, 1e-6)
-    state = _filled(norm)
-    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)) * size
-    for row in range(5):
-        expected = naive.rms_norm(x[row].double().numpy(), state["a.weight"], 1e-6)
-        np.testing.assert_allclose(norm(x)[row].detach().numpy(), expected, rtol=2e-6)
-
-
-def test_rms_norm_of_bf16_is_computed_in_fp32() -> None:
-    norm = RMSNorm(64, 1e-6)
-    _filled(norm)
-    norm = norm.bfloat16()
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    wide = RMSNorm(64, 1e-6)
-    wide.load_state_dict({"weight": norm.weight.float()})
-    assert norm(x).dtype == torch.bfloat16
-    assert torch.equal(norm(x), wide(x.float()).bfloat16())

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from solomonov.model.config import ModelConfig
+from solomonov.model.residual import branch_form
 
 
 def test_defaults_fill_in_the_widths() -> None:
@@ -25,7 +26,7 @@ def test_defaults_fill_in_the_widths() -> None:
         ({"d_model": 240, "heads": 8, "kv_heads": 3}, "not a multiple of kv_heads 3"),
         ({"d_model": 24, "heads": 8}, "3 wide"),
         ({"head_dim": 15}, "15 wide"),
-        ({"residual": "postnorm"}, "residual"),
+        ({"residual": "midnorm"}, "residual"),
         ({"layers": 0}, "layers"),
         ({"widht": 3}, "widht"),
         ({"layers": "12"}, "layers"),
@@ -49,7 +50,7 @@ def test_shapes_that_cannot_work_are_refused(changes: dict[str, object], message
 def test_residual_by_depth(residual: str, layers: int, mode: str, scale: float) -> None:
     config = ModelConfig.model_validate({"residual": residual, "layers": layers})
     assert config.residual_mode == mode
-    assert config.branch_scale == pytest.approx(scale)
+    assert branch_form(config, 0).scale == pytest.approx(scale)
 
 
 def test_configuration_and_counts_need_no_torch() -> None:

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import flops_per_token, layer_flops, parameter_count, parameter_shapes, visible_keys
+from solomonov.model.residual import MODES
 from solomonov.model.transformer import Transformer
 from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, tiny_config
 
@@ -19,6 +20,8 @@ from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, tiny_conf
         {"tie_embeddings": True},
         {"attention": {"qk_norm": False}},
         {"head_dim": 6},
+        *({"residual": mode, "layers": 3, "norm": "layernorm"} for mode in MODES),
+        {"feed_forward": "relu2"},
         *({"attention": flags, "layers": 3, "head_dim": 6} for flags in ATTENTION.values()),
     ],
 )

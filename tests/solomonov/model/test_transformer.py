@@ -18,6 +18,7 @@ from solomonov.model.config import Recompute
 from solomonov.model.layers import Block
 from solomonov.model.loss import pipeline_loss
 from solomonov.model.pipeline import pipeline_layers
+from solomonov.model.residual import MODES
 from solomonov.model.transformer import Transformer, compile_blocks
 from tests.solomonov.model.common import ATTENTION, VOCAB, float64_state, random_ids, spread_model, tiny_config
 from tests.support import naive
@@ -34,7 +35,13 @@ from tests.support import naive
         *({"attention": flags} for flags in ATTENTION.values()),
         {"attention": ATTENTION["vanilla"], "tie_embeddings": True},
         {"attention": ATTENTION["hybrid"], "layers": 5},
+        *({"residual": mode, "layers": 3} for mode in MODES),
+        *({"residual": mode, "layers": 3, "norm": "layernorm", "feed_forward": "gelu"} for mode in MODES),
+        {"residual": "keel", "layers": 1},
+        {"residual": "layerscale", "layers": 20},
+        {"feed_forward": "relu2", "norm": "layernorm"},
     ],
+    ids=str,
 )
 def test_logits_equal_float64_loops(changes: dict[str, object]) -> None:
     config = tiny_config(**changes)
