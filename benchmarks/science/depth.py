@@ -1,0 +1,227 @@
+"""Does depth train, without retuning, and is it used? Every residual form at 24 to 1,000 layers, one learning rate.
+
+    python -m benchmarks.science.depth [--layers 24 100] [--modes scaled deepnorm] [--seeds 3] [--out FILE]
+
+The task is the noisy permutation (`tasks`): uniform 4.159 nats, floor 0.729. A decoder of width 32 with 2 heads,
+feed-forward of 64, 16 tokens a row and 8 rows an update; AdamW (0.9, 0.95) with weight decay 0.1, norm clipped at 1, 20
+updates of warm-up, the last fifth decays to 0. One core a run.
+
+loss        Held-out, in nats, after the last update; nan where an update was not finite.
+skip        Rise of that loss when each eighth of the layers is passed by, first to last.
+first       Share of the first eighth in the sum of the rises: 0.125 where all layers are used alike.
+idle        Eighths whose absence changes the loss by less than 0.005.
+ratio       Gradient of the first block's output matrices over that of the last one's, before the first update.
+growth      Size of the stream behind the last block over that behind the embedding, after the last update.
+
+What it can show is trainability and even use, not the value of depth: one layer can solve this task, and a shallow and
+wide model of as many parameters is expected to win on it; its row is printed beside the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from benchmarks.harness import provenance, table, write_result
+from benchmarks.science.tasks import NoisyPermutation
+from solomonov.config import OptimizerConfig
+from solomonov.model.config import ModelConfig
+from solomonov.model.counts import parameter_count
+from solomonov.model.residual import MODES
+from solomonov.model.signal import measure_signal, skip_eighths
+from solomonov.model.transformer import Transformer
+from solomonov.optim import make_optimizer
+
+SCHEMA_VERSION: Final = 1
+TASK: Final = NoisyPermutation()
+ROWS: Final = 8
+HELD_OUT_ROWS: Final = 256
+BASE_LAYERS: Final = 6
+IDLE_NATS: Final = 0.005
+WIDE: Final = "shallow and wide"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    mode: str
+    """A residual form, or WIDE: two layers of prenorm, so wide that they have the parameters of the deep model."""
+    layers: int
+    """Of the deep model."""
+    lr: float
+    """Peak learning rate."""
+    seed: int
+    """Of the weights and the rows."""
+    steps: int
+    """Updates."""
+    warmup: int
+    """Updates until the peak."""
+
+
+def model_of(run: Run) -> ModelConfig:
+    """The model of a run: that of the table in the module's docstring, or its wide counterpart."""
+    deep = {"layers": run.layers, "d_model": 32, "heads": 2, "d_ff": 64, "base_layers": BASE_LAYERS}
+    if run.mode != WIDE:
+        return ModelConfig.model_validate({**deep, "residual": run.mode, "attention": {"preset": "rope"}})
+    wanted = parameter_count(ModelConfig.model_validate(deep), TASK.symbols)
+    width = 32
+    while True:
+        wide = ModelConfig(layers=2, d_model=width, heads=width // 16, d_ff=2 * width, residual="prenorm")
+        if parameter_count(wide, TASK.symbols) >= wanted:
+            return wide
+        width += 16
+
+
+def schedule(step: int, run: Run) -> float:
+    """Learning rate of an update, from 0: linear warm-up, constant, linear decay over the last fifth."""
+    decay = run.steps // 5
+    return run.lr * min(1.0, (step + 1) / run.warmup, (run.steps - step) / decay)
+
+
+def train(run: Run) -> dict[str, Any]:
+    """The record of one training, on one thread."""
+    torch.set_num_threads(1)
+    model = Transformer(model_of(run), TASK.symbols, seed=run.seed)
+    settings = OptimizerConfig(lr=run.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = make_optimizer(model.named_parameters(), settings, fused=False)
+    held_out = TASK.batch(HELD_OUT_ROWS, -1, 0)
+    first = measure_signal(model, *TASK.batch(ROWS, 0, run.seed))
+    losses: list[float] = []
+    begun = time.monotonic()
+    for step in range(run.steps):
+        ids, documents, labels = TASK.batch(ROWS, step, run.seed)
+        loss = model(ids, documents, labels) / labels.numel()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]) or not math.isfinite(float(norm)):
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, run)
+        optimizer.step()
+    seconds = (time.monotonic() - begun) / len(losses)
+    record: dict[str, Any] = {**asdict(run), "losses": [round(loss, 4) for loss in losses], "seconds_a_step": seconds}
+    record["gradient_ratio"] = first.gradient_ratio
+    record["finite"] = len(losses) == run.steps and math.isfinite(losses[-1])
+    if record["finite"]:
+        last = measure_signal(model, *held_out)
+        record |= {"loss": last.loss, "growth": last.growth, "skip": list(skip_eighths(model, *held_out))}
+    return record
+
+
+def first_share(record: dict[str, Any]) -> float:
+    """Part of the first eighth in what all eighths are worth, those that do harm counted as nothing."""
+    worth = [max(0.0, rise) for rise in record["skip"]]
+    return worth[0] / sum(worth) if sum(worth) else math.nan
+
+
+def idle(record: dict[str, Any]) -> int:
+    """Eighths that may as well not be there."""
+    return sum(abs(rise) < IDLE_NATS for rise in record["skip"])
+
+
+def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each form, depth and rate: medians over the seeds, and the least and largest loss."""
+    rows = []
+    key = lambda record: (record["layers"], record["mode"], record["lr"], record["warmup"])  # noqa: E731
+    for (layers, mode, lr, warmup), group in groupby(sorted(records, key=key), key):
+        runs = list(group)
+        whole = [run for run in runs if run["finite"]]
+        row = {"layers": layers, "mode": mode, "lr": lr, "warmup": warmup, "seeds": len(runs), "finite": len(whole)}
+        row["steps"] = runs[0]["steps"]
+        row["gradient_ratio"] = statistics.median(run["gradient_ratio"] for run in runs)
+        row["seconds_a_step"] = statistics.median(run["seconds_a_step"] for run in runs)
+        if whole:
+            row["loss"] = statistics.median(run["loss"] for run in whole)
+            row["loss_range"] = [min(run["loss"] for run in whole), max(run["loss"] for run in whole)]
+            row["first_share"] = statistics.median(first_share(run) for run in whole)
+            row["idle"] = statistics.median(idle(run) for run in whole)
+            row["growth"] = statistics.median(run["growth"] for run in whole)
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["layers"], row.get("loss", math.inf)))
+
+
+def report(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    heads = ["layers form", "lr", "steps", "seeds", "loss", "least to largest", "first", "idle", "ratio", "growth"]
+    lines = []
+    for row in rows:
+        name = row["mode"] if row["warmup"] <= 20 else f"{row['mode']}, warm-up {row['warmup']}"
+        line = [f"{row['layers']:4d} {name}", f"{row['lr']:g}", str(row["steps"]), f"{row['finite']}/{row['seeds']}"]
+        if "loss" in row:
+            low, high = row["loss_range"]
+            line += [f"{row['loss']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['first_share']:.2f}", f"{row['idle']:g}"]
+        else:
+            line += ["nan", "", "", ""]
+        growth = f"{row['growth']:.1f}" if "growth" in row else ""
+        lines.append([*line, f"{row['gradient_ratio']:.2g}", growth, f"{row['seconds_a_step']:.2f}"])
+    return table(f"uniform {TASK.uniform:.3f}, floor {TASK.floor:.3f} nats", [*heads, "s/step"], lines)
+
+
+def runs_of(options: argparse.Namespace) -> list[Run]:
+    """What is asked for: every form and depth, and at 100 layers two arms that are fair to the control."""
+    runs = []
+    for layers in options.layers:
+        steps = options.steps or (80 if layers >= 500 else 150)
+        seeds = range(options.seeds if layers <= 100 else 1)
+        for mode in options.modes:
+            for lr in options.lrs if layers == 100 else [1e-3]:
+                runs += [Run(mode, layers, lr, seed, steps, 20) for seed in seeds]
+            if mode == "postnorm" and layers <= 100:  # a small rate and a long warm-up: how it is trained elsewhere
+                runs += [Run(mode, layers, 1e-4, seed, 10 * steps, steps) for seed in seeds]
+        if layers <= 100:
+            runs += [Run(WIDE, layers, 1e-3, seed, steps, 20) for seed in seeds]
+    # The long ones first: the cores end together.
+    return sorted(runs, key=lambda run: run.layers * run.steps, reverse=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, print, and keep what came out."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.science.depth", description=__doc__.partition("\n")[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[24, 100, 200, 1000])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument(
+        "--lrs", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="at 100 layers; elsewhere 1e-3"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="up to 100 layers; beyond one")
+    parser.add_argument("--steps", type=int, help="default: 150, at 500 layers and more 80")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    command = "python -m benchmarks.science.depth " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    facts = provenance(command.strip())
+    runs = runs_of(options)
+    records = []
+    print(f"{len(runs)} trainings", flush=True)
+    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=4) as pool:
+        for record in pool.imap_unordered(partial(train), runs):
+            records.append(record)
+            loss = f"{record['loss']:.2f}" if record["finite"] else "not finite"
+            what = f"{record['layers']:5d} {record['mode']:18s} lr {record['lr']:g} seed {record['seed']}"
+            print(f"{what}: {loss}", flush=True)
+    records.sort(key=lambda record: runs.index(Run(**{name: record[name] for name in Run.__dataclass_fields__})))
+    rows = summary(records)
+    print(report(rows))
+    if options.out:
+        limits = {"uniform": TASK.uniform, "floor": TASK.floor}
+        result = {"schema_version": SCHEMA_VERSION, **facts, "limits": limits, "summary": rows, "runs": records}
+        write_result(options.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

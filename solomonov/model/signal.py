@@ -1,0 +1,118 @@
+"""Whether a signal passes through all layers, and whether all are used: measured on one batch, at any weights.
+
+Four numbers that each told in advance, or afterwards, which deep models do not train: the size of the stream after
+each block, how far a block turns it, the gradient of each block's last matrices, and by how much the loss rises when
+an eighth of the blocks is passed by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from solomonov.model.transformer import Transformer
+
+EIGHTHS = 8
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What one forward and one backward pass found."""
+
+    loss: float
+    """Mean cross-entropy in nats."""
+
+    stream_rms: tuple[float, ...]
+    """Root mean square of the residual stream: behind the embedding, and behind each of the L blocks."""
+
+    cosines: tuple[float, ...]
+    """Mean cosine of a token's vector before and after each block: 1 where a block turns nothing."""
+
+    gradient_norms: tuple[float, ...]
+    """L2 norm of the gradient of each block's two output matrices (attention.out, feed_forward.down) together."""
+
+    @property
+    def gradient_ratio(self) -> float:
+        """Gradient of the first block over that of the last."""
+        return self.gradient_norms[0] / max(self.gradient_norms[-1], torch.finfo(torch.float32).tiny)
+
+    @property
+    def growth(self) -> float:
+        """Stream behind the last block over that behind the embedding."""
+        return self.stream_rms[-1] / self.stream_rms[0]
+
+
+def measure_signal(model: Transformer, input_ids: Tensor, document_ids: Tensor, labels: Tensor) -> Signal:
+    """Measure a model as it is; its gradients are those of the mean loss afterwards.
+
+    Args:
+        input_ids, document_ids, labels: (B, T) integers, as the model takes them.
+    """
+    rms: list[float] = []
+    cosines: list[float] = []
+
+    def look(_: nn.Module, given: tuple[Any, ...], hidden: Tensor) -> None:
+        before, after = given[0].detach().float(), hidden.detach().float()
+        if not rms:
+            rms.append(float(before.square().mean().sqrt()))
+        rms.append(float(after.square().mean().sqrt()))
+        cosines.append(float(functional.cosine_similarity(before, after, dim=-1).mean()))
+
+    model.zero_grad(set_to_none=True)
+    with ExitStack() as hooks:
+        for block in model.layers:
+            hooks.callback(block.register_forward_hook(look).remove)
+        loss = model(input_ids, document_ids, labels) / (labels != -100).sum()
+        loss.backward()
+    norms = []
+    for block in model.layers:
+        gradients = [block.get_parameter(name).grad for name in ("attention.out.weight", "feed_forward.down.weight")]
+        squares = [float(gradient.double().square().sum()) for gradient in gradients if gradient is not None]
+        norms.append(sum(squares) ** 0.5)
+    return Signal(float(loss.detach()), tuple(rms), tuple(cosines), tuple(norms))
+
+
+def eighths(layers: int) -> list[range]:
+    """The layers in eight runs that differ by one layer at most; fewer runs where there are fewer layers."""
+    parts = min(EIGHTHS, layers)
+    return [range(part * layers // parts, (part + 1) * layers // parts) for part in range(parts)]
+
+
+@contextmanager
+def bypassed(model: Transformer, layers: Sequence[int]) -> Iterator[None]:
+    """Blocks that hand on what they are given, as if they were not there."""
+
+    def hand_on(_: nn.Module, given: tuple[Any, ...], hidden: Tensor) -> Tensor:
+        handed_on: Tensor = given[0]
+        return handed_on
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(model.layers[layer].register_forward_hook(hand_on).remove)
+        yield
+
+
+@torch.no_grad()
+def skip_eighths(model: Transformer, input_ids: Tensor, document_ids: Tensor, labels: Tensor) -> tuple[float, ...]:
+    """By how many nats the mean loss rises when each eighth of the blocks is passed by, first to last.
+
+    Near 0: that eighth is idle. Measured on one batch; see `measure_signal` for the arguments.
+    """
+    mean = partial(_mean_loss, model, input_ids, document_ids, labels)
+    whole = mean()
+    rises = []
+    for part in eighths(len(model.layers)):
+        with bypassed(model, part):
+            rises.append(mean() - whole)
+    return tuple(rises)
+
+
+def _mean_loss(model: Transformer, input_ids: Tensor, document_ids: Tensor, labels: Tensor) -> float:
+    return float(model(input_ids, document_ids, labels) / (labels != -100).sum())

@@ -1,0 +1,97 @@
+"""What is measured of a signal, against a stack that is walked by hand."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from solomonov.model.attention import layer_contexts
+from solomonov.model.residual import MODES
+from solomonov.model.signal import bypassed, eighths, measure_signal, skip_eighths
+from solomonov.model.transformer import Transformer
+from tests.solomonov.model.common import VOCAB, random_ids, spread_model, tiny_config
+
+
+def _rows() -> tuple[Tensor, Tensor, Tensor]:
+    ids, labels = random_ids(2, 8), random_ids(2, 8, seed=1)
+    labels[:, ::3] = -100
+    return ids, torch.zeros_like(ids), labels
+
+
+def _walk(model: Transformer, without: range, rows: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Mean loss, and the stream behind the embedding and each block that was not left out."""
+    ids, documents, labels = rows
+    contexts = layer_contexts(documents, model.config)
+    streams = [model.embedding(ids)]
+    for index, block in enumerate(model.layers):
+        if index not in without:
+            streams.append(block(streams[-1], contexts[index]))
+    last = streams[-1] if model.final_norm is None else model.final_norm(streams[-1])
+    return model.head(last, labels) / (labels != -100).sum(), streams
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_signal_is_that_of_a_stack_walked_by_hand(mode: str) -> None:
+    model = spread_model(tiny_config(residual=mode, layers=4))
+    rows = _rows()
+    found = measure_signal(model, *rows)
+    loss, streams = _walk(model, range(0), rows)
+    loss.backward()
+    assert found.loss == pytest.approx(float(loss.detach()), rel=1e-6)
+    sizes = [float(stream.detach().double().square().mean().sqrt()) for stream in streams]
+    assert found.stream_rms == pytest.approx(sizes, rel=1e-5)
+    assert found.growth == pytest.approx(sizes[-1] / sizes[0], rel=1e-5)
+    for index, (before, after) in enumerate(pairwise(streams)):
+        inner = (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
+        assert found.cosines[index] == pytest.approx(float(inner.mean().detach()), abs=1e-5)
+    # Both passes added their gradients up: equal ones.
+    for index, norm in enumerate(found.gradient_norms):
+        block = model.layers[index]
+        out, down = (block.get_parameter(name).grad for name in ("attention.out.weight", "feed_forward.down.weight"))
+        assert out is not None
+        assert down is not None
+        assert 2 * norm == pytest.approx(float(torch.cat((out.flatten(), down.flatten())).norm()), rel=1e-4)
+    assert found.gradient_ratio == pytest.approx(found.gradient_norms[0] / found.gradient_norms[3])
+
+
+@pytest.mark.parametrize("mode", ["prenorm", "deepnorm", "keel"])
+def test_an_eighth_that_is_passed_by_is_not_there(mode: str) -> None:
+    model = spread_model(tiny_config(residual=mode, layers=12))
+    rows = _rows()
+    whole, _ = _walk(model, range(0), rows)
+    rises = skip_eighths(model, *rows)
+    assert len(rises) == 8
+    for part, rise in zip(eighths(12), rises, strict=True):
+        without, _ = _walk(model, part, rows)
+        assert rise == pytest.approx(float((without - whole).detach()), abs=2e-5)
+    assert torch.equal(_walk(model, range(0), rows)[0], whole), "the model is as it was"
+
+
+def test_nothing_is_left_out_for_good() -> None:
+    model = spread_model(tiny_config(layers=3))
+    ids, documents, _ = _rows()
+    before = model(ids, documents)
+    with bypassed(model, [1]):
+        assert not torch.allclose(model(ids, documents), before)
+    assert torch.equal(model(ids, documents), before)
+
+
+@pytest.mark.parametrize(("layers", "sizes"), [(1000, [125] * 8), (24, [3] * 8), (3, [1, 1, 1]), (12, [1, 2] * 4)])
+def test_eighths_cover_all_layers(layers: int, sizes: list[int]) -> None:
+    parts = eighths(layers)
+    assert [len(part) for part in parts] == sizes
+    assert [layer for part in parts for layer in part] == list(range(layers))
+
+
+def test_a_dead_path_is_seen() -> None:
+    """Post-LN at its initial values: of 64 layers the first gets next to no gradient, with DeepNorm as much as the
+    last."""
+    found = {}
+    for mode in ("postnorm", "deepnorm"):
+        model = Transformer(tiny_config(residual=mode, layers=64, d_model=32), VOCAB, seed=0)
+        found[mode] = measure_signal(model, *_rows())
+    assert found["postnorm"].gradient_ratio > 10 or found["postnorm"].gradient_ratio < 0.1
+    assert 0.5 < found["deepnorm"].gradient_ratio < 2
