@@ -107,7 +107,8 @@ def attention_context(
         slopes = torch.tensor(alibi_slopes(config.heads), device=device)
         slopes = slopes if share is None else slopes[share.heads(config.heads)]
     mask, flex = None, None
-    if new == total and flex_suits(config, layer, device):
+    # New tokens after cached ones come in any number, for each of which the kernel would be compiled.
+    if new_tokens is None and flex_suits(config, layer, device):
         flex = flex_plan(document_ids, kind.window, slopes)
     else:
         seen = window.visible(document_ids[:, -window.keys_in_reach(total, new, kind.window) :], new, kind.window)
@@ -224,7 +225,9 @@ class OutputGate(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs), each between 0 and 1."""
-        return torch.sigmoid(functional.linear(x, self.weight, self.bias))
+        # Not as a bias of the product: DeepSpeed's own product at ZeRO 3 adds it in place, into what selective
+        # recomputation has kept of the product, and once more when it comes back to it.
+        return torch.sigmoid(super().forward(x) + self.bias)
 
 
 class Attention(nn.Module):

@@ -116,10 +116,12 @@ def flex_attend(query: Tensor, key: Tensor, value: Tensor, plan: FlexPlan, sink:
     Returns:
         (B, H, T, E).
     """
-    from torch.nn.attention.flex_attention import AuxRequest
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     grouped = query.shape[1] != key.shape[1]
-    mixed, found = _compiled()(
+    # Within a block that is compiled it becomes part of it.
+    kernel: Any = flex_attention if torch.compiler.is_compiling() else _compiled()
+    mixed, found = kernel(
         query,
         key,
         value,
@@ -138,4 +140,4 @@ def _compiled() -> Callable[..., Any]:
     """Compiled it is one kernel; as it is it writes out all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)

@@ -29,6 +29,7 @@ _ATTENTION = frozenset(
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.higher_order.flex_attention,
     }
 )
 """Each keeps its result and a number a row, never the scores."""

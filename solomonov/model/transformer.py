@@ -74,7 +74,7 @@ class Transformer(nn.Module):
             that of ln^2 Z, see `loss.cross_entropy_and_z_sums`.
         """
         seen = document_ids if cache is None else cache.append_documents(document_ids)
-        new_tokens = input_ids.shape[1] if self.share is None else None
+        new_tokens = None if cache is None else input_ids.shape[1]
         contexts = layer_contexts(seen, self.config, new_tokens=new_tokens, share=self.share)
         positions = token_positions(seen, new_tokens, self.share) if self.embedding.sinusoidal else None
         hidden = self.embedding(input_ids, positions)

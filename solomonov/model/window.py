@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-_NO_TOKEN, _PAST_THE_END = -2, -3
-"""Documents of what fills blocks up: padding of rows is -1."""
+_NO_TOKEN = -2
+"""Document of what fills blocks up: that of padding in rows is -1."""
 
 
 def block_size(tokens: int, window: int | None) -> int:
@@ -73,7 +73,7 @@ def _fill_up(documents: Tensor, new_tokens: int, block: int) -> Tensor:
     """(B, S) -> (B, n * C) with a block of keys before the first query and whole blocks of queries."""
     missing = block - (documents.shape[1] - new_tokens)
     filled = functional.pad(documents, (missing, 0), value=_NO_TOKEN)
-    return functional.pad(filled, (0, -new_tokens % block), value=_PAST_THE_END)
+    return functional.pad(filled, (0, -new_tokens % block), value=_NO_TOKEN)
 
 
 def queries_in_blocks(query: Tensor, block: int) -> Tensor:

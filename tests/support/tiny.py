@@ -20,6 +20,7 @@ from solomonov.distributed import Control
 from solomonov.engine import Engine
 from solomonov.engine_spec import EngineSpec
 from solomonov.model.config import ModelConfig, Recompute, RecomputeMode
+from solomonov.model.residual import ResidualMode
 from solomonov.parallel import Offload
 from solomonov.plan import BatchPlan
 from solomonov.topology import RankGrid
@@ -32,6 +33,13 @@ CPU = torch.device("cpu")
 MUON = OptimizerConfig(kind="muon", lr=LEARNING_RATE, adamw_lr=LEARNING_RATE / 4, momentum=0.9)
 SHUFFLED = RankGrid(((1, 2), (0, 3)))
 """Two stages on four ranks, which follow their numbers in one replica and not in the other."""
+
+ATTENTION: dict[str, dict[str, Any]] = {
+    "rope": {"preset": "rope"},
+    "vanilla": {"preset": "vanilla"},
+    "hybrid": {"preset": "hybrid", "window": 5, "global_every": 2, "sink": True},
+    "alibi": {"preset": "alibi", "window": 3, "global_every": 2, "gate": "head", "sink": True},
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,10 @@ class Layout:
     """As `tied`, it changes the numbers: layouts are compared at the same one."""
     ema: float | None = None
     """Decay of a moving average of the weights."""
+    attention: str = "rope"
+    """Which of ATTENTION; it changes the numbers as well."""
+    residual: ResidualMode = "prenorm"
+    """Likewise; other forms than the plain one also have LayerNorm and GELU."""
 
     def __str__(self) -> str:
         parts = [f"zero{self.zero_stage}", f"acc{self.accumulation}", f"pipe{self.pipeline}", self.precision]
@@ -66,6 +78,7 @@ class Layout:
         parts += ["muon"] * self.muon + ["top-heavy"] * self.top_heavy
         parts += [f"offload_{self.offload}"] * (self.offload != "none")
         parts += [f"ema{self.ema:g}"] if self.ema is not None else []
+        parts += [self.attention] * (self.attention != "rope") + [self.residual] * (self.residual != "prenorm")
         parts += [f"every{self.every}"] * (self.every > 1) + [f"z{self.z_loss:g}"] * (self.z_loss > 0)
         return "-".join(parts + ["compiled"] * self.compile + ["shuffled"] * self.shuffled)
 
@@ -81,9 +94,21 @@ class Outcome:
     """(name, kind) -> whole tensor, put together from all ranks' fragments."""
 
 
-def tiny_model(tied: bool = False, layers: int = 2) -> ModelConfig:
+def tiny_model(
+    tied: bool = False, layers: int = 2, attention: str = "rope", residual: ResidualMode = "prenorm"
+) -> ModelConfig:
     """Two layers with grouped queries: 24,832 parameters untied."""
-    return ModelConfig(layers=layers, d_model=32, heads=4, kv_heads=2, d_ff=64, tie_embeddings=tied)
+    shape: dict[str, Any] = {
+        "layers": layers,
+        "d_model": 32,
+        "heads": 4,
+        "kv_heads": 2,
+        "d_ff": 64,
+        "tie_embeddings": tied,
+    }
+    if residual != "prenorm":
+        shape |= {"residual": residual, "norm": "layernorm", "feed_forward": "gelu"}
+    return ModelConfig.model_validate({**shape, "attention": ATTENTION[attention]})
 
 
 def batch(step: int, rows: list[int]) -> TokenBatch:
@@ -104,7 +129,7 @@ def make_spec(layout: Layout, world: int) -> EngineSpec:
     micro = ROWS // (data_parallel * layout.accumulation)
     plan = BatchPlan(SEQUENCE, ROWS, micro, layout.accumulation, data_parallel, total_steps=100)
     return EngineSpec(
-        model=tiny_model(layout.tied, 3 if layout.top_heavy else 2),
+        model=tiny_model(layout.tied, 3 if layout.top_heavy else 2, layout.attention, layout.residual),
         vocab_size=2000 if layout.top_heavy else VOCAB,
         seed=SEED,
         plan=plan,

@@ -46,8 +46,8 @@ def test_attention_equals_loops_over_each_document(kv_heads: int, qk_norm: bool)
 
 
 @st.composite
-def flag_sets(draw: st.DrawFn) -> dict[str, Any]:
-    """Every legal combination of flags."""
+def flag_sets(draw: st.DrawFn, local: bool, also_global: bool) -> dict[str, Any]:
+    """Every legal combination of flags with layers of these kinds."""
     position = draw(st.sampled_from(["rope", "nope", "alibi", "sinusoidal"]))
     flags: dict[str, Any] = {
         "position": position,
@@ -55,15 +55,14 @@ def flag_sets(draw: st.DrawFn) -> dict[str, Any]:
         "qk_norm": draw(st.booleans()),
         "gate": draw(st.sampled_from(["none", "head", "element"])),
         "sink": draw(st.booleans()),
-        "window": draw(st.none() | st.integers(1, 10)),
+        "window": draw(st.integers(1, 10)) if local else None,
+        "global_every": draw(st.integers(2, 3)) if local and also_global else None,
     }
-    if flags["window"] is not None:
-        flags["global_every"] = draw(st.none() | st.integers(2, 3))
-    if flags.get("global_every") is not None and position != "sinusoidal":
+    if flags["global_every"] is not None and position != "sinusoidal":
         flags["global_position"] = draw(st.sampled_from([None, "rope", "nope", "alibi"]))
-    if flags.get("global_every") is not None and (flags.get("global_position") or position) == "rope":
+    if flags["global_every"] is not None and (flags.get("global_position") or position) == "rope":
         flags["global_rope_theta"] = draw(st.sampled_from([None, 1000.0]))
-    if flags["window"] is None or flags.get("global_every") is not None:
+    if also_global:
         flags["logit_scale"] = draw(st.sampled_from(["none", "log_n"]))
     return flags
 
@@ -74,19 +73,32 @@ def bounds_of(row: list[int]) -> list[tuple[int, int]]:
     return list(pairwise(cuts))
 
 
-@settings(deadline=None, max_examples=150)
+KINDS = pytest.mark.parametrize(
+    ("local", "also_global", "layer"), [(False, True, 0), (True, False, 0), (True, True, 0), (True, True, 1)]
+)
+"""Layers that all see everything; that all have a window; of both, a local one and a global one."""
+
+
+@KINDS
+@settings(deadline=None, max_examples=60)
 @given(
-    flags=flag_sets(),
-    layer=st.integers(0, 1),
+    data=st.data(),
     runs=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     padding=st.integers(0, 3),
     heads=st.sampled_from([(1, 1), (2, 1), (3, 3), (4, 2), (6, 2)]),
 )
 def test_every_combination_of_flags_equals_the_loops_and_its_gradients_the_dense_ones(
-    flags: dict[str, Any], layer: int, runs: list[int], padding: int, heads: tuple[int, int]
+    local: bool,
+    also_global: bool,
+    layer: int,
+    data: st.DataObject,
+    runs: list[int],
+    padding: int,
+    heads: tuple[int, int],
 ) -> None:
     """In fp32: outputs within 2e-5 + 1e-4 of the value, gradients within 1e-4 of the largest of their tensor, or of 1
     where that is less. Two rows, of which the second has its documents the other way round."""
+    flags = data.draw(flag_sets(local, also_global))
     config = tiny_config(d_model=8, head_dim=4, heads=heads[0], kv_heads=heads[1], attention=flags)
     module = Attention(config, layer)
     state = _filled(module)
@@ -170,12 +182,14 @@ def _shared(module: Attention, config: ModelConfig, x: Tensor, documents: Tensor
     return torch.cat([run(rank, lambda *_, rank=rank, **__: answers[rank]) for rank in range(ranks)], dim=1)
 
 
-@settings(deadline=None, max_examples=60)
-@given(flags=flag_sets(), layer=st.integers(0, 1), ranks=st.sampled_from([2, 4]), first=st.integers(1, 12))
+@KINDS
+@settings(deadline=None, max_examples=25)
+@given(data=st.data(), ranks=st.sampled_from([2, 4]), first=st.integers(1, 12))
 def test_rows_that_ranks_share_give_what_whole_rows_give(
-    flags: dict[str, Any], layer: int, ranks: int, first: int
+    local: bool, also_global: bool, layer: int, data: st.DataObject, ranks: int, first: int
 ) -> None:
     """Outputs and gradients, which are summed over the ranks, in fp32 within 1e-5."""
+    flags = data.draw(flag_sets(local, also_global))
     config = tiny_config(d_model=8, head_dim=4, heads=4, kv_heads=2, attention=flags)
     module = Attention(config, layer)
     _filled(module)

@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 
-from solomonov.model import flex
+from solomonov.model import attention, flex
 from solomonov.model import window as windows
 from solomonov.model.attention import Attention, attend, attention_context
 from solomonov.model.flex import flex_plan, flex_suits, key_blocks, mask_function, score_function
+from solomonov.model.init import initialise
+from solomonov.model.layers import Block
 from solomonov.model.positions import alibi_slopes
 from tests.solomonov.model.common import tiny_config
 from tests.solomonov.model.test_window import documents_of
@@ -44,6 +47,7 @@ def test_the_mask_function_is_the_mask(runs: list[int], padding: int, window: in
 
 
 @settings(deadline=None)
+@example(runs=[300], padding=0, window=2)
 @given(runs=runs, padding=st.integers(0, 4), window=st.none() | st.integers(1, 300))
 def test_the_blocks_that_are_looked_at_are_those_in_which_something_is_seen(
     runs: list[int], padding: int, window: int | None
@@ -92,6 +96,28 @@ def test_as_operations_on_a_cpu_it_gives_the_same(monkeypatch: pytest.MonkeyPatc
     expected = attend(query, key, value, mask=mask, block=33, sink=logits)
     found = attend(query, key, value, mask=None, flex=flex_plan(documents, 33, slopes), sink=logits)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_block_takes_it_in_whole_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler reads of it, run as operations, over two batches with documents of other lengths."""
+    config = tiny_config(
+        d_model=64, attention={"position": "alibi", "window": 33, "global_every": 2, "sink": True, "gate": "head"}
+    )
+    block = Block(config, 0)
+    initialise(block, config, 0, prefix="layers.0.")
+    x = torch.randn(1, 200, 64, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(block, backend="eager", fullgraph=True, dynamic=False)
+    for runs in ([100, 70, 25], [30, 150, 15]):
+        documents = documents_of(runs, 5)
+        expected = block(x, attention_context(documents, config))
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(attention, "flex_suits", lambda *_: True)
+            context = attention_context(documents, config)
+            assert context.flex is not None
+            torch.testing.assert_close(compiled(x, context), expected, rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1, "the second batch was compiled again"
 
 
 @pytest.mark.parametrize(
