@@ -163,7 +163,8 @@ def test_a_rank_does_not_outlive_its_agent(tmp_path: Path) -> None:
 
 
 def test_a_rank_does_not_outlive_the_reader_of_its_reports(tmp_path: Path) -> None:
-    """srun is gone, and with it the supervisor: the next sign of life cannot be told."""
+    """srun is gone, and with it the supervisor: the next sign of life cannot be told. Its stdin stays open, or the rank
+    would be ended for that before."""
     token = f"token-{tmp_path}"
     wait = BEATS.replace("os.kill(os.getpid(), 9)", "time.sleep(600)")
     command = [sys.executable, "-m", "launcher", "agent", str(tmp_path), "1", sys.executable, "-c", wait]
@@ -171,7 +172,11 @@ def test_a_rank_does_not_outlive_the_reader_of_its_reports(tmp_path: Path) -> No
     with (
         (tmp_path / "errors").open("wb") as errors,
         subprocess.Popen(
-            [*command, str(tmp_path), token], stdout=writer, stderr=errors, env=program_environment(**PLACE)
+            [*command, str(tmp_path), token],
+            stdin=subprocess.PIPE,
+            stdout=writer,
+            stderr=errors,
+            env=program_environment(**PLACE),
         ) as agent,
     ):
         try:
