@@ -70,7 +70,7 @@ class PlainLoop:
         self._trial, self._row, self._rank = trial, row, control.rank
         again = Recompute(row.recompute, row.every)
         self._model = Transformer(trial.model, trial.vocab_size, seed=trial.seed, recompute=again)
-        self._optimizer = make_optimizer(self._model.named_parameters(), trial.optimizer, fused=False)
+        self._optimizer = make_optimizer(self._model.named_parameters(), trial.optimizer, trial.model, fused=False)
         self._run: torch.nn.Module = DistributedDataParallel(self._model) if row.ranks > 1 else self._model
 
     def step(self, number: int) -> float:

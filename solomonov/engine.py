@@ -113,7 +113,7 @@ class Engine:
             model = plain.to(device)
         named = [(canonical(name, self._layers), p) for name, p in model.named_parameters()]
         fused = device.type == "cuda" or spec.offload != "none"
-        optimizer = make_optimizer(named, spec.optimizer, fused=fused, fill=spec.pipeline > 1)
+        optimizer = make_optimizer(named, spec.optimizer, spec.model, fused=fused, fill=spec.pipeline > 1)
         ours = {p for _, p in named}
         fillers = [p for group in optimizer.param_groups for p in group["params"] if p not in ours]
         for number, p in enumerate(fillers):

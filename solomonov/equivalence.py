@@ -135,6 +135,8 @@ def scale_down(config: Config, ranks: int) -> Trial:
     }
     if model.residual_mode == "scaled":
         changes["base_layers"] = max(1, int(layers * branch_form(model, 0).scale))
+    if model.base_d_model is not None:
+        changes["base_d_model"] = max(2, d_model * model.base_d_model // model.d_model)
     attention = model.attention
     if attention.window is not None:
         attention = attention.model_copy(update={"window": min(attention.window, MOST_WINDOW)})

@@ -97,7 +97,7 @@ def train(run: Run) -> dict[str, Any]:
     torch.set_num_threads(1)
     model = Transformer(model_of(run), TASK.symbols, seed=run.seed)
     settings = OptimizerConfig(lr=run.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    optimizer = make_optimizer(model.named_parameters(), settings, fused=False)
+    optimizer = make_optimizer(model.named_parameters(), settings, model.config, fused=False)
     held_out = TASK.batch(HELD_OUT_ROWS, -1, 0)
     first = measure_signal(model, *TASK.batch(ROWS, 0, run.seed))
     losses: list[float] = []

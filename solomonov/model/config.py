@@ -65,6 +65,14 @@ class ModelConfig(Section):
     base_layers: int = Field(default=12, ge=1)
     """Depth at which `scaled` has s = 1: the depth at which the learning rate was found."""
 
+    parameterization: Literal["sp", "mup", "completep"] = "sp"
+    """How initial values, learning rates, decay and eps follow the shape (`solomonov/model/parameterization.py` has the
+    table). `sp`: one rate for all parameters. `mup`: what was found at width base_d_model holds for every width.
+    `completep`: that, and what was found at base_layers holds for every depth; its branches are `scaled`."""
+
+    base_d_model: int | None = Field(default=None, ge=2)
+    """With mup and completep: width at which the learning rate was found; null: this width."""
+
     attention: AttentionConfig = AttentionConfig()
     """How tokens look at each other."""
 
@@ -101,6 +109,25 @@ class ModelConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _parameterization_agrees(self) -> Self:
+        if self.parameterization == "completep" and self.residual_mode != "scaled":
+            raise ValueError(
+                f"parameterization completep with residual {self.residual}: its branches are scaled by base_layers / "
+                "layers. Set residual to auto or scaled, or parameterization to mup"
+            )
+        if self.parameterization != "sp" and self.tie_embeddings:
+            raise ValueError(
+                f"parameterization {self.parameterization} with tie_embeddings: the head's values and rate follow the "
+                "width, the embedding's do not. Set tie_embeddings to false, or parameterization to sp"
+            )
+        if self.parameterization == "sp" and self.base_d_model is not None:
+            raise ValueError(
+                f"base_d_model {self.base_d_model} with parameterization sp: nothing follows the width there. Set "
+                "parameterization to mup or completep, or base_d_model to null"
+            )
+        return self
+
     @property
     def kv_head_count(self) -> int:
         """K, with the default filled in."""
@@ -125,6 +152,8 @@ class ModelConfig(Section):
     @property
     def residual_mode(self) -> ResidualMode:
         """`residual` with `auto` decided by depth."""
+        if self.residual == "auto" and self.parameterization == "completep":
+            return "scaled"
         if self.residual == "auto":
             return "prenorm" if self.layers <= self.base_layers else "scaled"
         return self.residual

@@ -75,7 +75,9 @@ def closed_form(weights: list[WEIGHTS]) -> WEIGHTS:
 def plain_weights(tied: bool) -> list[WEIGHTS]:
     """The weights of a plain PyTorch loop, before the first update and after each."""
     model = Transformer(tiny.tiny_model(tied), tiny.VOCAB, seed=tiny.SEED)
-    optimizer = make_optimizer(model.named_parameters(), OptimizerConfig(lr=tiny.LEARNING_RATE), fused=False)
+    optimizer = make_optimizer(
+        model.named_parameters(), OptimizerConfig(lr=tiny.LEARNING_RATE), model.config, fused=False
+    )
     found = [{name: p.detach().reshape(-1).clone() for name, p in model.named_parameters()}]
     for step in range(STEPS):
         rows = tiny.batch(step, list(range(tiny.ROWS)))

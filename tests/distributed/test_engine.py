@@ -79,7 +79,9 @@ def reference(tied: bool, z_loss: float = 0.0) -> Outcome:
     """The same five steps in plain PyTorch, the whole batch at once; the z-loss on whole logits."""
     torch.manual_seed(0)
     model = Transformer(tiny.tiny_model(tied), tiny.VOCAB, seed=tiny.SEED)
-    optimizer = make_optimizer(model.named_parameters(), OptimizerConfig(lr=tiny.LEARNING_RATE), fused=False)
+    optimizer = make_optimizer(
+        model.named_parameters(), OptimizerConfig(lr=tiny.LEARNING_RATE), model.config, fused=False
+    )
     losses, norms = [], []
     for step in range(STEPS):
         rows = tiny.batch(step, list(range(tiny.ROWS)))

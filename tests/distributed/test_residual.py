@@ -1,5 +1,5 @@
-"""Residual forms, with LayerNorm and GELU, in layouts that cut layers, rows or parameters, against one rank that has all
-of them: the bounds are those of `test_engine`."""
+"""Residual forms, with LayerNorm and GELU, in layouts that cut layers, rows or parameters, against one rank that has
+all of them: the bounds are those of `test_engine`."""
 
 from __future__ import annotations
 

@@ -78,14 +78,14 @@ def test_groups_of_a_model() -> None:
     config = OptimizerConfig(kind="muon", lr=0.02, adamw_lr=0.005, weight_decay=0.3)
     named = dict(Transformer(tiny.tiny_model(), tiny.VOCAB, seed=0).named_parameters())
     names = {parameter: name for name, parameter in named.items()}
-    muon, decay, plain = parameter_groups(named.items(), config)
+    muon, decay, plain = parameter_groups(named.items(), config, tiny.tiny_model())
     assert (muon["muon"], decay["muon"], plain["muon"]) == (True, False, False)
     assert {names[p].split(".")[-2] for p in muon["params"]} == {"q", "k", "v", "out", "gate", "up", "down"}
     assert [names[p] for p in decay["params"]] == ["head.weight"]
     assert (muon["lr_scale"], decay["lr_scale"], plain["lr_scale"]) == (1.0, 0.25, 0.25)
     assert (muon["weight_decay"], decay["weight_decay"], plain["weight_decay"]) == (0.3, 0.3, 0.0)
     assert sum(len(group["params"]) for group in (muon, decay, plain)) == len(named)
-    same = parameter_groups(named.items(), OptimizerConfig(lr=0.02, adamw_lr=0.005))
+    same = parameter_groups(named.items(), OptimizerConfig(lr=0.02, adamw_lr=0.005), tiny.tiny_model())
     assert [group["lr_scale"] for group in same] == [1.0, 1.0], "adamw has one learning rate"
 
 
@@ -94,9 +94,9 @@ def test_a_step_by_the_formula() -> None:
     generator = torch.Generator().manual_seed(3)
     matrix, vector = (torch.nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((4, 6), (6,)))
     alone = torch.nn.Parameter(vector.detach().clone())
-    names = {matrix: "layers.0.x.weight", vector: "layers.0.norm.weight"}
+    names = {matrix: "layers.0.attention.q.weight", vector: "layers.0.attention_norm.weight"}
     config = OptimizerConfig(kind="muon", lr=0.02, momentum=0.9, weight_decay=0.1)
-    optimizer = make_optimizer([(name, p) for p, name in names.items()], config, fused=False)
+    optimizer = make_optimizer([(name, p) for p, name in names.items()], config, tiny.tiny_model(), fused=False)
     pieces = lambda: local_pieces(SimpleNamespace(param_groups=optimizer.param_groups), names)  # noqa: E731
     Muon(0.9, torch.float32, pieces=pieces, group=lambda: None, device=tiny.CPU).take_over_step(optimizer)
     adamw = torch.optim.AdamW([{"params": [alone], "weight_decay": 0.0}], lr=0.02, betas=config.betas, eps=config.eps)

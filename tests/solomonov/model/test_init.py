@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from solomonov.model import init
 from solomonov.model.counts import parameter_shapes
-from solomonov.model.init import INIT_TABLE, InitRule, init_rule, initial_value
+from solomonov.model.init import initial_value
 from solomonov.model.naming import canonical, layer_names
+from solomonov.model.parameterization import row_of
 from solomonov.model.pipeline import pipeline_layers
 from solomonov.model.transformer import Transformer
 from tests.solomonov.model.common import VOCAB, tiny_config
@@ -25,7 +25,7 @@ def test_a_tensor_depends_on_seed_and_name_alone() -> None:
     for name, parameter in reversed(list(model.named_parameters())):
         assert torch.equal(parameter, initial_value(name, parameter.shape, config, 11)), name
     other = dict(Transformer(config, VOCAB, seed=12).named_parameters())
-    drawn = [name for name in other if init_rule(name).std is not None]
+    drawn = [name for name in other if row_of(name).std is not None]
     assert all(not torch.equal(other[name], parameter) for name, parameter in model.named_parameters() if name in drawn)
     firsts = {float(dict(model.named_parameters())[name].flatten()[0].detach()) for name in drawn}
     assert len(firsts) == len(drawn), "two tensors were drawn from one generator"
@@ -76,14 +76,3 @@ def test_gates_start_open_sinks_small_and_scales_at_the_length_of_training() -> 
             assert torch.equal(start[f"{layer}.gate.bias"], torch.full((4,), 2.0))
             assert torch.equal(start[f"{layer}.sink"], torch.zeros(4))
             assert start[f"{layer}.log_scale"].tolist() == pytest.approx([1 / math.log(tokens)] * 4)
-
-
-def test_every_parameter_has_exactly_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = {"gate": "head", "logit_scale": "log_n", "sink": True}
-    for name in parameter_shapes(tiny_config(attention=everything), VOCAB):
-        init_rule(name)
-    with pytest.raises(ValueError, match="0 rows"):
-        init_rule("layers.0.attention.door.weight")
-    monkeypatch.setattr(init, "INIT_TABLE", (*INIT_TABLE, InitRule(r"head\..*", None)))
-    with pytest.raises(ValueError, match="2 rows"):
-        init_rule("head.weight")

@@ -1,0 +1,100 @@
+"""The table: one row a parameter, initial values of wide heads, and sizes that stay while the width grows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from solomonov.config import OptimizerConfig
+from solomonov.model import parameterization
+from solomonov.model.config import ModelConfig
+from solomonov.model.counts import parameter_shapes
+from solomonov.model.init import initial_value
+from solomonov.model.parameterization import TABLE, Row, factors, row_of
+from solomonov.model.residual import MODES
+from solomonov.model.transformer import Transformer
+from solomonov.optim import make_optimizer
+from tests.solomonov.model.common import VOCAB, random_ids, tiny_config
+
+
+def test_every_parameter_has_exactly_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = {"gate": "head", "logit_scale": "log_n", "sink": True}
+    for mode in MODES:
+        for name in parameter_shapes(tiny_config(attention=everything, residual=mode, norm="layernorm"), VOCAB):
+            row_of(name)
+    with pytest.raises(ValueError, match="0 rows"):
+        row_of("layers.0.attention.door.weight")
+    monkeypatch.setattr(parameterization, "TABLE", (*TABLE, Row(r"head\..*", "head", None)))
+    with pytest.raises(ValueError, match="2 rows"):
+        row_of("head.weight")
+
+
+def test_a_wide_head_starts_smaller_than_its_inputs_alone_would_have_it() -> None:
+    shape = {"d_model": 512, "heads": 8, "kv_heads": 8}
+    wide = tiny_config(**shape, parameterization="mup", base_d_model=32)
+    for config, std in ((wide, 1 / math.sqrt(512) / 4), (tiny_config(**shape), 1 / math.sqrt(512))):
+        value = initial_value("head.weight", (300, 512), config, 0)
+        assert float(value.std()) == pytest.approx(std, rel=0.02)
+
+
+def test_at_the_base_nothing_is_multiplied() -> None:
+    base = tiny_config(parameterization="completep", base_d_model=16, base_layers=2, layers=2)
+    for name in parameter_shapes(base, VOCAB):
+        for muon in (False, True):
+            found, plain = factors(name, base, muon=muon), factors(name, tiny_config(), muon=muon)
+            assert (found.lr, found.eps) == (plain.lr, plain.eps) == (1.0, 1.0)
+            assert found.decay == plain.decay or muon
+
+
+def moved(kind: str, width: int, optimizer: str, updates: int = 4) -> float:
+    """Root mean square of what some updates at a rate of 0.001, on the same rows, change of the logits."""
+    base = {} if kind == "sp" else {"base_d_model": 32}
+    config = ModelConfig.model_validate(
+        {"layers": 2, "d_model": width, "heads": width // 16, "d_ff": 2 * width, "parameterization": kind, **base}
+        | {"base_layers": 2, "residual": "scaled"}
+    )
+    model = Transformer(config, VOCAB, seed=0)
+    settings = OptimizerConfig(lr=0.001, weight_decay=0.0)
+    adamw = make_optimizer(model.named_parameters(), settings, config, fused=False)
+    ids, labels = random_ids(4, 16), random_ids(4, 16, seed=1)
+    documents = torch.zeros_like(ids)
+    before = model(ids, documents).detach()
+    for _ in range(updates):
+        adamw.zero_grad()
+        (model(ids, documents, labels) / labels.numel()).backward()
+        for group in adamw.param_groups:
+            group["lr"] = settings.lr * group["lr_scale"]
+        adamw.step()
+    return float((model(ids, documents).detach() - before).square().mean().sqrt())
+
+
+def test_updates_move_logits_alike_at_every_width_but_in_the_standard_way() -> None:
+    """The coordinate check of arXiv 2203.03466, appendix D.1, 16 times as wide: logits move about as far (what comes of
+    the head's initial values falls as 1/sqrt(n)); the standard parameterization moves them eight times as far."""
+    found = {kind: [moved(kind, width, "adamw") for width in (32, 512)] for kind in ("sp", "mup", "completep")}
+    assert found["mup"] == found["completep"], "of the base's depth"
+    assert found["mup"][0] == found["sp"][0], "of the base's width"
+    assert 0.5 < found["mup"][1] / found["mup"][0] < 1.5
+    assert found["sp"][1] / found["sp"][0] > 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parameterization": "completep", "residual": "prenorm"}, "Set residual to auto or scaled"),
+        ({"parameterization": "completep", "residual": "deepnorm"}, "or parameterization to mup"),
+        ({"parameterization": "mup", "tie_embeddings": True}, "Set tie_embeddings to false"),
+        ({"base_d_model": 64}, "Set parameterization to mup or completep"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        tiny_config(**changes)
+
+
+def test_completep_scales_its_branches_from_the_base_depth_on() -> None:
+    assert tiny_config(parameterization="completep").residual_mode == "scaled"
+    assert tiny_config(parameterization="mup").residual_mode == "prenorm"
