@@ -1,7 +1,7 @@
 """Whether a signal passes through all layers, and whether all are used: measured on one batch, at any weights.
 
 Four numbers that each told in advance, or afterwards, which deep models do not train: the size of the stream after
-each block, how far a block turns it, the gradient of each block's last matrices, and by how much the loss rises when
+each block, how far a block turns it, the gradient of each block, and by how much the loss rises when
 an eighth of the blocks is passed by.
 """
 
@@ -36,7 +36,7 @@ class Signal:
     """Mean cosine of a token's vector before and after each block: 1 where a block turns nothing."""
 
     gradient_norms: tuple[float, ...]
-    """L2 norm of the gradient of each block's two output matrices (attention.out, feed_forward.down) together."""
+    """L2 norm of the gradient of all parameters of each block together."""
 
     @property
     def gradient_ratio(self) -> float:
@@ -73,7 +73,7 @@ def measure_signal(model: Transformer, input_ids: Tensor, document_ids: Tensor, 
         loss.backward()
     norms = []
     for block in model.layers:
-        gradients = [block.get_parameter(name).grad for name in ("attention.out.weight", "feed_forward.down.weight")]
+        gradients = [parameter.grad for parameter in block.parameters()]
         squares = [float(gradient.double().square().sum()) for gradient in gradients if gradient is not None]
         norms.append(sum(squares) ** 0.5)
     return Signal(float(loss.detach()), tuple(rms), tuple(cosines), tuple(norms))
