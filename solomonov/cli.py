@@ -113,6 +113,9 @@ def _add_what_is_asked_beforehand(verbs: argparse._SubParsersAction[argparse.Arg
     plan = verbs.choices["plan"]
     plan.add_argument("--gpus", type=_at_least_one, metavar="N", help="ranks (default: launch.nodes x ranks_per_node)")
     plan.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, b200 or l40s (default: what is here)")
+    plan.add_argument(
+        "--signal", action="store_true", help="whether a signal comes through all layers, eighth by eighth"
+    )
 
     prove = verbs.choices["prove"]
     prove.add_argument("--layouts", action="store_true", required=True, help="that all layouts train the same numbers")

@@ -32,6 +32,7 @@ def prepare(options: argparse.Namespace, config: Config, ray_address: str | None
 
 def plan(options: argparse.Namespace, config: Config, nodes: int, ranks_per_node: int) -> int:
     """`solomonov plan CONFIG [key=value ...]`, for so many ranks unless the options say otherwise."""
+    from solomonov import signal_check
     from solomonov.devices import CPU, DEVICES, this_device
     from solomonov.explain import explain, facts, lines
     from solomonov.planner import Question
@@ -49,10 +50,15 @@ def plan(options: argparse.Namespace, config: Config, nodes: int, ranks_per_node
     if precision == "auto":
         precision = "fp32" if device.name == CPU else "bf16"
     explanation = explain(Question(config, config.tokenizer.vocab_size, world, device, precision))
+    signal = None
+    if options.signal or config.model.layers > signal_check.DEEP_LAYERS:
+        signal = signal_check.check_signal(config.model)
     if options.json:
-        print(json.dumps(facts(explanation)))
+        print(json.dumps(facts(explanation) | ({"signal": signal_check.facts(signal)} if signal else {})))
     else:
         print("\n".join(lines(explanation)))
+        if signal is not None:
+            print("\n" + "\n".join(signal_check.lines(signal, whole=options.signal)))
     return exits.DONE if explanation.taken.fits else exits.CONFIGURATION
 
 

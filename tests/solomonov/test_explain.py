@@ -157,3 +157,25 @@ def test_without_a_name_it_is_what_is_here(
     assert code == CONFIGURATION, "no machine of ours trains 8 billion parameters on one CPU"
     assert (found["device"]["name"], found["precision"]) == ("cpu", "fp32")
     assert found["device"]["source"] == "speed measured now"
+
+
+DEEP = ("model.layers=110", "model.d_model=64", "model.heads=4", "model.kv_heads=4", "model.d_ff=128", FULL)
+
+
+def test_the_signal_through_deep_models_is_looked_at_unasked(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = plan(capsys, config, *DEEP, "model.residual=postnorm", "--gpu", "h100")
+    assert code == DONE, "it is not for the plan to forbid"
+    assert "signal      broken: the gradient of the first eighth is " in out
+    assert "change model.residual: scaled" in out
+    assert "gradient, a column a factor of 2" not in out
+    _, out, _ = plan(capsys, config, *DEEP, "--gpu", "h100", "--json")
+    found = json.loads(out)["signal"]
+    assert (found["verdict"], found["advice"], len(found["gradient_norms"])) == ("even", None, 110)
+    _, out, _ = plan(capsys, config, FULL, "--gpu", "h100")
+    assert "signal" not in out, "32 layers, and nobody asked"
+
+
+def test_the_signal_is_shown_eighth_by_eighth(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = plan(capsys, config, FULL, "--gpu", "h100", "--signal")
+    assert "signal      even: " in out
+    assert [line.split()[0] for line in out.splitlines()[-8:]] == [f"{4 * part}-{4 * part + 3}" for part in range(8)]

@@ -1,0 +1,93 @@
+"""Verdicts on models whose fate is known, by their own measured numbers; the words and the rows of an answer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from solomonov.model.config import ModelConfig
+from solomonov.model.residual import MODES
+from solomonov.model.signal import Signal
+from solomonov.signal_check import check_signal, facts, judge, lines, narrowed
+
+
+def deep(residual: str, layers: int, **changes: object) -> ModelConfig:
+    shape = {"layers": layers, "d_model": 1024, "heads": 16, "kv_heads": 4, "residual": residual, "base_layers": 6}
+    return ModelConfig.model_validate(shape | changes)
+
+
+@pytest.mark.parametrize(
+    ("residual", "layers", "verdict"),
+    [
+        ("scaled", 200, "even"),
+        ("deepnorm", 200, "even"),
+        ("prenorm", 24, "even"),
+        ("postnorm", 6, "even"),
+        ("peri", 200, "uneven"),
+        ("postnorm", 120, "broken"),
+    ],
+)
+def test_known_fates(residual: str, layers: int, verdict: str) -> None:
+    found = check_signal(deep(residual, layers))
+    assert found.verdict == verdict, found.reading
+    assert (found.advice is None) == (verdict == "even")
+    assert verdict == "even" or "model.residual: scaled" in str(found.advice)
+    assert len(found.signal.gradient_norms) == layers
+
+
+def test_what_is_advised_is_even() -> None:
+    for mode in ("scaled", "deepnorm"):
+        assert check_signal(deep(mode, 300)).verdict == "even"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_copy_is_as_deep_and_of_the_same_kind(mode: str) -> None:
+    flags = {"preset": "hybrid", "sink": True}
+    model = deep(mode, 40, norm="layernorm", attention=flags, d_ff=4096)
+    copy = narrowed(model)
+    assert (copy.layers, copy.residual_mode, copy.norm, copy.attention) == (40, mode, "layernorm", model.attention)
+    assert (copy.d_model, copy.heads, copy.kv_head_count, copy.head_width, copy.d_ff) == (64, 4, 1, 16, 256)
+
+
+def test_the_copy_of_a_mup_model_is_as_far_from_its_base() -> None:
+    model = deep("scaled", 12, parameterization="mup", base_d_model=256)
+    assert narrowed(model).base_d_model == 16
+
+
+def _signal(gradients: list[float], growth: float = 1.0, loss: float = 4.0) -> Signal:
+    return Signal(loss, (1.0, *[growth] * len(gradients)), tuple(1.0 for _ in gradients), tuple(gradients))
+
+
+@pytest.mark.parametrize(
+    ("signal", "verdict"),
+    [
+        (_signal([9.9, *[1.0] * 7]), "even"),
+        (_signal([0.11, *[1.0] * 7]), "even"),
+        (_signal([11.0, *[1.0] * 7]), "uneven"),
+        (_signal([0.09, *[1.0] * 7]), "uneven"),
+        (_signal([1.0] * 8, growth=10.1), "uneven"),
+        (_signal([1001.0, *[1.0] * 7]), "broken"),
+        (_signal([0.0, *[1.0] * 7]), "broken"),
+        (_signal([1.0] * 7 + [0.0]), "broken"),
+        (_signal([1.0] * 8, loss=math.nan), "broken"),
+        (_signal([math.inf, *[1.0] * 7]), "broken"),
+    ],
+)
+def test_where_the_verdicts_part(signal: Signal, verdict: str) -> None:
+    assert judge(signal)[0] == verdict
+
+
+def test_the_answer_has_a_row_an_eighth() -> None:
+    check = check_signal(deep("postnorm", 80))
+    short, whole = list(lines(check, whole=False)), list(lines(check, whole=True))
+    assert short == whole[:2]
+    assert short[0].startswith("signal      broken: the gradient of the first eighth is ")
+    assert "80 layers, 64 wide" in short[0]
+    assert "change model.residual: scaled" in short[1]
+    rows = whole[4:]
+    assert [row.split()[0] for row in rows] == [f"{begin}-{begin + 9}" for begin in range(0, 80, 10)]
+    bars = [row.count("#") for row in rows]
+    assert bars == sorted(bars, reverse=True)
+    assert bars[-1] == 1
+    assert facts(check)["gradient_norms"] == list(check.signal.gradient_norms)
