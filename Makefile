@@ -44,7 +44,7 @@ $(RUNTIME): $(INPUTS)
 	@touch $@
 
 $(TESTING): $(RUNTIME)
-	@$(PIP) --editable '.[cluster,test]'
+	@$(PIP) --editable '.[cluster,science,test]'
 	@touch $@
 
 clean:
