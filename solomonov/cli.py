@@ -89,7 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     export = verbs.add_parser("export", help="write a Hugging Face folder and check its logits")
     export.add_argument("run", metavar="RUN")
     export.add_argument("--step", type=int)
-    export.add_argument("--ema", action="store_true", help="the moving average of the weights in their place")
+    for verb in (evaluate, generate, export):
+        verb.add_argument("--ema", action="store_true", help="the moving average of the weights in their place")
     export.add_argument("--to", help="folder to write (default: exports/step-N, or step-N-ema, in the run)")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
 

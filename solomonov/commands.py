@@ -163,7 +163,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from solomonov.evaluate import evaluate as run_evaluation
     from solomonov.loading import load_model
 
-    model = load_model(options.target, step=options.step)
+    model = load_model(options.target, step=options.step, ema=options.ema)
     if options.data is None and model.run is None:
         raise ConfigurationError(
             "an export does not say which data to evaluate it on",
@@ -175,7 +175,7 @@ def evaluate(options: argparse.Namespace) -> int:
     result = run_evaluation(model, data, inference_device(), max_bytes=options.max_bytes)
     answer(
         options,
-        {"source": str(model.source), "step": model.step, **dataclasses.asdict(result)},
+        {"source": str(model.source), "step": model.step, "ema": options.ema, **dataclasses.asdict(result)},
     )
     return exits.DONE
 
@@ -186,7 +186,7 @@ def generate(options: argparse.Namespace) -> int:
     from solomonov.generate import generate as continue_ids
     from solomonov.loading import load_model
 
-    model = load_model(options.target, step=options.step)
+    model = load_model(options.target, step=options.step, ema=options.ema)
     tokenizer = Tokenizer.load(model.tokenizer_model)
     prompt = [tokenizer.bos, *tokenizer.encode(options.prompt)]
     new = continue_ids(

@@ -185,6 +185,21 @@ def test_the_average_is_exported_beside_the_weights(run: RunFolder, capsys: Capt
     assert "holds no average" in refusal(capsys, "export", "own", "--step", "3", "--ema")
 
 
+def test_the_average_is_evaluated_and_continues_texts(run: RunFolder, capsys: Capture) -> None:
+    write_checkpoint(run, 9, model_state(run, 9), model_state(run, 10))
+    averaged = evaluate(load_model("own", ema=True), run.data_folder(), load_device(), max_bytes=600)
+    plain = evaluate(load_model("own"), run.data_folder(), load_device(), max_bytes=600)
+    assert averaged.loss != plain.loss
+    for words, expected in ((("--ema",), averaged), ((), plain)):
+        [found] = answer(capsys, "evaluate", "own", "--max-bytes", "600", *words)
+        assert (found["loss"], found["ema"], found["step"]) == (expected.loss, bool(words), 9)
+    asked = ("--prompt", "the", "--max-new-tokens", "8", "--temperature", "0")
+    texts = [answer(capsys, "generate", "own", *asked, *words)[0]["text"] for words in ((), ("--ema",))]
+    assert texts[0] != texts[1]
+    for words in (("evaluate", "own", "--max-bytes", "600"), ("generate", "own")):
+        assert "holds no average" in refusal(capsys, *words, "--step", "3", "--ema")
+
+
 def load_device() -> Any:
     from solomonov.commands import inference_device
 
