@@ -37,6 +37,7 @@ from solomonov.planner import Question, choose, estimate
 from solomonov.record import RunRecord, StepLine
 from solomonov.runfolder import RunFolder
 from solomonov.schedule import lr_factor
+from solomonov.signal_check import DEEP_LAYERS, check_signal
 from solomonov.signals import StopRequest
 from solomonov.start import make_stream
 from solomonov.toolchain import compiler_problem
@@ -160,6 +161,14 @@ def train(
         heartbeat.beat("leave")
         record.event("training_finished", step=state.step, tokens=state.tokens)
         return DONE
+
+
+def _tell_signal(trainer: Trainer) -> None:
+    """Before the first update of a deep model: whether a signal comes through its layers, see `signal_check`."""
+    model = trainer.config.model
+    if trainer.control.rank == 0 and trainer.state.step == 0 and model.layers > DEEP_LAYERS:
+        check = check_signal(model, seed=trainer.config.run.seed)
+        trainer.record.event("signal", verdict=check.verdict, reading=check.reading, advice=check.advice)
 
 
 def _tell_memory(trainer: Trainer) -> None:
@@ -299,6 +308,7 @@ def resume(trainer: Trainer) -> None:
     trainer.first_step = trainer.state.step
     layout = trainer.engine.layout
     record.begin(trainer.state.step, layout, resumed=own is not None)
+    _tell_signal(trainer)
     control.barrier()
     if branch is not None:
         save(trainer)  # the run can go on from here, whatever becomes of the other one

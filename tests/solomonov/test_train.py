@@ -197,6 +197,19 @@ def test_auto_takes_a_layout_and_says_why_and_what_memory_it_took(tmp_path: Path
     assert not unexpected(list(run.journal.events()))
 
 
+def test_a_deep_model_s_signal_is_told_once_and_a_shallow_one_s_never(tmp_path: Path) -> None:
+    deep = ("model.layers=66", "model.residual=postnorm", "training.total_steps=2", "schedule.warmup_steps=1")
+    run = made(tmp_path / "deep", *deep, ranks=1)
+    assert train(run, 1) == [DONE]
+    (found,) = run.journal.events("signal")
+    assert found["verdict"] in ("uneven", "broken")
+    assert "model.residual: scaled" in found["advice"]
+    assert "the gradient of the first eighth is" in found["reading"]
+    shallow = made(tmp_path / "shallow", *deep[2:], ranks=1)
+    assert train(shallow, 1) == [DONE]
+    assert not list(shallow.journal.events("signal"))
+
+
 def expected_evaluation(run: RunFolder, *, ema: bool = False) -> tuple[float, float]:
     """Loss of the last checkpoint on five held-out rows at once, and its bits per byte of the split."""
     module = load_model(str(run.path), ema=ema).module(CPU)
