@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.science import depth, depth_picture
+from benchmarks.science import depth, depth_picture, reach
 from benchmarks.science.depth import WIDE, Run, first_share, idle, model_of, runs_of, schedule, summary, train
-from benchmarks.science.tasks import NoisyPermutation
+from benchmarks.science.tasks import IGNORED, Copy, NoisyPermutation, Passkey, Recall, Text, library_bytes
 from solomonov.model.counts import parameter_count
 
 
@@ -92,3 +92,65 @@ def test_the_control_gets_the_arms_that_are_fair_to_it() -> None:
         ("postnorm", 1e-4, 150, 1500),
         (WIDE, 1e-3, 20, 150),
     }
+
+
+@pytest.mark.parametrize("tokens", [64, 65, 256])
+def test_what_is_asked_can_be_found_in_the_row(tokens: int) -> None:
+    for task in (Copy(), Recall(), Passkey()):
+        ids, documents, labels = task.batch(8, tokens, 2, seed=1)
+        assert ids.shape == documents.shape == labels.shape == (8, tokens)
+        assert int(ids.max()) < task.vocabulary
+        for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
+            asked = [at for at in range(tokens) if wanted[at] != IGNORED]
+            assert asked
+            for at in asked:
+                if isinstance(task, Recall):
+                    pair = row.index(row[at])
+                    assert pair < at
+                    assert row[pair + 1] == wanted[at]
+                elif isinstance(task, Passkey):
+                    opened = row.index(256)
+                    assert row[opened + 1 + at - asked[0]] == wanted[at]
+                else:
+                    assert wanted[at] == row[at + 1 - (tokens + 1) // 2]
+        other = task.batch(8, tokens, 3, seed=1)[0]
+        assert not torch.equal(ids, other)
+        assert torch.equal(ids, task.batch(8, tokens, 2, seed=1)[0])
+
+
+def test_recall_has_as_many_pairs_at_any_length_and_no_key_twice() -> None:
+    task = Recall()
+    for tokens in (32, 100, 1000):
+        ids, _, labels = task.batch(4, tokens, 0, seed=2)
+        assert ((labels != IGNORED).sum(1) == task.pairs).all()
+        for row in ids.tolist():
+            keys = [token for token in row if task.noise <= token < task.noise + task.keys]
+            assert len(keys) == 2 * task.pairs == 2 * len(set(keys))
+
+
+def test_text_is_python_s_own_without_digits_and_what_is_held_out_is_not_trained_on() -> None:
+    text = library_bytes()
+    assert not ((text >= ord("0")) & (text <= ord("9"))).any()
+    cut = len(text) * 9 // 10
+    whole = bytes(text.tolist())
+    for number, place in ((5, whole[:cut]), (-1, whole[cut:])):
+        ids, _, labels = Text().batch(6, 200, number, seed=3)
+        assert torch.equal(ids[:, 1:].long(), labels[:, :-1])
+        assert all(bytes(row) in place for row in ids.tolist())
+
+
+def test_reach_is_asked_at_every_length_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "reach.json"
+    words = ["--tasks", "copy", "text", "--kinds", "rope", "windows only", "--seeds", "1", "--steps", "5"]
+    words += ["--asked-rows", "16"]
+    assert reach.main([*words, "--out", str(out)]) == 0
+    printed, result = capsys.readouterr().out, json.loads(out.read_text())
+    assert [(run["task"], run["kind"]) for run in result["runs"]] == [
+        (task, kind) for task in ("copy", "text") for kind in ("rope", "windows only")
+    ]
+    assert len({run["parameters"] for run in result["runs"] if run["task"] == "copy"}) == 1, "equal parameters"
+    for row in result["summary"]:
+        for times in ("1", "2", "4", "8"):
+            assert row[times]["median"] == row[times]["min"] == row[times]["max"]
+        assert row["kind"] in printed
+    assert all(4.0 < run["found"]["1"] < 6.0 for run in result["runs"] if run["task"] == "text"), "ln 256 = 5.5"

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from functools import cache
 from math import log
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+IGNORED = -100
+"""Label of a position at which nothing is asked."""
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Input ids, document ids and labels, (rows, tokens) each."""
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**62)
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class NoisyPermutation:
             seed: of the run.
         """
         order = torch.randperm(self.symbols, generator=torch.Generator().manual_seed(self.seed))
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**62)
+        generator = _generator(seed, number)
         row = torch.randint(0, self.symbols, (rows, 1), generator=generator)
         columns = [row]
         for _ in range(self.tokens):
@@ -49,3 +62,126 @@ class NoisyPermutation:
             columns.append(torch.where(kept, order[columns[-1]], noise))
         ids = torch.cat(columns, dim=1)
         return ids[:, :-1].to(torch.int32), torch.zeros(rows, self.tokens, dtype=torch.int32), ids[:, 1:]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A random string, and the same once more: all but its first symbol can be read behind what stands here."""
+
+    symbols: int = 32
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.symbols
+
+    def batch(self, rows: int, tokens: int, number: int, seed: int) -> Batch:
+        """Rows of `tokens` tokens, asked about in their second half."""
+        half = (tokens + 1) // 2
+        text = torch.randint(0, self.symbols, (rows, half), generator=_generator(seed, number))
+        ids = torch.cat((text, text), dim=1)[:, : tokens + 1]
+        if ids.shape[1] < tokens + 1:
+            ids = torch.cat((ids, text[:, :1]), dim=1)
+        labels = ids[:, 1:].clone()
+        labels[:, :half] = IGNORED
+        return ids[:, :-1].to(torch.int32), torch.zeros(rows, tokens, dtype=torch.int32), labels
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Associative recall (as MQAR, arXiv 2312.04927): pairs of key and value in noise, then the keys again, after each
+    of which its value is asked for. A longer row has more noise and as many pairs."""
+
+    keys: int = 32
+    values: int = 32
+    noise: int = 16
+    pairs: int = 8
+
+    @property
+    def vocabulary(self) -> int:
+        """V: noise, keys, values."""
+        return self.noise + self.keys + self.values
+
+    def batch(self, rows: int, tokens: int, number: int, seed: int) -> Batch:
+        """Rows of `tokens` tokens, at least 4 * pairs."""
+        generator = _generator(seed, number)
+        order = torch.rand(rows, self.keys, generator=generator).argsort(dim=1)[:, : self.pairs]
+        values = torch.randint(0, self.values, (rows, self.pairs), generator=generator)
+        told = torch.stack((self.noise + order, self.noise + self.keys + values), dim=2)
+        again = torch.rand(rows, self.pairs, generator=generator).argsort(dim=1)
+        asked = told.gather(1, again[:, :, None].expand(-1, -1, 2))
+        free = tokens - 4 * self.pairs
+        # Where the noise goes: between pairs, so that distances differ.
+        ids = torch.randint(0, self.noise, (rows, tokens), generator=generator)
+        gaps = torch.rand(rows, self.pairs, generator=generator).sort(dim=1).values
+        begins = (gaps * (free + 1)).long() + 2 * torch.arange(self.pairs)
+        for offset in range(2):
+            ids.scatter_(1, begins + offset, told[:, :, offset])
+        ids[:, tokens - 2 * self.pairs :] = asked.flatten(1)
+        labels = torch.full((rows, tokens), IGNORED)
+        labels[:, tokens - 2 * self.pairs :: 2] = asked[:, :, 1]
+        return ids.to(torch.int32), torch.zeros(rows, tokens, dtype=torch.int32), labels
+
+
+@dataclass(frozen=True)
+class Passkey:
+    """Five digits, once, somewhere in a text, and asked for at its end. The text is bytes of Python's own library."""
+
+    digits: int = 5
+
+    @property
+    def vocabulary(self) -> int:
+        """V: the bytes that are no digits stay, 256 opens the key and 257 asks for it."""
+        return 258
+
+    def batch(self, rows: int, tokens: int, number: int, seed: int) -> Batch:
+        """Rows of `tokens` tokens."""
+        generator = _generator(seed, number)
+        text = library_bytes()
+        begins = torch.randint(0, len(text) - tokens, (rows,), generator=generator)
+        ids = torch.stack([text[begin : begin + tokens] for begin in begins.tolist()]).long()
+        digits = torch.randint(ord("0"), ord("9") + 1, (rows, self.digits), generator=generator)
+        last = tokens - 2 * self.digits - 2
+        place = torch.randint(0, last + 1, (rows, 1), generator=generator)
+        spread = place + 1 + torch.arange(self.digits)
+        ids.scatter_(1, place, 256)
+        ids.scatter_(1, spread, digits)
+        ids[:, tokens - self.digits] = 257
+        ids[:, tokens - self.digits + 1 :] = digits[:, :-1]
+        labels = torch.full((rows, tokens), IGNORED)
+        labels[:, tokens - self.digits :] = digits
+        return ids.to(torch.int32), torch.zeros(rows, tokens, dtype=torch.int32), labels
+
+
+@dataclass(frozen=True)
+class Text:
+    """Bytes of Python's own library, every one asked for; the last tenth is held out and has the negative numbers."""
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return 256
+
+    def batch(self, rows: int, tokens: int, number: int, seed: int) -> Batch:
+        """Rows of `tokens` tokens, each from one place in one file or from several that follow each other."""
+        text = library_bytes()
+        cut = len(text) * 9 // 10
+        first, end = (cut, len(text)) if number < 0 else (0, cut)
+        begins = torch.randint(first, end - tokens - 1, (rows,), generator=_generator(seed, number))
+        ids = torch.stack([text[begin : begin + tokens + 1] for begin in begins.tolist()]).long()
+        return ids[:, :-1].to(torch.int32), torch.zeros(rows, tokens, dtype=torch.int32), ids[:, 1:]
+
+
+@cache
+def library_bytes() -> Tensor:
+    """4 MiB of the standard library's sources, in the order of their names; no digits, so that a key is one."""
+    folder = Path(os.__file__).parent
+    found, size = [], 0
+    for path in sorted(folder.glob("*.py")):
+        found.append(path.read_bytes())
+        size += len(found[-1])
+        if size > 4 << 20:
+            break
+    text = torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8).clone()
+    text[(text >= ord("0")) & (text <= ord("9"))] = ord("#")
+    return text

@@ -1,0 +1,171 @@
+"""How far does attention reach beyond the rows it was trained on? Each kind of attention, equal parameters and tokens.
+
+    python -m benchmarks.science.reach [--tasks recall passkey copy text] [--kinds rope hybrid] [--seeds 3] [--out FILE]
+
+A decoder of 4 layers of width 64 with 4 heads, trained on rows of 128 tokens, 32 rows an update, AdamW at 2e-3; then
+asked on rows of 1, 2, 4 and 8 times that length. One core a run.
+
+recall, passkey, copy    Share of the asked tokens that are the likeliest one (see `tasks`).
+text                     Held-out loss in nats a byte, of the last 128 tokens of each row.
+
+Medians over the seeds, with the least and largest. `vanilla` is the Transformer of 2017.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from benchmarks.harness import provenance, table, write_result
+from benchmarks.science.tasks import IGNORED, Copy, Passkey, Recall, Text
+from solomonov.config import OptimizerConfig
+from solomonov.model.config import ModelConfig
+from solomonov.model.counts import parameter_count
+from solomonov.model.transformer import Transformer
+from solomonov.optim import make_optimizer
+
+SCHEMA_VERSION: Final = 1
+TOKENS: Final = 128
+TIMES: Final = (1, 2, 4, 8)
+TASKS: Final = {"recall": Recall(), "passkey": Passkey(), "copy": Copy(), "text": Text()}
+STEPS: Final = {"recall": 2000, "passkey": 2000, "copy": 2000, "text": 2000}
+KINDS: Final[dict[str, dict[str, Any]]] = {
+    "vanilla": {"preset": "vanilla"},
+    "rope": {"preset": "rope"},
+    "nope": {"preset": "rope", "position": "nope"},
+    "alibi": {"preset": "alibi"},
+    "windows only": {"preset": "rope", "window": TOKENS // 4},
+    "hybrid": {"preset": "hybrid", "train_tokens": TOKENS},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    task: str
+    kind: str
+    seed: int
+    steps: int
+    rows: int = 32
+    asked_rows: int = 256
+    """At each length, in batches of 16."""
+    lr: float = 2e-3
+
+
+def model_of(run: Run) -> ModelConfig:
+    """4 layers of width 64."""
+    shape = {"layers": 4, "d_model": 64, "heads": 4, "d_ff": 128, "residual": "prenorm"}
+    return ModelConfig.model_validate({**shape, "attention": KINDS[run.kind]})
+
+
+def train(run: Run) -> dict[str, Any]:
+    """The record of one training, on one thread."""
+    torch.set_num_threads(1)
+    task = TASKS[run.task]
+    config = model_of(run)
+    model = Transformer(config, task.vocabulary, seed=run.seed)
+    settings = OptimizerConfig(lr=run.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = make_optimizer(model.named_parameters(), settings, config, fused=False)
+    losses = []
+    for step in range(run.steps):
+        ids, documents, labels = task.batch(run.rows, TOKENS, step, run.seed)
+        loss = model(ids, documents, labels) / (labels != IGNORED).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rate = run.lr * min(1.0, (step + 1) / 100, (run.steps - step) / (run.steps // 5))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    found = {str(times): asked(model, run, times) for times in TIMES}
+    parameters = parameter_count(config, task.vocabulary)
+    return {**asdict(run), "parameters": parameters, "losses": losses[:: max(1, run.steps // 200)], "found": found}
+
+
+@torch.no_grad()
+def asked(model: Transformer, run: Run, times: int) -> float:
+    """What a trained model finds in rows of so many times the length: a share, or nats."""
+    task, right, sums, count = TASKS[run.task], 0, 0.0, 0
+    for number in range(run.asked_rows // 16):
+        ids, documents, labels = task.batch(16, times * TOKENS, -1 - number, 0)
+        logits = model(ids, documents)
+        if run.task == "text":
+            labels[:, :-TOKENS] = IGNORED
+        wanted = labels != IGNORED
+        here, there = logits[wanted], labels[wanted]
+        sums += float(torch.nn.functional.cross_entropy(here, there, reduction="sum"))
+        right += int((here.argmax(-1) == there).sum())
+        count += int(wanted.sum())
+    return sums / count if run.task == "text" else right / count
+
+
+def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each task and kind: median, least and largest at each length."""
+    rows = []
+    key = lambda record: (list(TASKS).index(record["task"]), list(KINDS).index(record["kind"]))  # noqa: E731
+    for _, group in groupby(sorted(records, key=key), key):
+        runs = list(group)
+        row = {"task": runs[0]["task"], "kind": runs[0]["kind"], "seeds": len(runs), "steps": runs[0]["steps"]}
+        for times in map(str, TIMES):
+            values = [run["found"][times] for run in runs]
+            row[times] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        rows.append(row)
+    return rows
+
+
+def report(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    lines = []
+    for row in rows:
+        cells = [f"{c['median']:.2f} ({c['min']:.2f} to {c['max']:.2f})" for c in (row[str(t)] for t in TIMES)]
+        lines.append([f"{row['task']:8s} {row['kind']}", *cells])
+    heads = [f"{times} x {TOKENS}" for times in TIMES]
+    return table("found in rows of so many tokens; trained on 128", ["task, attention", *heads], lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, ask, print, and keep what came out."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.science.reach", description=__doc__.partition("\n")[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="updates (default: 2000)")
+    parser.add_argument("--asked-rows", type=int, default=256, help="at each length (default: 256)")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    command = "python -m benchmarks.science.reach " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    facts = provenance(command.strip())
+    runs = [
+        Run(task, kind, seed, options.steps or STEPS[task], asked_rows=options.asked_rows)
+        for task in options.tasks
+        for kind in options.kinds
+        for seed in range(options.seeds)
+    ]
+    records = []
+    print(f"{len(runs)} trainings", flush=True)
+    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=4) as pool:
+        for record in pool.imap(train, runs):
+            records.append(record)
+            found = " ".join(f"{record['found'][str(times)]:.2f}" for times in TIMES)
+            print(f"{record['task']:8s} {record['kind']:13s} seed {record['seed']}: {found}", flush=True)
+    rows = summary(records)
+    print(report(rows))
+    if options.out:
+        write_result(options.out, {"schema_version": SCHEMA_VERSION, **facts, "summary": rows, "runs": records})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
