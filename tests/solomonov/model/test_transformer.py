@@ -173,6 +173,7 @@ def test_bf16_stays_near_fp32() -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("flags", ["hybrid", "much at once"])
 def test_compiled_blocks_of_every_kind_give_the_same(flags: str) -> None:
     """A local block in blocks of a window and a global one each, loss and gradients in fp32 within 1e-5. Half a minute
