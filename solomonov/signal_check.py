@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from solomonov.model.config import ModelConfig
+from solomonov.model.cross import Source
 from solomonov.model.signal import Signal, eighths, measure_signal
 from solomonov.model.transformer import Transformer
 
@@ -69,9 +70,12 @@ def check_signal(model: ModelConfig, *, seed: int = 0) -> SignalCheck:
     copy = narrowed(model)
     generator = torch.Generator().manual_seed(seed)
     ids, labels = (torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=generator) for _ in range(2))
-    signal = measure_signal(Transformer(copy, VOCABULARY, seed=seed), ids, torch.zeros_like(ids), labels)
+    documents, source = torch.zeros_like(ids), None
+    if copy.architecture == "encoder_decoder":
+        source = Source(torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=generator), documents)
+    signal = measure_signal(Transformer(copy, VOCABULARY, seed=seed), ids, documents, labels, source)
     verdict, reading = judge(signal)
-    return SignalCheck(model.layers, copy.d_model, signal, verdict, reading, advice(model, verdict))
+    return SignalCheck(len(signal.gradient_norms), copy.d_model, signal, verdict, reading, advice(model, verdict))
 
 
 def judge(signal: Signal) -> tuple[Verdict, str]:
