@@ -79,15 +79,21 @@ def check_signal(model: ModelConfig, *, seed: int = 0) -> SignalCheck:
 
 
 def judge(signal: Signal) -> tuple[Verdict, str]:
-    """The verdict and its words: by the mean gradient of the first eighth over the last's, and the stream's growth."""
-    parts = eighths(len(signal.gradient_norms))
-    first, last = (_mean([signal.gradient_norms[layer] for layer in part]) for part in (parts[0], parts[-1]))
-    if not all(map(math.isfinite, (signal.loss, first, last, signal.growth))):
-        return "broken", "the pass through the layers is not finite"
-    ratio = first / max(last, torch.finfo(torch.float32).tiny)
+    """The verdict and its words: by the mean gradient of the first eighth over the last's, in that stack where they
+    differ more, and the stream's growth."""
+    tiny = torch.finfo(torch.float32).tiny
+    ratio = worst = 0.0
+    for stack in signal.stacks:
+        norms = [signal.gradient_norms[block] for block in stack]
+        parts = eighths(len(norms))
+        first, last = (_mean([norms[layer] for layer in part]) for part in (parts[0], parts[-1]))
+        if not all(map(math.isfinite, (signal.loss, first, last, signal.growth))):
+            return "broken", "the pass through the layers is not finite"
+        of_stack = first / max(last, tiny)
+        if max(of_stack, 1.0 / max(of_stack, tiny)) > worst:
+            ratio, worst = of_stack, max(of_stack, 1.0 / max(of_stack, tiny))
     grows = f"the stream grows {signal.growth:.3g} times"
     numbers = f"the gradient of the first eighth is {ratio:.3g} times the last's, {grows}"
-    worst = max(ratio, 1.0 / max(ratio, torch.finfo(torch.float32).tiny))
     if worst >= BROKEN:
         return "broken", f"{numbers}: no learning rate suits both ends"
     if worst >= UNEVEN or signal.growth >= UNEVEN:

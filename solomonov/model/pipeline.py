@@ -4,7 +4,8 @@ Between layers travels a tuple, the carry. Of one stack it is (hidden (B, T, D),
 gets (input_ids, document_ids). Of an encoder_decoder it is (source (B, S, D), source's document_ids (B, S), hidden (B,
 T, D), document_ids (B, T)); the first layer gets the ids of both and embeds both, the encoder's layers change the
 first, and the decoder's the third: the embedded target rides along while the encoder runs, and what the encoder made
-of the source while the decoder does. So there is one embedding, on one stage.
+of the source while the decoder does, up to its last block: a stage behind that has no gradient to send back for it. So
+there is one embedding, on one stage.
 
 The last layer returns (hidden, head weight), for `loss.pipeline_loss`. Each layer derives masks and rotary tables from
 the document ids: a few integers a token cross the wire instead of T booleans.
@@ -57,10 +58,11 @@ class BlockStage(Block):
         initialise(self, config, seed, prefix=f"{name}.")
 
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
-        """Changes the hidden of its stack."""
+        """Changes the hidden of its stack; the last one of all hands on nothing else."""
         before, (hidden, document_ids), behind = _split(carry, self.stack)
         hidden = self._kept_of(self._on_documents, hidden, document_ids, *before)
-        return *before, hidden, document_ids, *behind
+        is_last = self.stack.crossed and self.index == self.stack.layers - 1
+        return *(() if is_last else before), hidden, document_ids, *behind
 
     def _on_documents(self, hidden: Tensor, document_ids: Tensor, *source: Tensor) -> Tensor:
         context = attention_context(document_ids, self.config, self.index, stack=self.stack)

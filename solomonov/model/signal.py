@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -45,15 +45,23 @@ class Signal:
     """Blocks of each stack; None: there is one."""
 
     @property
+    def stacks(self) -> list[range]:
+        """Which blocks each stack has. Gradients of two stacks are not alike: an encoder gets only what comes through
+        cross-attention, which at the initial values looks at all of the source alike."""
+        ends = list(accumulate(self.depths or (len(self.gradient_norms),)))
+        return [range(begin, end) for begin, end in pairwise([0, *ends])]
+
+    @property
     def gradient_ratio(self) -> float:
-        """Gradient of the first block over that of the last: of the encoder and the decoder, where there are both."""
-        return self.gradient_norms[0] / max(self.gradient_norms[-1], torch.finfo(torch.float32).tiny)
+        """Gradient of the first block over that of the last; of two stacks that which is further from 1."""
+        least, norms = torch.finfo(torch.float32).tiny, self.gradient_norms
+        ratios = [norms[stack[0]] / max(norms[stack[-1]], least) for stack in self.stacks]
+        return max(ratios, key=lambda ratio: max(ratio, 1.0 / max(ratio, least)))
 
     @property
     def growth(self) -> float:
         """Stream behind the last block over that behind the embedding; of two stacks the larger one's."""
-        ends = accumulate(self.depths or (len(self.gradient_norms),))
-        return max(self.stream_rms[end] for end in ends) / self.stream_rms[0]
+        return max(self.stream_rms[stack[-1] + 1] for stack in self.stacks) / self.stream_rms[0]
 
 
 def measure_signal(

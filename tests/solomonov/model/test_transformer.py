@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -124,7 +124,8 @@ def _packed(lengths: list[int], padding: int) -> Tensor:
     flags=st.sampled_from(["vanilla", "rope", "local", "hybrid"]),
 )
 def test_packed_pairs_equal_single_ones(lengths: list[tuple[int, int]], padding: tuple[int, int], flags: str) -> None:
-    """Sources and targets of lengths of their own, a document of both by one id."""
+    """Sources and targets of lengths of their own, a document of both by one id; within 2e-5 of the largest logit (in
+    float64 they differ by 3e-16)."""
     model = spread_model(two_stacks(attention=ATTENTION[flags]))
     of_source, of_target = [pair[0] for pair in lengths], [pair[1] for pair in lengths]
     source_documents, documents = _packed(of_source, padding[0]), _packed(of_target, padding[1])
@@ -136,7 +137,7 @@ def test_packed_pairs_equal_single_ones(lengths: list[tuple[int, int]], padding:
         alone = model(
             ids[:, mine], documents[:, mine], source=Source(source_ids[:, theirs], source_documents[:, theirs])
         )
-        torch.testing.assert_close(packed[:, mine], alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed[:, mine], alone, rtol=0.0, atol=2e-5 * float(alone.detach().abs().max()))
 
 
 @settings(deadline=None, max_examples=20)
@@ -155,7 +156,8 @@ def test_packed_documents_of_an_encoder_equal_single_ones(
     assert bool(torch.isfinite(packed).all())
     for document in range(len(lengths)):
         mine = documents[0] == document
-        torch.testing.assert_close(packed[:, mine], model(ids[:, mine], documents[:, mine]), rtol=1e-5, atol=1e-5)
+        alone = model(ids[:, mine], documents[:, mine])
+        torch.testing.assert_close(packed[:, mine], alone, rtol=0.0, atol=2e-5 * float(alone.detach().abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -292,6 +294,35 @@ def test_pipeline_layers_of_two_stacks_give_the_same(tied: bool, changes: dict[s
     modules, last = _in_a_pipeline(config, (*source, ids, documents))
     expected = plain(ids, documents, labels, source=source)
     _assert_equal_to_the_bit(config, modules, pipeline_loss(last, labels), plain, expected)
+
+
+@pytest.mark.parametrize("cuts", list(combinations(range(1, 9), 2)), ids=str)
+def test_two_stacks_may_be_cut_anywhere(cuts: tuple[int, int]) -> None:
+    """Three stages as DeepSpeed runs them: what a stage is given are leaves, and each of floats has to have a gradient
+    to send back, those that it only hands on as well."""
+    config = two_stacks()
+    plain = Transformer(config, VOCAB, seed=9)
+    ids, labels, source = random_ids(2, 8), random_ids(2, 8, seed=1), random_source(2, 6)
+    documents = torch.zeros_like(ids)
+    layers = [layer.build() for layer in pipeline_layers(config, VOCAB, seed=9)]
+    carry: tuple[Tensor, ...] = (*source, ids, documents)
+    given, made = [], []
+    for begin, end in pairwise([0, *cuts, len(layers)]):
+        carry = tuple(each.detach().requires_grad_(each.is_floating_point()) for each in carry)
+        given.append([each for each in carry if each.is_floating_point()])
+        for layer in layers[begin:end]:
+            carry = layer(carry)
+        made.append([each for each in carry if each.is_floating_point()])
+    pipeline_loss((carry[0], carry[1]), labels).backward()
+    for outputs, inputs in zip(made[-2::-1], given[:0:-1], strict=True):
+        gradients = [each.grad for each in inputs if each.grad is not None]
+        assert len(gradients) == len(outputs)
+        torch.autograd.backward(outputs, gradients)
+    plain(ids, documents, labels, source=source).backward()
+    expected = [parameter.grad for parameter in plain.parameters()]
+    found = [parameter.grad for layer in layers for parameter in layer.parameters()]
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("flags", ATTENTION)
