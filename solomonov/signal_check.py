@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from solomonov.model.config import ModelConfig
+from solomonov.model.cross import Source
 from solomonov.model.signal import Signal, eighths, measure_signal
 from solomonov.model.transformer import Transformer
 
@@ -69,21 +70,30 @@ def check_signal(model: ModelConfig, *, seed: int = 0) -> SignalCheck:
     copy = narrowed(model)
     generator = torch.Generator().manual_seed(seed)
     ids, labels = (torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=generator) for _ in range(2))
-    signal = measure_signal(Transformer(copy, VOCABULARY, seed=seed), ids, torch.zeros_like(ids), labels)
+    documents, source = torch.zeros_like(ids), None
+    if copy.architecture == "encoder_decoder":
+        source = Source(torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=generator), documents)
+    signal = measure_signal(Transformer(copy, VOCABULARY, seed=seed), ids, documents, labels, source)
     verdict, reading = judge(signal)
-    return SignalCheck(model.layers, copy.d_model, signal, verdict, reading, advice(model, verdict))
+    return SignalCheck(len(signal.gradient_norms), copy.d_model, signal, verdict, reading, advice(model, verdict))
 
 
 def judge(signal: Signal) -> tuple[Verdict, str]:
-    """The verdict and its words: by the mean gradient of the first eighth over the last's, and the stream's growth."""
-    parts = eighths(len(signal.gradient_norms))
-    first, last = (_mean([signal.gradient_norms[layer] for layer in part]) for part in (parts[0], parts[-1]))
-    if not all(map(math.isfinite, (signal.loss, first, last, signal.growth))):
-        return "broken", "the pass through the layers is not finite"
-    ratio = first / max(last, torch.finfo(torch.float32).tiny)
+    """The verdict and its words: by the mean gradient of the first eighth over the last's, in that stack where they
+    differ more, and the stream's growth."""
+    tiny = torch.finfo(torch.float32).tiny
+    ratio = worst = 0.0
+    for stack in signal.stacks:
+        norms = [signal.gradient_norms[block] for block in stack]
+        parts = eighths(len(norms))
+        first, last = (_mean([norms[layer] for layer in part]) for part in (parts[0], parts[-1]))
+        if not all(map(math.isfinite, (signal.loss, first, last, signal.growth))):
+            return "broken", "the pass through the layers is not finite"
+        of_stack = first / max(last, tiny)
+        if max(of_stack, 1.0 / max(of_stack, tiny)) > worst:
+            ratio, worst = of_stack, max(of_stack, 1.0 / max(of_stack, tiny))
     grows = f"the stream grows {signal.growth:.3g} times"
     numbers = f"the gradient of the first eighth is {ratio:.3g} times the last's, {grows}"
-    worst = max(ratio, 1.0 / max(ratio, torch.finfo(torch.float32).tiny))
     if worst >= BROKEN:
         return "broken", f"{numbers}: no learning rate suits both ends"
     if worst >= UNEVEN or signal.growth >= UNEVEN:

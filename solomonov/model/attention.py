@@ -1,5 +1,5 @@
-"""Causal attention within documents: grouped queries, and the flags of `attention_config`, each exact on its own and
-with the others. With all of them off nothing but the plain product is computed."""
+"""Attention within documents, causal or of all to all: grouped queries, and the flags of `attention_config`, each exact
+on its own and with the others. With all of them off nothing but the plain product is computed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from solomonov.model.flex import FlexPlan, flex_attend, flex_plan, flex_suits
 from solomonov.model.norms import RMSNorm
 from solomonov.model.positions import alibi_slopes, log_visible
 from solomonov.model.rope import document_positions, rope_tables, rotate
+from solomonov.model.stacks import Stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +88,18 @@ def attention_context(
     *,
     new_tokens: int | None = None,
     share: SequenceShare | None = None,
+    stack: Stack | None = None,
 ) -> AttentionContext:
     """Masks and tables of one layer, and of all of its kind, for rows of packed documents.
 
     Args:
         document_ids: (B, S) of all tokens, cached ones first.
-        layer: number of the layer, from 0.
+        layer: number of the layer in its stack, from 0.
         new_tokens: T, how many of the last tokens are queries; None: all.
         share: of the rows' tokens, where other ranks have the rest.
+        stack: which one; None: the last.
     """
-    kind, total, device = config.layer_attention(layer), document_ids.shape[1], document_ids.device
+    kind, total, device = config.layer_attention(layer, stack), document_ids.shape[1], document_ids.device
     new = total if new_tokens is None else new_tokens
     positions = token_positions(document_ids, new_tokens, share)
     cosine, sine = None, None
@@ -108,12 +111,14 @@ def attention_context(
         slopes = slopes if share is None else slopes[share.heads(config.heads)]
     mask, flex = None, None
     # New tokens after cached ones come in any number, for each of which the kernel would be compiled.
-    if new_tokens is None and flex_suits(config, layer, device):
+    if not kind.causal:
+        mask = window.same_document(document_ids, document_ids)[:, None]
+    elif new_tokens is None and flex_suits(config, layer, device):
         flex = flex_plan(document_ids, kind.window, slopes)
     else:
         seen = window.visible(document_ids[:, -window.keys_in_reach(total, new, kind.window) :], new, kind.window)
         mask = seen[:, None] if slopes is None else window.biased(seen, slopes)
-        if config.attention.sink:
+        if kind.sink:
             mask = window.with_room_for_sink(mask)
     block = 0 if flex is not None else window.block_size(new, kind.window)
     return AttentionContext(mask, block, flex, cosine, sine, log_visible(positions) if kind.log_n else None, share)
@@ -125,14 +130,18 @@ def layer_contexts(
     *,
     new_tokens: int | None = None,
     share: SequenceShare | None = None,
+    stack: Stack | None = None,
 ) -> list[AttentionContext]:
-    """The context of each layer, one for all layers of a kind; arguments as of `attention_context`."""
-    of_kind = {}
-    for layer in range(config.layers):
-        kind = config.layer_attention(layer)
-        if kind not in of_kind:
-            of_kind[kind] = attention_context(document_ids, config, layer, new_tokens=new_tokens, share=share)
-    return [of_kind[config.layer_attention(layer)] for layer in range(config.layers)]
+    """The context of each layer of a stack, one for all layers of a kind; arguments as of `attention_context`."""
+    stack = config.stacks[-1] if stack is None else stack
+    kinds = [config.layer_attention(layer, stack) for layer in range(stack.layers)]
+    of_kind = {
+        kind: attention_context(
+            document_ids, config, kinds.index(kind), new_tokens=new_tokens, share=share, stack=stack
+        )
+        for kind in dict.fromkeys(kinds)
+    }
+    return [of_kind[kind] for kind in kinds]
 
 
 def attend(
@@ -230,15 +239,11 @@ class OutputGate(Linear):
         return torch.sigmoid(super().forward(x) + self.bias)
 
 
-class Attention(nn.Module):
-    """Attention of H query heads over K key-value heads of width E, without biases.
+class Projections(nn.Module):
+    """What every kind of attention has: H query heads and K key-value heads of width E, and the flags that need no
+    order of tokens. Without biases, but for a gate's."""
 
-    Args:
-        config: the model's shape.
-        layer: number of the layer, from 0, which decides of what kind it is.
-    """
-
-    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         flags = config.attention
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_head_count, config.head_width
@@ -254,15 +259,37 @@ class Attention(nn.Module):
         self.gate: OutputGate | None = None
         if flags.gate != "none":
             self.gate = OutputGate(config.d_model, self.heads * (self.head_dim if flags.gate == "element" else 1))
-        self.log_scale = nn.Parameter(torch.empty(self.heads)) if config.layer_attention(layer).log_n else None
-        self.sink = nn.Parameter(torch.empty(self.heads)) if flags.sink else None
+
+    def split(self, flat: Tensor, heads: int) -> Tensor:
+        """(B, T, heads * E) -> (B, T, heads, E)."""
+        return flat.view(*flat.shape[:2], heads, self.head_dim)
+
+    def joined(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """What was found, (B, T, H, E), gated by what asked, x (B, T, D), and projected: (B, T, D)."""
+        if self.gate is not None:
+            mixed = mixed * self.gate(x).view(*mixed.shape[:3], -1)
+        return self.out(mixed.flatten(2))  # type: ignore[no-any-return]
+
+
+class Attention(Projections):
+    """Attention of the tokens of a stack to each other.
+
+    Args:
+        config: the model's shape.
+        layer: number of the layer in its stack, from 0, which decides of what kind it is.
+        stack: which one; None: the last.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0, stack: Stack | None = None) -> None:
+        super().__init__(config)
+        kind = config.layer_attention(layer, stack)
+        self.log_scale = nn.Parameter(torch.empty(self.heads)) if kind.log_n else None
+        self.sink = nn.Parameter(torch.empty(self.heads)) if kind.sink else None
 
     def forward(self, x: Tensor, context: AttentionContext, past: LayerCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); with `past`, the new tokens also see the cached ones."""
-        rows, tokens, _ = x.shape
-        query = self.q(x).view(rows, tokens, self.heads, self.head_dim)
-        key = self.k(x).view(rows, tokens, self.kv_heads, self.head_dim)
-        value = self.v(x).view(rows, tokens, self.kv_heads, self.head_dim)
+        query = self.split(self.q(x), self.heads)
+        key, value = self.split(self.k(x), self.kv_heads), self.split(self.v(x), self.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
@@ -280,7 +307,4 @@ class Attention(nn.Module):
             mixed = attend(query, key, value, mask=context.mask, block=context.block, flex=context.flex, sink=self.sink)
         else:
             mixed = _attend_together(query, key, value, context, self.sink)
-        if self.gate is not None:
-            mixed = mixed * self.gate(x).view(rows, tokens, self.heads, -1)
-        joined = mixed.reshape(rows, tokens, self.heads * self.head_dim)
-        return self.out(joined)  # type: ignore[no-any-return]
+        return self.joined(mixed, x)

@@ -58,10 +58,18 @@ class LayerAttention:
     """Keys that a query sees at most, its own among them; None: all."""
     log_n: bool
     """Its logits grow with ln of the number of keys that a query sees."""
+    sink: bool = False
+    """A learned logit a head takes part in the softmax."""
+    causal: bool = True
+    """A token sees only those before it, and itself; else all of its document."""
 
 
 class AttentionConfig(Section):
-    """How tokens look at each other. `preset` fills in what is not given."""
+    """How tokens look at each other. `preset` fills in what is not given.
+
+    The attention of an encoder takes `position` (but alibi), `rope_theta`, `qk_norm` and `gate`, and cross-attention
+    `qk_norm` and `gate`; all else is of a decoder's own attention.
+    """
 
     preset: Preset = DEFAULT_PRESET
     """`vanilla`: the Transformer of 2017. `rope`: rotary positions, QK norm. `alibi`: linear biases. `local`: five
@@ -71,7 +79,8 @@ class AttentionConfig(Section):
     position: Literal["rope", "nope", "alibi", "sinusoidal"] = "rope"
     """How order is told: `rope` rotates queries and keys by their position within the document (arXiv 2104.09864);
     `alibi` takes from a logit m_h * distance (arXiv 2108.12409); `nope` tells nothing but what the causal mask does
-    (arXiv 2305.19466); `sinusoidal` is added to the embedding (arXiv 1706.03762)."""
+    (arXiv 2305.19466), in an encoder, which has none, no order at all; `sinusoidal` is added to the embedding (arXiv
+    1706.03762)."""
 
     rope_theta: float = Field(default=10_000.0, gt=1.0)
     """Base of the rotary frequencies theta^(-2i/E); larger reaches further (500,000 for 8k tokens and up)."""
@@ -186,7 +195,31 @@ class AttentionConfig(Section):
             rope_theta=theta,
             window=None if sees_all else self.window,
             log_n=self.logit_scale == "log_n" and sees_all,
+            sink=self.sink,
         )
+
+    def of_encoder(self) -> LayerAttention:
+        """What the attention of every layer of an encoder does."""
+        position: LayerPosition = "rope" if self.position == "rope" else "nope"
+        return LayerAttention(position, self.rope_theta, window=None, log_n=False, causal=False)
+
+    def encoder_refusal(self, architecture: Literal["encoder", "encoder_decoder"]) -> str | None:
+        """Why an encoder cannot have this attention, and the nearest that it can; None: it can."""
+        if self.position == "alibi":
+            return (
+                f"architecture {architecture} with attention.position alibi: its biases count how far back a key is, "
+                "and an encoder looks ahead as well. Set attention.position to rope (or attention.preset, where that "
+                "says alibi)"
+            )
+        wanted = {"window": self.window is not None, "logit_scale": self.logit_scale != "none", "sink": self.sink}
+        if architecture == "encoder" and any(wanted.values()):
+            names = ", ".join(f"attention.{name}" for name, is_given in wanted.items() if is_given)
+            return (
+                f"architecture encoder with {names}: in an encoder all see all of their document, and of these flags "
+                "it takes none, but positions, qk_norm and gate. Set attention.preset to rope (with gate: element for "
+                "the gates of hybrid), window to null, logit_scale to none and sink to false"
+            )
+        return None
 
 
 def default_window(preset: Preset, train_tokens: int | None) -> int | None:

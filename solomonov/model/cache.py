@@ -9,10 +9,15 @@ from solomonov.model.config import ModelConfig
 
 
 class LayerCache:
-    """Keys and values of one block."""
+    """Keys and values of one block.
+
+    Attributes:
+        source: in a decoder behind an encoder, those of cross-attention, (B, S, K, E) each, from the first call on.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
+        self.source: tuple[Tensor, Tensor] | None = None
         self.tokens = 0
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,13 +52,19 @@ class WindowCache(LayerCache):
 
 class KeyValueCache:
     """The caches of all blocks and the document ids seen, in memory allocated once but for
-    local blocks, which keep a window.
+    local blocks, which keep a window. Of an encoder_decoder those of the decoder, with the source's.
 
     Args:
         config: the model's shape.
         batch_rows: B.
         capacity_tokens: most tokens of a row, prompt included.
         dtype, device: those of the model's activations.
+
+    Raises:
+        ValueError: an encoder has no use for it: what it makes of a token follows from all the others.
+
+    Attributes:
+        source_document_ids: (B, S) of the source, once it was read.
     """
 
     def __init__(
@@ -69,6 +80,12 @@ class KeyValueCache:
             shape = (batch_rows, config.kv_head_count, tokens, config.head_width)
             return torch.empty(shape, dtype=dtype, device=device)
 
+        if config.architecture == "encoder":
+            raise ValueError(
+                "architecture encoder has nothing to cache: each new token changes what is made of those before it. "
+                "Give it all tokens of a row at once"
+            )
+        self.source_document_ids: Tensor | None = None
         windows = [config.layer_attention(layer).window for layer in range(config.layers)]
         self.layers = [
             LayerCache(tensor(capacity_tokens), tensor(capacity_tokens))

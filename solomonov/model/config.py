@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from solomonov.model.attention_config import AttentionConfig, LayerAttention
 from solomonov.model.residual import ResidualMode
+from solomonov.model.stacks import Architecture, Stack, stacks_of
 from solomonov.section import Section
 
 RecomputeMode = Literal["none", "selective", "full"]
@@ -24,6 +25,10 @@ class Recompute:
     """With `full`: how many consecutive blocks are run again together, from the input of the first."""
 
 
+DEEPNORM_LAYERS = 100
+"""From which depth on `auto` takes deepnorm for an encoder_decoder: what was published for it at 100 to 1,000 layers
+(arXiv 2203.00555), where `scaled` is known of decoders alone."""
+
 NOTHING_AGAIN = Recompute()
 """All that the backward pass needs is kept."""
 
@@ -31,11 +36,17 @@ NOTHING_AGAIN = Recompute()
 class ModelConfig(Section):
     """Shape of the model. The vocabulary is the tokenizer's and stands there."""
 
-    architecture: Literal["decoder"] = "decoder"
-    """`decoder`: one causal stack that predicts the next token."""
+    architecture: Architecture = "decoder"
+    """`decoder`: one causal stack that predicts the next token. `encoder`: one stack in which every token sees all of
+    its document. `encoder_decoder`: an encoder reads a source, and a causal stack that also looks at what the encoder
+    made of it (cross-attention) predicts a target."""
 
     layers: int = Field(default=12, ge=1)
-    """Number of blocks (one attention and one feed-forward branch each)."""
+    """Number of blocks (one attention and one feed-forward branch each); of an encoder_decoder those of its decoder,
+    which have a cross-attention branch as well."""
+
+    encoder_layers: int | None = Field(default=None, ge=1)
+    """Number of blocks of the encoder of an encoder_decoder; null: as many as `layers`."""
 
     d_model: int = Field(default=256, ge=2)
     """Width of the residual stream."""
@@ -59,7 +70,8 @@ class ModelConfig(Section):
     `prenorm`: x + f(norm(x)), output projections start smaller by sqrt(2 * layers). `scaled`: x + s * f(norm(x)) with
     s = base_layers / layers (at most 1), so that one learning rate serves every depth. `lns`: the norm shrinks with
     depth. `layerscale`, `rezero`: s is learned. `peri`: the branch is normed too. `postnorm`, `deepnorm`, `keel`: the
-    sum is normed. `auto`: prenorm up to base_layers, else scaled.
+    sum is normed. `auto`: prenorm up to base_layers, else scaled; in an encoder_decoder, of which the deeper stack
+    counts, deepnorm from 100 layers on. What follows depth follows that of a block's own stack.
     """
 
     base_layers: int = Field(default=12, ge=1)
@@ -101,12 +113,28 @@ class ModelConfig(Section):
                 f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}: "
                 "every key-value head serves the same number of query heads"
             )
-        if self.head_width % 2 and any(self.layer_attention(i).position == "rope" for i in range(self.layers)):
+        if self.head_width % 2 and any(
+            self.layer_attention(layer, stack).position == "rope"
+            for stack in self.stacks
+            for layer in range(stack.layers)
+        ):
             raise ValueError(
                 f"a head is {self.head_width} wide, but rotary positions turn pairs: "
                 f"give a d_model / heads (or head_dim) that is even, say head_dim {self.head_width + 1}, "
                 "or set attention.position to nope or alibi"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _architecture_agrees(self) -> Self:
+        if self.architecture != "encoder_decoder" and self.encoder_layers is not None:
+            raise ValueError(
+                f"encoder_layers {self.encoder_layers} with architecture {self.architecture}: there is one stack, "
+                "whose depth is layers. Set encoder_layers to null, or architecture to encoder_decoder"
+            )
+        refusal = None if self.architecture == "decoder" else self.attention.encoder_refusal(self.architecture)
+        if refusal is not None:
+            raise ValueError(refusal)
         return self
 
     @model_validator(mode="after")
@@ -138,9 +166,20 @@ class ModelConfig(Section):
         """E, with the default filled in."""
         return self.d_model // self.heads if self.head_dim is None else self.head_dim
 
-    def layer_attention(self, layer: int) -> LayerAttention:
-        """What the attention of layer number `layer` does, from 0."""
-        return self.attention.of_layer(layer, self.layers)
+    @property
+    def encoder_depth(self) -> int:
+        """Blocks of the encoder of an encoder_decoder, with the default filled in."""
+        return self.layers if self.encoder_layers is None else self.encoder_layers
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacks of blocks in the order in which they run."""
+        return stacks_of(self)
+
+    def layer_attention(self, layer: int, stack: Stack | None = None) -> LayerAttention:
+        """What the attention of layer number `layer` of a stack does, from 0; None: of the last stack."""
+        stack = self.stacks[-1] if stack is None else stack
+        return self.attention.of_layer(layer, stack.layers) if stack.causal else self.attention.of_encoder()
 
     @property
     def feed_forward_width(self) -> int:
@@ -154,6 +193,9 @@ class ModelConfig(Section):
         """`residual` with `auto` decided by depth."""
         if self.residual == "auto" and self.parameterization == "completep":
             return "scaled"
-        if self.residual == "auto":
-            return "prenorm" if self.layers <= self.base_layers else "scaled"
-        return self.residual
+        if self.residual != "auto":
+            return self.residual
+        depth = max(stack.layers for stack in self.stacks)
+        if depth <= self.base_layers:
+            return "prenorm"
+        return "deepnorm" if self.architecture == "encoder_decoder" and depth >= DEEPNORM_LAYERS else "scaled"

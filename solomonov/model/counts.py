@@ -7,54 +7,48 @@ from math import prod
 from solomonov.model.config import ModelConfig
 from solomonov.model.naming import layer_names
 from solomonov.model.residual import branch_form
+from solomonov.model.stacks import Stack, block_number, stack_of
 
 
 def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of every parameter, in the order of the stack; a tied head has none."""
-    width, inner = config.d_model, config.feed_forward_width
-    queries = config.heads * config.head_width
-    keys = config.kv_head_count * config.head_width
-    attention: dict[str, tuple[int, ...]] = {
-        **_head_scalars(config),
-        "attention.q.weight": (queries, width),
-        "attention.k.weight": (keys, width),
-        "attention.v.weight": (keys, width),
-        "attention.out.weight": (width, queries),
-        **_flag_shapes(config),
-    }
-    gate: dict[str, tuple[int, ...]] = (
-        {"feed_forward.gate.weight": (inner, width)} if config.feed_forward == "swiglu" else {}
-    )
-    feed_forward = gate | {"feed_forward.up.weight": (inner, width), "feed_forward.down.weight": (width, inner)}
+    width = config.d_model
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in layer_names(config):
-        if layer.startswith("layers."):
-            index = int(layer.partition(".")[2])
-            block = _scale_shapes(config, index)
-            block |= _branch_norms(config, index, "attention") | attention
-            block |= _branch_norms(config, index, "feed_forward") | feed_forward
-            if not config.layer_attention(index).log_n:
-                block.pop("attention.log_scale", None)
+        index = block_number(layer)
+        if index is not None:
+            block = _block_shapes(config, index, stack_of(config, layer))
             shapes |= {f"{layer}.{name}": shape for name, shape in block.items()}
-        elif layer == "final_norm":
-            shapes |= _norm_shapes(config, "final_norm")
+        elif layer.endswith("final_norm"):
+            shapes |= _norm_shapes(config, layer)
         elif layer == "embedding" or not config.tie_embeddings:
             shapes[f"{layer}.weight"] = (vocab_size, width)
     return shapes
 
 
-def _scale_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    """Of the learned factors of a layer's branches."""
-    size = {"none": 0, "scalar": 1, "channel": config.d_model}[branch_form(config, layer).learned]
-    return dict.fromkeys(("attention_scale", "feed_forward_scale"), (size,)) if size else {}
-
-
-def _branch_norms(config: ModelConfig, layer: int, branch: str) -> dict[str, tuple[int, ...]]:
-    """Of the norms of the stream around one branch of a layer."""
-    form, shapes = branch_form(config, layer), dict[str, tuple[int, ...]]()
-    for place, wanted in (("norm", form.pre), ("out_norm", form.out), ("post_norm", form.post)):
-        if wanted:
-            shapes |= _norm_shapes(config, f"{branch}_{place}")
+def _block_shapes(config: ModelConfig, layer: int, stack: Stack) -> dict[str, tuple[int, ...]]:
+    """Of one block of a stack, by the names that they have in it."""
+    width, inner = config.d_model, config.feed_forward_width
+    form, kind = branch_form(config, layer, stack), config.layer_attention(layer, stack)
+    feed_forward: dict[str, tuple[int, ...]] = {}
+    if config.feed_forward == "swiglu":
+        feed_forward["feed_forward.gate.weight"] = (inner, width)
+    of_branch = {
+        "attention": {
+            **({"attention.log_scale": (config.heads,)} if kind.log_n else {}),
+            **({"attention.sink": (config.heads,)} if kind.sink else {}),
+            **_projection_shapes(config, "attention"),
+        },
+        "cross_attention": _projection_shapes(config, "cross_attention"),
+        "feed_forward": feed_forward
+        | {"feed_forward.up.weight": (inner, width), "feed_forward.down.weight": (width, inner)},
+    }
+    size = {"none": 0, "scalar": 1, "channel": width}[form.learned]
+    shapes: dict[str, tuple[int, ...]] = {f"{branch}_scale": (size,) for branch in stack.branches if size}
+    for branch in stack.branches:
+        for place, wanted in (("norm", form.pre), ("out_norm", form.out), ("post_norm", form.post)):
+            shapes |= _norm_shapes(config, f"{branch}_{place}") if wanted else {}
+        shapes |= of_branch[branch]
     return shapes
 
 
@@ -64,21 +58,18 @@ def _norm_shapes(config: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
     return {f"{name}.{parameter}": (config.d_model,) for parameter in parameters}
 
 
-def _flag_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The modules that the attention's flags add to a block."""
-    flags, shapes = config.attention, dict[str, tuple[int, ...]]()
+def _projection_shapes(config: ModelConfig, branch: str) -> dict[str, tuple[int, ...]]:
+    """Of what every kind of attention has."""
+    flags, width = config.attention, config.d_model
+    queries, keys = config.heads * config.head_width, config.kv_head_count * config.head_width
+    shapes: dict[str, tuple[int, ...]] = {"q.weight": (queries, width), "k.weight": (keys, width)}
+    shapes |= {"v.weight": (keys, width), "out.weight": (width, queries)}
     if flags.qk_norm:
-        shapes |= dict.fromkeys(("attention.q_norm.weight", "attention.k_norm.weight"), (config.head_width,))
+        shapes |= dict.fromkeys(("q_norm.weight", "k_norm.weight"), (config.head_width,))
     if flags.gate != "none":
-        gates = config.heads * (config.head_width if flags.gate == "element" else 1)
-        shapes |= {"attention.gate.weight": (gates, config.d_model), "attention.gate.bias": (gates,)}
-    return shapes
-
-
-def _head_scalars(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """What the attention's flags add to a block, one number a head; not all blocks have `log_scale`."""
-    wanted = {"log_scale": config.attention.logit_scale == "log_n", "sink": config.attention.sink}
-    return {f"attention.{name}": (config.heads,) for name, is_there in wanted.items() if is_there}
+        gates = queries if flags.gate == "element" else config.heads
+        shapes |= {"gate.weight": (gates, width), "gate.bias": (gates,)}
+    return {f"{branch}.{name}": shape for name, shape in shapes.items()}
 
 
 def visible_keys(sequence_tokens: int, window: int | None) -> float:
@@ -94,28 +85,50 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> int:
     return sum(prod(shape) for shape in parameter_shapes(config, vocab_size).values())
 
 
-def layer_flops(config: ModelConfig, vocab_size: int, sequence_tokens: int) -> dict[str, int]:
+def layer_flops(
+    config: ModelConfig, vocab_size: int, sequence_tokens: int, source_tokens: int | None = None
+) -> dict[str, int]:
     """Layer -> floating-point operations of its forward pass on one token, in the order of the stack.
 
     Two a value of each matrix that multiplies (the head, tied or not; not the embedding look-up, not the norms), and in
-    a block the two attention products, each 2 * H * E operations per visible key, over the keys that a causal row shows
-    on average, in local layers of the window. Rows of several documents show fewer: the figure is an upper bound.
-    Source: Kaplan et al. (arXiv 2001.08361) and PaLM appendix B (arXiv 2204.02311), which counts all T keys.
+    a block the two attention products, each 2 * H * E operations per visible key: the keys that a causal row shows on
+    average, in local layers those of the window, in an encoder all of the row, in cross-attention all of the source.
+    Rows of several documents show fewer: the figure is an upper bound. Source: Kaplan et al. (arXiv 2001.08361) and
+    PaLM appendix B (arXiv 2204.02311), which counts all T keys.
+
+    Args:
+        sequence_tokens: T, of a row.
+        source_tokens: of a row of the source of an encoder_decoder, where the token is one of the target, with its
+            share of what is done once a token of the source; None: as many as `sequence_tokens`.
     """
+    of_source = sequence_tokens if source_tokens is None else source_tokens
     costs = dict.fromkeys(layer_names(config), 0)
-    for name, shape in parameter_shapes(config, vocab_size).items():
-        if len(shape) == 2 and name.startswith("layers."):
-            costs[".".join(name.split(".")[:2])] += 2 * prod(shape)
     for layer in costs:
-        if layer.startswith("layers."):
-            window = config.layer_attention(int(layer.partition(".")[2])).window
-            keys = visible_keys(sequence_tokens, window)
-            costs[layer] += round(4 * config.heads * config.head_width * keys)
+        index = block_number(layer)
+        if index is not None:
+            costs[layer] = _block_flops(config, index, stack_of(config, layer), sequence_tokens, of_source)
     costs["head"] = 2 * vocab_size * config.d_model
     return costs
 
 
-def flops_per_token(config: ModelConfig, vocab_size: int, sequence_tokens: int) -> float:
+def _block_flops(config: ModelConfig, layer: int, stack: Stack, sequence_tokens: int, source_tokens: int) -> int:
+    """Of one block, as `layer_flops` says."""
+    share = source_tokens / sequence_tokens
+    kind, reads_source = config.layer_attention(layer, stack), bool(stack.prefix)
+    own = source_tokens if reads_source else sequence_tokens
+    keys = visible_keys(own, kind.window) if kind.causal else float(own)
+    keys += source_tokens if stack.crossed else 0.0
+    cost = 4 * config.heads * config.head_width * keys * (share if reads_source else 1.0)
+    for name, shape in _block_shapes(config, layer, stack).items():
+        if len(shape) == 2:
+            of_source = reads_source or name in ("cross_attention.k.weight", "cross_attention.v.weight")
+            cost += 2 * prod(shape) * (share if of_source else 1.0)
+    return round(cost)
+
+
+def flops_per_token(
+    config: ModelConfig, vocab_size: int, sequence_tokens: int, source_tokens: int | None = None
+) -> float:
     """Floating-point operations to train on one token: those of `layer_flops` forward, twice as many backward, none
     computed again."""
-    return 3.0 * sum(layer_flops(config, vocab_size, sequence_tokens).values())
+    return 3.0 * sum(layer_flops(config, vocab_size, sequence_tokens, source_tokens).values())

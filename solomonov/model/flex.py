@@ -38,7 +38,7 @@ class FlexPlan:
 def flex_suits(config: ModelConfig, layer: int, device: torch.device) -> bool:
     """Whether a layer is faster or smaller so: on CUDA, with a window, ALiBi or a sink. Plain full attention is not."""
     kind = config.layer_attention(layer)
-    special = kind.window is not None or kind.position == "alibi" or config.attention.sink
+    special = kind.window is not None or kind.position == "alibi" or kind.sink
     return special and device.type == "cuda" and config.head_width >= LEAST_WIDTH
 
 

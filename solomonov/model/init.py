@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from solomonov.model.config import ModelConfig
 from solomonov.model.parameterization import row_of
+from solomonov.model.stacks import stack_of
 
 
 def initial_value(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
     """The fp32 tensor on CPU with which the parameter `name` starts: a function of its arguments alone."""
-    row = row_of(name)
+    row, stack = row_of(name), stack_of(config, name)
     if row.std is None:
-        return torch.full(tuple(shape), row.constant(config))
+        return torch.full(tuple(shape), row.constant(config, stack))
     generator = torch.Generator()
     generator.manual_seed(xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode()))
-    return torch.randn(tuple(shape), generator=generator) * row.std(config, shape[-1])
+    return torch.randn(tuple(shape), generator=generator) * row.std(config, stack, shape[-1])
 
 
 def initialise(module: nn.Module, config: ModelConfig, seed: int, *, prefix: str = "") -> None:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from solomonov.model.attention import Attention, AttentionContext, Linear
 from solomonov.model.cache import LayerCache
 from solomonov.model.config import ModelConfig
+from solomonov.model.cross import CrossAttention, Memory
 from solomonov.model.loss import cross_entropy_and_z_sums, cross_entropy_sum
 from solomonov.model.norms import StreamNorm
 from solomonov.model.positions import sinusoids
 from solomonov.model.recompute import keeping_products
 from solomonov.model.residual import branch_form
+from solomonov.model.stacks import Stack
 
 
 class Embedding(nn.Module):
@@ -70,19 +72,21 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each added to the stream in the general form of `residual`:
-    x' = norm_post(alpha * x + s * norm_out(f(c * norm_pre(x)))).
+    """Attention, in a decoder behind an encoder cross-attention, and feed-forward, each added to the stream in the
+    general form of `residual`: x' = norm_post(alpha * x + s * norm_out(f(c * norm_pre(x)))).
 
     Args:
         config: its shape.
-        index: number of the layer, from 0.
+        index: number of the layer in its stack, from 0.
+        stack: which one; None: the last.
         selective: keep only products for the backward pass (see `recompute`). This is done in here, and not around
             the block, so that what torch.compile makes of a block does it as well.
     """
 
-    def __init__(self, config: ModelConfig, index: int, *, selective: bool = False) -> None:
+    def __init__(self, config: ModelConfig, index: int, stack: Stack | None = None, *, selective: bool = False) -> None:
         super().__init__()
-        self.form = branch_form(config, index)
+        stack = config.stacks[-1] if stack is None else stack
+        self.form = branch_form(config, index, stack)
 
         def norm(wanted: bool) -> nn.Module | None:
             return StreamNorm(config) if wanted else None
@@ -93,18 +97,33 @@ class Block(nn.Module):
 
         self.attention_norm, self.attention_out_norm = norm(self.form.pre), norm(self.form.out)
         self.attention_post_norm, self.attention_scale = norm(self.form.post), scale()
-        self.attention = Attention(config, index)
+        self.attention = Attention(config, index, stack)
+        self.cross_attention: CrossAttention | None = None
+        if stack.crossed:
+            self.cross_attention_norm, self.cross_attention_out_norm = norm(self.form.pre), norm(self.form.out)
+            self.cross_attention_post_norm, self.cross_attention_scale = norm(self.form.post), scale()
+            self.cross_attention = CrossAttention(config)
         self.feed_forward_norm, self.feed_forward_out_norm = norm(self.form.pre), norm(self.form.out)
         self.feed_forward_post_norm, self.feed_forward_scale = norm(self.form.post), scale()
         self.feed_forward = FeedForward(config)
         self.selective = selective
         self._products = sum(isinstance(module, Linear) for module in self.modules())
 
-    def forward(self, hidden: Tensor, context: AttentionContext, past: LayerCache | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(
+        self,
+        hidden: Tensor,
+        context: AttentionContext,
+        past: LayerCache | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            memory: of the source, where there is cross-attention.
+        """
         if past is not None:
-            return self._both_branches(hidden, context, past)
-        return self._kept_of(self._both_branches, hidden, context)
+            return self._branches(hidden, context, past, memory)
+        return self._kept_of(self._branches, hidden, context, None, memory)
 
     def _kept_of(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """function(*args), which has all products of the block, and keeps what it is to keep."""
@@ -112,9 +131,16 @@ class Block(nn.Module):
             return keeping_products(function, *args, products=self._products)
         return function(*args)
 
-    def _both_branches(self, hidden: Tensor, context: AttentionContext, past: LayerCache | None = None) -> Tensor:
+    def _branches(
+        self, hidden: Tensor, context: AttentionContext, past: LayerCache | None, memory: Memory | None
+    ) -> Tensor:
         branch = self.attention(self._read(hidden, self.attention_norm), context, past)
         hidden = self._add(hidden, branch, self.attention_out_norm, self.attention_scale, self.attention_post_norm)
+        if self.cross_attention is not None:
+            assert memory is not None, "cross-attention looks at a source, and none came"
+            branch = self.cross_attention(self._read(hidden, self.cross_attention_norm), memory, past)
+            norms = self.cross_attention_out_norm, self.cross_attention_post_norm
+            hidden = self._add(hidden, branch, norms[0], self.cross_attention_scale, norms[1])
         branch = self.feed_forward(self._read(hidden, self.feed_forward_norm))
         return self._add(
             hidden, branch, self.feed_forward_out_norm, self.feed_forward_scale, self.feed_forward_post_norm
@@ -145,7 +171,7 @@ class Block(nn.Module):
 
 
 class FinalNorm(StreamNorm):
-    """The norm between the last block and the head."""
+    """The norm behind the last block of a stack."""
 
 
 class Head(nn.Module):

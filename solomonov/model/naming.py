@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from solomonov.model.config import ModelConfig
 from solomonov.model.residual import has_final_norm
+from solomonov.model.stacks import block_number, stacks_of
 
 TIED_LAYERS = ("embedding", "head")
 """The layers that share one matrix when embeddings are tied; the first gives it its name."""
@@ -21,9 +22,13 @@ _WRAPPERS = frozenset({"module", "_orig_mod"})
 
 def layer_names(config: ModelConfig) -> list[str]:
     """Names of the layers in order: embedding, layers.0 .. layers.(L-1), final_norm (but where the last block ends in a
-    norm of its own), head."""
-    last = ["final_norm"] if has_final_norm(config) else []
-    return ["embedding", *(f"layers.{index}" for index in range(config.layers)), *last, "head"]
+    norm of its own), head; of an encoder_decoder those of the encoder, as encoder.layers.0, before those of the
+    decoder."""
+    names = ["embedding"]
+    for stack in stacks_of(config):
+        names += [f"{stack.prefix}layers.{index}" for index in range(stack.layers)]
+        names += [f"{stack.prefix}final_norm"] if has_final_norm(config, stack) else []
+    return [*names, "head"]
 
 
 def canonical(name: str, layers: Sequence[str]) -> str:
@@ -69,7 +74,7 @@ def pipeline_name(name: str, layers: Sequence[str], *, tied: bool) -> str:
 def _layer_of(name: str, layers: Sequence[str]) -> str:
     """The layer that the canonical parameter `name` belongs to."""
     parts = name.split(".")
-    for size in (1, 2):
+    for size in (1, 2, 3):
         layer = ".".join(parts[:size])
         if len(parts) > size and all(parts) and layer in layers:
             return layer
@@ -79,4 +84,4 @@ def _layer_of(name: str, layers: Sequence[str]) -> str:
 def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
     """Whether a parameter is a matrix between embedding and head: those map features to features, while the rows of
     embedding and head belong to single tokens."""
-    return name.startswith("layers.") and len(shape) == 2
+    return block_number(name) is not None and len(shape) == 2

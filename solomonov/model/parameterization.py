@@ -1,7 +1,8 @@
 """One table: which values a parameter starts with, and by what its learning rate, weight decay and eps are multiplied.
 
 `model.parameterization` says how these follow the width D and the depth L, so that what was found on a small model of
-width base_d_model and depth base_layers holds for a large one. With n = D / base_d_model and l = L / base_layers:
+width base_d_model and depth base_layers holds for a large one. With n = D / base_d_model and l = L / base_layers, L
+of the stack that the parameter belongs to:
 
 | kind of parameter                | values     | sp      | mup              | completep        |
 |----------------------------------|------------|---------|------------------|------------------|
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Literal
 
 from solomonov.model.positions import log_scale_start
 from solomonov.model.residual import branch_gain, learned_scale_start
+from solomonov.model.stacks import Stack, stack_of
 
 if TYPE_CHECKING:
     from solomonov.model.config import ModelConfig
@@ -47,10 +49,11 @@ class Row:
     pattern: str
     kind: Kind
     """How it follows width and depth. `vector`: in a block, one value a channel, head or branch."""
-    std: Callable[[ModelConfig, int], float] | None
-    """From the configuration and the number of inputs of the matrix; None: all are `constant`."""
-    constant: Callable[[ModelConfig], float] = lambda config: 1.0
-    """The number that all values are, from the configuration."""
+    std: Callable[[ModelConfig, Stack, int], float] | None
+    """From the configuration, the stack that it belongs to, and the number of inputs of the matrix; None: all are
+    `constant`."""
+    constant: Callable[[ModelConfig, Stack], float] = lambda config, stack: 1.0
+    """The number that all values are."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +66,24 @@ class Factors:
     eps: float = 1.0
 
 
-def _plain_std(config: ModelConfig, fan_in: int) -> float:
+def _plain_std(config: ModelConfig, stack: Stack, fan_in: int) -> float:
     """A matrix that maps inputs of size 1 to outputs of size 1."""
     return 1.0 / sqrt(fan_in)
 
 
-def _branch_output_std(config: ModelConfig, fan_in: int) -> float:
+def _branch_output_std(config: ModelConfig, stack: Stack, fan_in: int) -> float:
     """1/sqrt(inputs) times what the residual form asks for, see `residual.branch_gain`."""
-    return branch_gain(config) / sqrt(fan_in)
+    return branch_gain(config, stack) / sqrt(fan_in)
 
 
-def _deepnorm_std(config: ModelConfig, fan_in: int) -> float:
+def _deepnorm_std(config: ModelConfig, stack: Stack, fan_in: int) -> float:
     """1/sqrt(inputs), and in deepnorm smaller by beta, as v, out and both matrices of its feed-forward are (arXiv
     2203.00555, figure 2). A gate, which that has not, stays as it is: the branch is of beta^2 either way."""
-    gain = branch_gain(config) if config.residual_mode == "deepnorm" else 1.0
+    gain = branch_gain(config, stack) if config.residual_mode == "deepnorm" else 1.0
     return gain / sqrt(fan_in)
 
 
-def _embedding_std(config: ModelConfig, fan_in: int) -> float:
+def _embedding_std(config: ModelConfig, stack: Stack, fan_in: int) -> float:
     """1, the size of what the branches add; as a head too (tied), 1/sqrt(D), so that logits start at size 1.
 
     After 180 steps (lr 3e-3) of a 36-layer `scaled` model on source text, held-out loss was 5.39 with 0.02 and
@@ -89,30 +92,42 @@ def _embedding_std(config: ModelConfig, fan_in: int) -> float:
     return 1.0 / sqrt(fan_in) if config.tie_embeddings else 1.0
 
 
-def _head_std(config: ModelConfig, fan_in: int) -> float:
+def _head_std(config: ModelConfig, stack: Stack, fan_in: int) -> float:
     """1/sqrt(D), and where the width is accounted for smaller by sqrt(n): 1/n of the base's."""
     return 1.0 / sqrt(fan_in * (1.0 if config.parameterization == "sp" else width_ratio(config)))
 
 
-_BLOCK = r"layers\.\d+\."
-_NORM = r"(attention|feed_forward)_(out_|post_)?norm"
+def _log_scale(config: ModelConfig, stack: Stack) -> float:
+    """Of the length of training."""
+    return log_scale_start(config.attention.row_tokens)
+
+
+_BLOCK = r"(encoder\.)?layers\.\d+\."
+_ATTENTION = r"(cross_)?attention"
+_BRANCH = r"((cross_)?attention|feed_forward)"
+_NORM = _BRANCH + r"_(out_|post_)?norm"
 TABLE: tuple[Row, ...] = (
     Row(r"embedding\.weight", "embedding", _embedding_std),
     Row(r"head\.weight", "head", _head_std),
-    Row(_BLOCK + r"(attention\.[qk]|feed_forward\.gate)\.weight", "hidden", _plain_std),
-    Row(_BLOCK + r"(attention\.v|feed_forward\.up)\.weight", "hidden", _deepnorm_std),
-    Row(_BLOCK + r"(attention\.out|feed_forward\.down)\.weight", "hidden", _branch_output_std),
+    Row(_BLOCK + rf"({_ATTENTION}\.[qk]|feed_forward\.gate)\.weight", "hidden", _plain_std),
+    Row(_BLOCK + rf"({_ATTENTION}\.v|feed_forward\.up)\.weight", "hidden", _deepnorm_std),
+    Row(_BLOCK + rf"({_ATTENTION}\.out|feed_forward\.down)\.weight", "hidden", _branch_output_std),
     Row(_BLOCK + _NORM + r"\.weight", "vector", None),
-    Row(_BLOCK + _NORM + r"\.bias", "vector", None, lambda config: 0.0),
-    Row(_BLOCK + r"(attention|feed_forward)_scale", "vector", None, learned_scale_start),
-    Row(_BLOCK + r"attention\.[qk]_norm\.weight", "vector", None),
+    Row(_BLOCK + _NORM + r"\.bias", "vector", None, lambda config, stack: 0.0),
+    Row(_BLOCK + _BRANCH + r"_scale", "vector", None, learned_scale_start),
+    Row(_BLOCK + _ATTENTION + r"\.[qk]_norm\.weight", "vector", None),
     # A gate starts at sigmoid(2) = 0.88 for every token, near to none; a sink weighs as much as one key of logit 0.
-    Row(_BLOCK + r"attention\.gate\.weight", "hidden", None, lambda config: 0.0),
-    Row(_BLOCK + r"attention\.gate\.bias", "vector", None, lambda config: 2.0),
-    Row(_BLOCK + r"attention\.log_scale", "vector", None, lambda config: log_scale_start(config.attention.row_tokens)),
-    Row(_BLOCK + r"attention\.sink", "vector", None, lambda config: 0.0),
-    Row(r"final_norm\.weight", "outer vector", None),
-    Row(r"final_norm\.bias", "outer vector", None, lambda config: 0.0),
+    Row(_BLOCK + _ATTENTION + r"\.gate\.weight", "hidden", None, lambda config, stack: 0.0),
+    Row(_BLOCK + _ATTENTION + r"\.gate\.bias", "vector", None, lambda config, stack: 2.0),
+    Row(
+        _BLOCK + r"attention\.log_scale",
+        "vector",
+        None,
+        lambda config, stack: log_scale_start(config.attention.row_tokens),
+    ),
+    Row(_BLOCK + r"attention\.sink", "vector", None, lambda config, stack: 0.0),
+    Row(r"(encoder\.)?final_norm\.weight", "outer vector", None),
+    Row(r"(encoder\.)?final_norm\.bias", "outer vector", None, lambda config, stack: 0.0),
 )
 """Every parameter matches exactly one row. A layer maps inputs of size about 1 to outputs of size about 1."""
 
@@ -151,7 +166,8 @@ def factors(name: str, config: ModelConfig, *, muon: bool = False) -> Factors:
     if config.parameterization == "sp":
         return Factors(decay=decays)
     n = width_ratio(config)
-    deep = config.layers / config.base_layers if config.parameterization == "completep" else 1.0
+    layers = stack_of(config, name).layers
+    deep = layers / config.base_layers if config.parameterization == "completep" else 1.0
     if muon:
         return Factors(lr=1.0 / sqrt(n), decay=sqrt(n))
     if kind == "head":

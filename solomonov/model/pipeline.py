@@ -1,8 +1,14 @@
 """The same layers one by one, as the stages of a pipeline take them.
 
-Between layers travels the tuple (hidden (B, T, D), document_ids (B, T)); the first layer gets (input_ids,
-document_ids), the last returns (hidden, head weight), for `loss.pipeline_loss`. Each layer derives mask and
-rotary tables from the document ids: a few integers a token cross the wire instead of T booleans.
+Between layers travels a tuple, the carry. Of one stack it is (hidden (B, T, D), document_ids (B, T)); the first layer
+gets (input_ids, document_ids). Of an encoder_decoder it is (source (B, S, D), source's document_ids (B, S), hidden (B,
+T, D), document_ids (B, T)); the first layer gets the ids of both and embeds both, the encoder's layers change the
+first, and the decoder's the third: the embedded target rides along while the encoder runs, and what the encoder made
+of the source while the decoder does, up to its last block: a stage behind that has no gradient to send back for it. So
+there is one embedding, on one stage.
+
+The last layer returns (hidden, head weight), for `loss.pipeline_loss`. Each layer derives masks and rotary tables from
+the document ids: a few integers a token cross the wire instead of T booleans.
 """
 
 from __future__ import annotations
@@ -15,12 +21,15 @@ from torch import Tensor, nn
 
 from solomonov.model.attention import attention_context, token_positions
 from solomonov.model.config import ModelConfig
+from solomonov.model.cross import memory_of
 from solomonov.model.init import initialise
 from solomonov.model.layers import Block, Embedding, FinalNorm, Head
 from solomonov.model.naming import TIED_LAYERS, layer_names
+from solomonov.model.stacks import Stack, block_number, stack_of
 
-Carry = tuple[Tensor, Tensor]
-"""(hidden (B, T, D), document_ids (B, T)), or at the first layer (input_ids (B, T), document_ids)."""
+Carry = tuple[Tensor, ...]
+"""Pairs of what is computed, or token ids at the first layer, and its document ids: of the source, where there is one,
+and of what is predicted."""
 
 
 class EmbeddingStage(Embedding):
@@ -31,27 +40,34 @@ class EmbeddingStage(Embedding):
         initialise(self, config, seed, prefix=f"{name}.")
 
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
-        """(input_ids, document_ids) -> (hidden, document_ids)."""
-        input_ids, document_ids = carry
-        positions = token_positions(document_ids) if self.sinusoidal else None
-        return super().forward(input_ids, positions), document_ids
+        """Token ids become hidden."""
+        embedded: list[Tensor] = []
+        for input_ids, document_ids in zip(carry[::2], carry[1::2], strict=True):
+            positions = token_positions(document_ids) if self.sinusoidal else None
+            embedded += [super().forward(input_ids, positions), document_ids]
+        return tuple(embedded)
 
 
 class BlockStage(Block):
     """`Block` on the carry."""
 
     def __init__(self, config: ModelConfig, index: int, name: str, seed: int, selective: bool) -> None:
-        super().__init__(config, index, selective=selective)
-        self.config, self.index = config, index
+        stack = stack_of(config, name)
+        super().__init__(config, index, stack, selective=selective)
+        self.config, self.index, self.stack = config, index, stack
         initialise(self, config, seed, prefix=f"{name}.")
 
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
-        """(hidden, document_ids) -> (hidden, document_ids)."""
-        hidden, document_ids = carry
-        return self._kept_of(self._on_documents, hidden, document_ids), document_ids
+        """Changes the hidden of its stack; the last one of all hands on nothing else."""
+        before, (hidden, document_ids), behind = _split(carry, self.stack)
+        hidden = self._kept_of(self._on_documents, hidden, document_ids, *before)
+        is_last = self.stack.crossed and self.index == self.stack.layers - 1
+        return *(() if is_last else before), hidden, document_ids, *behind
 
-    def _on_documents(self, hidden: Tensor, document_ids: Tensor) -> Tensor:
-        return self._both_branches(hidden, attention_context(document_ids, self.config, self.index))
+    def _on_documents(self, hidden: Tensor, document_ids: Tensor, *source: Tensor) -> Tensor:
+        context = attention_context(document_ids, self.config, self.index, stack=self.stack)
+        memory = memory_of(source[0], source[1], document_ids) if source else None
+        return self._branches(hidden, context, None, memory)
 
 
 class FinalNormStage(FinalNorm):
@@ -59,12 +75,19 @@ class FinalNormStage(FinalNorm):
 
     def __init__(self, config: ModelConfig, name: str, seed: int) -> None:
         super().__init__(config)
+        self.stack = stack_of(config, name)
         initialise(self, config, seed, prefix=f"{name}.")
 
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
-        """(hidden, document_ids) -> (hidden, document_ids)."""
-        hidden, document_ids = carry
-        return super().forward(hidden), document_ids
+        """Norms the hidden of its stack."""
+        before, (hidden, document_ids), behind = _split(carry, self.stack)
+        return *before, super().forward(hidden), document_ids, *behind
+
+
+def _split(carry: Carry, stack: Stack) -> tuple[Carry, Carry, Carry]:
+    """What stands before a stack's own pair in the carry, that pair, and what stands behind it."""
+    at = 0 if stack.prefix else len(carry) - 2
+    return carry[:at], carry[at : at + 2], carry[at + 2 :]
 
 
 class HeadStage(Head):
@@ -75,15 +98,15 @@ class HeadStage(Head):
         initialise(self, config, seed, prefix=f"{name}.")
 
     def forward(self, carry: Carry) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """(hidden, document_ids) -> (hidden, weight (V, D))."""
-        return carry[0], _handed_over(self.weight)
+        """The carry -> (hidden, weight (V, D))."""
+        return carry[-2], _handed_over(self.weight)
 
 
 def tied_head(embedding: nn.Module, carry: Carry) -> tuple[Tensor, Tensor]:
-    """`HeadStage` with the embedding's matrix: (hidden, document_ids) -> (hidden, weight (V, D))."""
+    """`HeadStage` with the embedding's matrix: the carry -> (hidden, weight (V, D))."""
     weight = embedding.weight
     assert isinstance(weight, Tensor), "a tied head needs a module with a weight"
-    return carry[0], _handed_over(weight)
+    return carry[-2], _handed_over(weight)
 
 
 def _handed_over(weight: Tensor) -> Tensor:
@@ -125,12 +148,13 @@ def pipeline_layers(config: ModelConfig, vocab_size: int, seed: int, *, selectiv
     tied = TIED_LAYERS[0] if config.tie_embeddings else None
     layers = []
     for name in layer_names(config):
-        if name == "embedding":
+        index = block_number(name)
+        if index is not None:
+            layer = PipelineLayer(name, BlockStage, (config, index, name, seed, selective))
+        elif name == "embedding":
             layer = PipelineLayer(name, EmbeddingStage, (config, vocab_size, name, seed), tied)
-        elif name == "final_norm":
-            layer = PipelineLayer(name, FinalNormStage, (config, name, seed))
         elif name != "head":
-            layer = PipelineLayer(name, BlockStage, (config, int(name.partition(".")[2]), name, seed, selective))
+            layer = PipelineLayer(name, FinalNormStage, (config, name, seed))
         elif tied is None:
             layer = PipelineLayer(name, HeadStage, (config, vocab_size, name, seed))
         else:

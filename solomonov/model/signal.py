@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from solomonov.model.cross import Source
 from solomonov.model.transformer import Transformer
 
 EIGHTHS = 8
@@ -30,7 +32,8 @@ class Signal:
     """Mean cross-entropy in nats."""
 
     stream_rms: tuple[float, ...]
-    """Root mean square of the residual stream: behind the embedding, and behind each of the L blocks."""
+    """Root mean square of the residual stream: behind the embedding, and behind each of the L blocks. Of an
+    encoder_decoder these are the encoder's and then the decoder's, whose stream begins anew with the target."""
 
     cosines: tuple[float, ...]
     """Mean cosine of a token's vector before and after each block: 1 where a block turns nothing."""
@@ -38,22 +41,36 @@ class Signal:
     gradient_norms: tuple[float, ...]
     """L2 norm of the gradient of all parameters of each block together."""
 
+    depths: tuple[int, ...] | None = None
+    """Blocks of each stack; None: there is one."""
+
+    @property
+    def stacks(self) -> list[range]:
+        """Which blocks each stack has. Gradients of two stacks are not alike: an encoder gets only what comes through
+        cross-attention, which at the initial values looks at all of the source alike."""
+        ends = list(accumulate(self.depths or (len(self.gradient_norms),)))
+        return [range(begin, end) for begin, end in pairwise([0, *ends])]
+
     @property
     def gradient_ratio(self) -> float:
-        """Gradient of the first block over that of the last."""
-        return self.gradient_norms[0] / max(self.gradient_norms[-1], torch.finfo(torch.float32).tiny)
+        """Gradient of the first block over that of the last; of two stacks that which is further from 1."""
+        least, norms = torch.finfo(torch.float32).tiny, self.gradient_norms
+        ratios = [norms[stack[0]] / max(norms[stack[-1]], least) for stack in self.stacks]
+        return max(ratios, key=lambda ratio: max(ratio, 1.0 / max(ratio, least)))
 
     @property
     def growth(self) -> float:
-        """Stream behind the last block over that behind the embedding."""
-        return self.stream_rms[-1] / self.stream_rms[0]
+        """Stream behind the last block over that behind the embedding; of two stacks the larger one's."""
+        return max(self.stream_rms[stack[-1] + 1] for stack in self.stacks) / self.stream_rms[0]
 
 
-def measure_signal(model: Transformer, input_ids: Tensor, document_ids: Tensor, labels: Tensor) -> Signal:
+def measure_signal(
+    model: Transformer, input_ids: Tensor, document_ids: Tensor, labels: Tensor, source: Source | None = None
+) -> Signal:
     """Measure a model as it is; its gradients are those of the mean loss afterwards.
 
     Args:
-        input_ids, document_ids, labels: (B, T) integers, as the model takes them.
+        input_ids, document_ids, labels: (B, T) integers, as the model takes them; `source` likewise.
     """
     rms: list[float] = []
     cosines: list[float] = []
@@ -67,16 +84,17 @@ def measure_signal(model: Transformer, input_ids: Tensor, document_ids: Tensor, 
 
     model.zero_grad(set_to_none=True)
     with ExitStack() as hooks:
-        for block in model.layers:
+        for block in model.blocks():
             hooks.callback(block.register_forward_hook(look).remove)
-        loss = model(input_ids, document_ids, labels) / (labels != -100).sum()
+        loss = model(input_ids, document_ids, labels, source=source) / (labels != -100).sum()
         loss.backward()
     norms = []
-    for block in model.layers:
+    for block in model.blocks():
         gradients = [parameter.grad for parameter in block.parameters()]
         squares = [float(gradient.double().square().sum()) for gradient in gradients if gradient is not None]
         norms.append(sum(squares) ** 0.5)
-    return Signal(float(loss.detach()), tuple(rms), tuple(cosines), tuple(norms))
+    depths = tuple(stack.layers for stack in model.config.stacks)
+    return Signal(float(loss.detach()), tuple(rms), tuple(cosines), tuple(norms), depths)
 
 
 def eighths(layers: int) -> list[range]:
@@ -87,32 +105,41 @@ def eighths(layers: int) -> list[range]:
 
 @contextmanager
 def bypassed(model: Transformer, layers: Sequence[int]) -> Iterator[None]:
-    """Blocks that hand on what they are given, as if they were not there."""
+    """Blocks that hand on what they are given, as if they were not there.
+
+    Args:
+        layers: their numbers, counted through all stacks.
+    """
 
     def hand_on(_: nn.Module, given: tuple[Any, ...], hidden: Tensor) -> Tensor:
         handed_on: Tensor = given[0]
         return handed_on
 
+    blocks = list(model.blocks())
     with ExitStack() as hooks:
         for layer in layers:
-            hooks.callback(model.layers[layer].register_forward_hook(hand_on).remove)
+            hooks.callback(blocks[layer].register_forward_hook(hand_on).remove)
         yield
 
 
 @torch.no_grad()
-def skip_eighths(model: Transformer, input_ids: Tensor, document_ids: Tensor, labels: Tensor) -> tuple[float, ...]:
+def skip_eighths(
+    model: Transformer, input_ids: Tensor, document_ids: Tensor, labels: Tensor, source: Source | None = None
+) -> tuple[float, ...]:
     """By how many nats the mean loss rises when each eighth of the blocks is passed by, first to last.
 
     Near 0: that eighth is idle. Measured on one batch; see `measure_signal` for the arguments.
     """
-    mean = partial(_mean_loss, model, input_ids, document_ids, labels)
+    mean = partial(_mean_loss, model, input_ids, document_ids, labels, source)
     whole = mean()
     rises = []
-    for part in eighths(len(model.layers)):
+    for part in eighths(sum(stack.layers for stack in model.config.stacks)):
         with bypassed(model, part):
             rises.append(mean() - whole)
     return tuple(rises)
 
 
-def _mean_loss(model: Transformer, input_ids: Tensor, document_ids: Tensor, labels: Tensor) -> float:
-    return float(model(input_ids, document_ids, labels) / (labels != -100).sum())
+def _mean_loss(
+    model: Transformer, input_ids: Tensor, document_ids: Tensor, labels: Tensor, source: Source | None
+) -> float:
+    return float(model(input_ids, document_ids, labels, source=source) / (labels != -100).sum())

@@ -45,7 +45,13 @@ def visible(documents: Tensor, new_tokens: int, window: int | None) -> Tensor:
     near = index[begin:, None] >= index
     if window is not None:
         near = near & (index[begin:, None] < index + window)
-    return (documents[:, begin:, None] == documents[:, None, :]) & near
+    return same_document(documents[:, begin:], documents) & near
+
+
+def same_document(queries: Tensor, keys: Tensor) -> Tensor:
+    """Where a query may look that sees all of its document, before it and behind: (B, T) and (B, S) document ids ->
+    (B, T, S) bool."""
+    return queries[:, :, None] == keys[:, None, :]
 
 
 def biased(seen: Tensor, slopes: Tensor) -> Tensor:

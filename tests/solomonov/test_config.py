@@ -57,6 +57,15 @@ def test_a_misspelt_key_in_a_nested_section_and_in_a_list() -> None:
     assert "did you mean data.sources.0.weight?" in error.got
 
 
+@pytest.mark.parametrize("architecture", ["encoder", "encoder_decoder"])
+def test_what_no_objective_trains_is_refused(architecture: str) -> None:
+    error = refusal(MINIMAL, f"model.architecture={architecture}")
+    assert f"model: architecture {architecture}, which cannot be trained yet" in error.got
+    assert "only a decoder predicts" in error.got
+    assert "Set model.architecture to decoder" in error.got
+    assert error.remedy == "change model"
+
+
 def test_launch_is_split_off() -> None:
     loaded = parse(MINIMAL + "launch: {ranks_per_node: 2}\n", "launch.max_restarts=4")
     assert loaded.launch == {"ranks_per_node": 2, "max_restarts": 4}

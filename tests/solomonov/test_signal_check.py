@@ -36,6 +36,14 @@ def test_known_fates(residual: str, layers: int, verdict: str) -> None:
     assert len(found.signal.gradient_norms) == layers
 
 
+@pytest.mark.parametrize(("residual", "verdict"), [("scaled", "even"), ("deepnorm", "even"), ("postnorm", "broken")])
+def test_fates_of_two_stacks(residual: str, verdict: str) -> None:
+    """DeepNorm's constants of an encoder before a decoder, against none of them."""
+    found = check_signal(deep(residual, 100, architecture="encoder_decoder", encoder_layers=60))
+    assert found.verdict == verdict, found.reading
+    assert found.layers == len(found.signal.gradient_norms) == 160
+
+
 def test_what_is_advised_is_even() -> None:
     for mode in ("scaled", "deepnorm"):
         assert check_signal(deep(mode, 300)).verdict == "even"

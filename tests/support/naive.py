@@ -137,6 +137,36 @@ def attention(
     return answers
 
 
+def attention_to_all(
+    state: Mapping[str, Array], prefix: str, config: ModelConfig, asking: Sequence[Array], asked: Sequence[Array]
+) -> list[Array]:
+    """What each of `asking` finds among all of `asked`: in an encoder, where both are one document, with its rotation;
+    in cross-attention without positions. Nothing is found in a source of no tokens."""
+    width, shared = config.head_width, config.heads // config.kv_head_count
+    rotates = config.attention.position == "rope" and not prefix.endswith("cross_attention")
+
+    def heads(name: str, x: Array, position: int) -> list[Array]:
+        flat = state[f"{prefix}.{name}.weight"] @ x
+        parts = [flat[begin : begin + width] for begin in range(0, len(flat), width)]
+        if config.attention.qk_norm and name != "v":
+            parts = [rms_norm(part, state[f"{prefix}.{name}_norm.weight"], config.norm_eps) for part in parts]
+        if rotates and name != "v":
+            parts = [rope(part, position, config.attention.rope_theta) for part in parts]
+        return parts
+
+    keys = [heads("k", x, position) for position, x in enumerate(asked)]
+    values = [heads("v", x, position) for position, x in enumerate(asked)]
+    answers = []
+    for position, x in enumerate(asking):
+        mixed = [np.zeros(width) for _ in range(config.heads)]
+        for head, query in enumerate(heads("q", x, position)):
+            logits = [float(np.dot(query, key[head // shared])) / math.sqrt(width) for key in keys]
+            if logits:
+                mixed[head] = softmax_mix(logits, [value[head // shared] for value in values])
+        answers.append(state[f"{prefix}.out.weight"] @ (np.concatenate(mixed) * gates(state, prefix, config, x)))
+    return answers
+
+
 def dense_attention(
     state: Mapping[str, torch.Tensor], config: ModelConfig, x: torch.Tensor, layer: int
 ) -> torch.Tensor:
@@ -201,38 +231,68 @@ def feed_forward(state: Mapping[str, Array], prefix: str, config: ModelConfig, x
     return np.asarray(state[f"{prefix}.down.weight"] @ inner)
 
 
-def logits(state: Mapping[str, Array], config: ModelConfig, input_ids: Sequence[int]) -> Array:
-    """(T, V) logits of one document.
+def logits(
+    state: Mapping[str, Array], config: ModelConfig, input_ids: Sequence[int], source_ids: Sequence[int] = ()
+) -> Array:
+    """(T, V) logits of one document, in an encoder_decoder behind its source.
 
     Args:
         state: canonical name -> float64 array.
     """
+    memory: list[Array] = []
+    if config.architecture == "encoder_decoder":
+        memory = through(state, config, "encoder.", embedded(state, config, source_ids), [])
+    stream = through(state, config, "", embedded(state, config, input_ids), memory)
+    head = state["embedding.weight" if config.tie_embeddings else "head.weight"]
+    return np.stack([head @ x for x in stream])
+
+
+def embedded(state: Mapping[str, Array], config: ModelConfig, input_ids: Sequence[int]) -> list[Array]:
+    """The stream as it begins."""
     stream = [state["embedding.weight"][token] for token in input_ids]
     if config.attention.position == "sinusoidal":  # arXiv 1706.03762, section 3.4: a shared matrix times sqrt(d)
         factor = math.sqrt(config.d_model) if config.tie_embeddings else 1.0
         stream = [factor * x + sinusoid(position, config.d_model) for position, x in enumerate(stream)]
-    for layer in range(config.layers):
-        name = f"layers.{layer}"
-        read = [reads(state, f"{name}.attention", config, layer, x) for x in stream]
-        branch = attention(state, f"{name}.attention", config, read, layer)
-        stream = [added(state, f"{name}.attention", config, layer, x, b) for x, b in zip(stream, branch, strict=True)]
-        branch = [
-            feed_forward(state, f"{name}.feed_forward", config, reads(state, f"{name}.feed_forward", config, layer, x))
-            for x in stream
-        ]
-        stream = [
-            added(state, f"{name}.feed_forward", config, layer, x, b) for x, b in zip(stream, branch, strict=True)
-        ]
-    head = state["embedding.weight" if config.tie_embeddings else "head.weight"]
-    if residual(config) not in ("postnorm", "deepnorm") and (residual(config) != "keel" or config.layers == 1):
-        stream = [norm(state, "final_norm", config, x) for x in stream]
-    return np.stack([head @ x for x in stream])
+    return stream
+
+
+def depth_and_branches(config: ModelConfig, name: str) -> tuple[int, int]:
+    """Layers of the stack that a name belongs to, and branches of each."""
+    if name.startswith("encoder."):
+        return config.encoder_layers or config.layers, 2
+    return config.layers, 3 if config.architecture == "encoder_decoder" else 2
+
+
+def through(
+    state: Mapping[str, Array], config: ModelConfig, prefix: str, stream: list[Array], memory: list[Array]
+) -> list[Array]:
+    """What a stack, with its final norm, makes of one document."""
+    depth, branches = depth_and_branches(config, prefix)
+    for layer in range(depth):
+        for kind in (
+            ["attention", "cross_attention", "feed_forward"] if branches == 3 else ["attention", "feed_forward"]
+        ):
+            name = f"{prefix}layers.{layer}.{kind}"
+            read = [reads(state, name, config, layer, x) for x in stream]
+            if kind == "feed_forward":
+                found = [feed_forward(state, name, config, x) for x in read]
+            elif kind == "cross_attention":
+                found = attention_to_all(state, name, config, read, memory)
+            elif prefix or config.architecture == "encoder":
+                found = attention_to_all(state, name, config, read, read)
+            else:
+                found = attention(state, name, config, read, layer)
+            stream = [added(state, name, config, layer, x, b) for x, b in zip(stream, found, strict=True)]
+    if residual(config) not in ("postnorm", "deepnorm") and (residual(config) != "keel" or depth == 1):
+        stream = [norm(state, f"{prefix}final_norm", config, x) for x in stream]
+    return stream
 
 
 def residual(config: ModelConfig) -> str:
     """The mode, `auto` by depth."""
     if config.residual != "auto":
         return config.residual
+    assert config.architecture == "decoder", "of others the tests say which"
     return "scaled" if config.layers > config.base_layers else "prenorm"
 
 
@@ -257,9 +317,9 @@ def reads(state: Mapping[str, Array], branch: str, config: ModelConfig, layer: i
 
 def added(state: Mapping[str, Array], branch: str, config: ModelConfig, layer: int, x: Array, b: Array) -> Array:
     """The stream x with what a branch gave, b, each mode as its paper writes it."""
-    mode, layers = residual(config), config.layers
+    mode, (depth, branches) = residual(config), depth_and_branches(config, branch)
     if mode == "scaled":
-        return x + min(1.0, config.base_layers / layers) * b
+        return x + min(1.0, config.base_layers / depth) * b
     if mode in ("layerscale", "rezero"):
         return x + state[f"{branch}_scale"] * b
     if mode == "peri":
@@ -267,9 +327,12 @@ def added(state: Mapping[str, Array], branch: str, config: ModelConfig, layer: i
     if mode == "postnorm":
         return norm(state, f"{branch}_post_norm", config, x + b)
     if mode == "deepnorm":
-        return norm(state, f"{branch}_post_norm", config, (2 * layers) ** 0.25 * x + b)
+        alpha = (branches * depth) ** 0.25
+        if branch.startswith("encoder."):
+            alpha = 0.81 * depth**0.25 * config.layers**0.0625
+        return norm(state, f"{branch}_post_norm", config, alpha * x + b)
     if mode == "keel" and layer > 0:
-        return norm(state, f"{branch}_post_norm", config, 2 * layers * x + b)
+        return norm(state, f"{branch}_post_norm", config, branches * depth * x + b)
     return x + b
 
 

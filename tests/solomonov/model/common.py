@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from solomonov.model.config import ModelConfig
+from solomonov.model.cross import Source
 from solomonov.model.transformer import Transformer
 
 VOCAB = 23
@@ -31,6 +32,11 @@ def tiny_config(**changes: Any) -> ModelConfig:
     return ModelConfig.model_validate({"layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "d_ff": 24} | changes)
 
 
+def two_stacks(**changes: Any) -> ModelConfig:
+    """`tiny_config` behind an encoder of three layers."""
+    return tiny_config(**{"architecture": "encoder_decoder", "encoder_layers": 3, "residual": "prenorm"} | changes)
+
+
 def spread_model(config: ModelConfig, *, seed: int = 3, **options: Any) -> Transformer:
     """A model whose every parameter is far from its initial value, norm gains included."""
     model = Transformer(config, VOCAB, seed=seed, **options)
@@ -44,6 +50,12 @@ def spread_model(config: ModelConfig, *, seed: int = 3, **options: Any) -> Trans
 def float64_state(model: Transformer) -> dict[str, NDArray[np.float64]]:
     """Canonical name -> float64 array."""
     return {name: value.detach().double().numpy() for name, value in model.named_parameters()}
+
+
+def random_source(rows: int, tokens: int, seed: int = 2) -> Source:
+    """Rows of one document each."""
+    ids = random_ids(rows, tokens, seed)
+    return Source(ids, torch.zeros_like(ids))
 
 
 def random_ids(rows: int, tokens: int, seed: int = 0) -> Tensor:

@@ -150,6 +150,15 @@ def test_kinds_of_layers() -> None:
     assert attention(logit_scale="log_n").of_layer(0, 1).log_n, "without a window all layers see all"
 
 
+@pytest.mark.parametrize("preset", ["vanilla", "rope", "local", "hybrid"])
+def test_all_layers_of_an_encoder_are_of_one_kind(preset: str) -> None:
+    """Whatever the layers of a decoder with the same flags are."""
+    flags = attention(preset=preset, rope_theta=500.0, sink=True)
+    position = "nope" if preset == "vanilla" else "rope"
+    assert flags.of_encoder() == LayerAttention(position, 500.0, None, False, False, False)
+    assert (flags.of_layer(0, 2).causal, flags.of_layer(0, 2).sink) == (True, True)
+
+
 def test_rotation_alone_needs_even_heads() -> None:
     with pytest.raises(ValidationError, match=r"15 wide.*say head_dim 16"):
         ModelConfig.model_validate({"head_dim": 15})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from solomonov.model.cache import KeyValueCache, LayerCache, WindowCache
-from tests.solomonov.model.common import ATTENTION, tiny_config
+from tests.solomonov.model.common import ATTENTION, tiny_config, two_stacks
 
 
 def test_local_layers_keep_a_window_and_global_ones_everything() -> None:
@@ -26,3 +27,11 @@ def test_local_layers_keep_a_window_and_global_ones_everything() -> None:
     local, full = cache.layers[0], cache.layers[1]
     assert local.keys.untyped_storage().nbytes() == local.values.untyped_storage().nbytes() == 2 * 2 * 4 * 4 * 4
     assert full.keys.untyped_storage().nbytes() == 2 * 2 * 20 * 4 * 4
+
+
+def test_an_encoder_has_nothing_to_cache() -> None:
+    with pytest.raises(ValueError, match="nothing to cache"):
+        KeyValueCache(tiny_config(architecture="encoder"), batch_rows=1, capacity_tokens=4)
+    behind_a_source = KeyValueCache(two_stacks(layers=2), batch_rows=1, capacity_tokens=4)
+    assert len(behind_a_source.layers) == 2, "of the decoder"
+    assert behind_a_source.source_document_ids is None

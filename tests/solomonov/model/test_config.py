@@ -38,6 +38,64 @@ def test_shapes_that_cannot_work_are_refused(changes: dict[str, object], message
 
 
 @pytest.mark.parametrize(
+    ("changes", "rule", "remedy"),
+    [
+        ({"encoder_layers": 6}, "there is one stack", "Set encoder_layers to null"),
+        (
+            {"architecture": "encoder", "encoder_layers": 6},
+            "whose depth is layers",
+            "or architecture to encoder_decoder",
+        ),
+        ({"architecture": "encoder_decoder", "encoder_layers": 0}, "encoder_layers", ""),
+        (
+            {"architecture": "encoder", "attention": {"preset": "alibi"}},
+            "looks ahead as well",
+            "attention.position to rope",
+        ),
+        (
+            {"architecture": "encoder_decoder", "attention": {"position": "alibi"}},
+            "architecture encoder_decoder",
+            "preset",
+        ),
+        (
+            {"architecture": "encoder", "attention": {"preset": "hybrid"}},
+            "attention.window, attention.logit_scale",
+            "gate",
+        ),
+        ({"architecture": "encoder", "attention": {"window": 4}}, "encoder with attention.window:", "window to null"),
+        ({"architecture": "encoder", "attention": {"sink": True}}, "encoder with attention.sink:", "sink to false"),
+        ({"architecture": "seq2seq"}, "'decoder', 'encoder' or 'encoder_decoder'", ""),
+    ],
+)
+def test_architectures_refuse_what_they_do_not_take(changes: dict[str, object], rule: str, remedy: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        ModelConfig.model_validate(changes)
+    assert rule in str(caught.value)
+    assert remedy in str(caught.value)
+
+
+def test_windows_behind_an_encoder_are_the_decoders_alone() -> None:
+    flags = {"preset": "hybrid", "window": 4, "sink": True}
+    config = ModelConfig.model_validate({"architecture": "encoder_decoder", "layers": 4, "attention": flags})
+    encoder, decoder = ([config.layer_attention(layer, stack) for layer in (0, 3)] for stack in config.stacks)
+    assert [(kind.window, kind.log_n, kind.sink) for kind in encoder] == [(None, False, False)] * 2
+    assert [(kind.window, kind.log_n, kind.sink) for kind in decoder] == [(4, False, True), (None, True, True)]
+
+
+def test_an_encoder_that_rotates_needs_even_heads_whatever_the_decoder_does() -> None:
+    keys = {"position": "rope", "window": 4, "global_every": 2, "global_position": "nope"}
+    shape = {"architecture": "encoder_decoder", "layers": 1, "head_dim": 15, "attention": keys}
+    with pytest.raises(ValidationError, match="15 wide"):
+        ModelConfig.model_validate(shape)
+    assert ModelConfig.model_validate({**shape, "architecture": "decoder"}).head_width == 15
+
+
+def test_depth_of_the_encoder_is_that_of_the_decoder_unless_it_is_given() -> None:
+    assert ModelConfig(architecture="encoder_decoder", layers=5).encoder_depth == 5
+    assert ModelConfig(architecture="encoder_decoder", layers=5, encoder_layers=7).encoder_depth == 7
+
+
+@pytest.mark.parametrize(
     ("residual", "layers", "mode", "scale"),
     [
         ("auto", 12, "prenorm", 1.0),

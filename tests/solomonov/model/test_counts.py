@@ -10,7 +10,7 @@ from solomonov.model.config import ModelConfig
 from solomonov.model.counts import flops_per_token, layer_flops, parameter_count, parameter_shapes, visible_keys
 from solomonov.model.residual import MODES
 from solomonov.model.transformer import Transformer
-from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, tiny_config
+from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, random_source, tiny_config, two_stacks
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,13 @@ from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, tiny_conf
         *({"residual": mode, "layers": 3, "norm": "layernorm"} for mode in MODES),
         {"feed_forward": "relu2"},
         *({"attention": flags, "layers": 3, "head_dim": 6} for flags in ATTENTION.values()),
+        {"architecture": "encoder", "attention": {"gate": "head"}},
+        *(
+            {"architecture": "encoder_decoder", "encoder_layers": 3, "attention": flags, "head_dim": 6}
+            for flags in ATTENTION.values()
+            if flags.get("preset") != "alibi" and flags.get("position") != "alibi"
+        ),
+        {"architecture": "encoder_decoder", "tie_embeddings": True, "residual": "rezero"},
     ],
 )
 def test_shapes_are_those_of_the_module(changes: dict[str, object]) -> None:
@@ -31,7 +38,10 @@ def test_shapes_are_those_of_the_module(changes: dict[str, object]) -> None:
     built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert parameter_shapes(config, VOCAB) == built
     assert list(parameter_shapes(config, VOCAB)) == [
-        name for layer in ["embedding", "layers", "final_norm", "head"] for name in built if name.startswith(layer)
+        name
+        for layer in ["embedding", "encoder.layers", "encoder.final_norm", "layers", "final_norm", "head"]
+        for name in built
+        if name.startswith(layer)
     ]
     assert parameter_count(config, VOCAB) == sum(parameter.numel() for parameter in model.parameters())
 
@@ -48,6 +58,32 @@ def test_flops_agree_with_a_count_of_the_products() -> None:
     attention = 6.0 * config.layers * config.heads * config.head_width * (tokens + 1)
     # The embedding's output needs no product backward towards the ids, so the first layer loses nothing.
     assert tokens * (flops_per_token(config, VOCAB, tokens) - attention) == pytest.approx(products, rel=1e-6)
+
+
+@pytest.mark.parametrize("source_tokens", [8, 12, 40])
+def test_flops_of_two_stacks_agree_with_a_count_of_the_products(source_tokens: int) -> None:
+    """On one token of the target, with its share of the source."""
+    tokens, config = 16, two_stacks(d_model=32, layers=3, encoder_layers=5, attention={"gate": "element"})
+    model = Transformer(config, VOCAB, seed=0)
+    ids = random_ids(1, tokens)
+    with FlopCounterMode(display=False) as counter:
+        model(
+            ids, torch.zeros_like(ids), random_ids(1, tokens, seed=1), source=random_source(1, source_tokens)
+        ).backward()
+    products = counter.get_total_flops() - _attention_flops_seen(counter)
+    pairs = 5 * source_tokens**2 + 3 * tokens * (tokens + 1) / 2 + 3 * tokens * source_tokens
+    attention = 3 * 2 * 2 * config.heads * config.head_width * pairs
+    found = tokens * flops_per_token(config, VOCAB, tokens, source_tokens)
+    assert found - attention == pytest.approx(products, rel=1e-5)
+    assert layer_flops(config, VOCAB, tokens) == layer_flops(config, VOCAB, tokens, tokens)
+
+
+def test_in_an_encoder_a_token_sees_all_of_a_row() -> None:
+    costs = [
+        layer_flops(tiny_config(architecture=architecture), VOCAB, 9)["layers.1"]
+        for architecture in ("encoder", "decoder")
+    ]
+    assert costs[0] - costs[1] == 4 * 16 * (9 - 5)
 
 
 def test_attention_term_is_the_sum_over_visible_keys() -> None:

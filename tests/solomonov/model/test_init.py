@@ -13,7 +13,7 @@ from solomonov.model.naming import canonical, layer_names
 from solomonov.model.parameterization import row_of
 from solomonov.model.pipeline import pipeline_layers
 from solomonov.model.transformer import Transformer
-from tests.solomonov.model.common import VOCAB, tiny_config
+from tests.solomonov.model.common import VOCAB, tiny_config, two_stacks
 
 
 def test_a_tensor_depends_on_seed_and_name_alone() -> None:
@@ -31,9 +31,10 @@ def test_a_tensor_depends_on_seed_and_name_alone() -> None:
     assert len(firsts) == len(drawn), "two tensors were drawn from one generator"
 
 
+@pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder_decoder"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_pipeline_layers_have_the_same_numbers(tied: bool) -> None:
-    config = tiny_config(layers=3, tie_embeddings=tied)
+def test_pipeline_layers_have_the_same_numbers(tied: bool, architecture: str) -> None:
+    config = tiny_config(layers=3, tie_embeddings=tied, architecture=architecture)
     plain = dict(Transformer(config, VOCAB, seed=4).named_parameters())
     names = layer_names(config)
     met = set()
@@ -44,6 +45,17 @@ def test_pipeline_layers_have_the_same_numbers(tied: bool) -> None:
             met.add(ours)
             assert torch.equal(parameter, plain[ours]), ours
     assert met == set(plain)
+
+
+def test_cross_attention_starts_like_attention_with_values_of_its_own() -> None:
+    start = dict(Transformer(two_stacks(attention={"gate": "head"}), VOCAB, seed=1).named_parameters())
+    assert torch.equal(start["layers.1.cross_attention.gate.weight"], torch.zeros(4, 16))
+    assert torch.equal(start["layers.1.cross_attention.gate.bias"], torch.full((4,), 2.0))
+    assert torch.equal(start["layers.1.cross_attention_norm.weight"], torch.ones(16))
+    assert torch.equal(start["encoder.final_norm.weight"], torch.ones(16))
+    of_one_shape = ["encoder.layers.1.attention.q", "layers.1.attention.q", "layers.1.cross_attention.q"]
+    firsts = {float(start[f"{name}.weight"].flatten()[0].detach()) for name in of_one_shape}
+    assert len(firsts) == 3
 
 
 @pytest.mark.parametrize("residual", ["prenorm", "scaled"])

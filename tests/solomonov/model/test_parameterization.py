@@ -17,14 +17,15 @@ from solomonov.model.parameterization import TABLE, Row, factors, row_of
 from solomonov.model.residual import MODES
 from solomonov.model.transformer import Transformer
 from solomonov.optim import make_optimizer
-from tests.solomonov.model.common import VOCAB, random_ids, tiny_config
+from tests.solomonov.model.common import VOCAB, random_ids, tiny_config, two_stacks
 
 
 def test_every_parameter_has_exactly_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = {"gate": "head", "logit_scale": "log_n", "sink": True}
     for mode in MODES:
-        for name in parameter_shapes(tiny_config(attention=everything, residual=mode, norm="layernorm"), VOCAB):
-            row_of(name)
+        for config in (tiny_config, two_stacks):
+            for name in parameter_shapes(config(attention=everything, residual=mode, norm="layernorm"), VOCAB):
+                row_of(name)
     with pytest.raises(ValueError, match="0 rows"):
         row_of("layers.0.attention.door.weight")
     monkeypatch.setattr(parameterization, "TABLE", (*TABLE, Row(r"head\..*", "head", None)))
@@ -79,6 +80,24 @@ def test_updates_move_logits_alike_at_every_width_but_in_the_standard_way() -> N
     assert found["mup"][0] == found["sp"][0], "of the base's width"
     assert 0.5 < found["mup"][1] / found["mup"][0] < 1.5
     assert found["sp"][1] / found["sp"][0] > 6
+
+
+def test_of_two_stacks_eps_follows_the_depth_of_its_own() -> None:
+    config = two_stacks(
+        parameterization="completep", residual="auto", base_d_model=8, base_layers=2, layers=4, encoder_layers=16
+    )
+    expected = {
+        "encoder.layers.0.attention.q.weight": (0.5, 2.0, 1 / 16),
+        "layers.0.attention.q.weight": (0.5, 2.0, 1 / 4),
+        "layers.3.cross_attention.k.weight": (0.5, 2.0, 1 / 4),
+        "encoder.layers.15.attention_norm.weight": (1.0, 0.0, 1 / 16),
+        "layers.1.cross_attention.q_norm.weight": (1.0, 0.0, 1 / 4),
+        "encoder.final_norm.weight": (1.0, 0.0, 1 / 2),
+    }
+    for name, (lr, decay, eps) in expected.items():
+        assert name in parameter_shapes(config, VOCAB)
+        found = factors(name, config)
+        assert (found.lr, found.decay, found.eps) == (lr, decay, eps), name
 
 
 @pytest.mark.parametrize(

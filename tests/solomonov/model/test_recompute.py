@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from solomonov.footprint import Allocated
 from solomonov.model.attention import attention_context
 from solomonov.model.config import NOTHING_AGAIN, Recompute
+from solomonov.model.cross import Source
 from solomonov.model.transformer import Transformer, compile_blocks
-from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, spread_model, tiny_config
+from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, spread_model, tiny_config, two_stacks
 
 MODES = [Recompute("selective"), *[Recompute("full", every) for every in (1, 2, 3, 5, 8)]]
 aten = torch.ops.aten
@@ -56,6 +57,27 @@ def test_no_bit_changes_with_other_kinds_of_attention(recompute: Recompute, flag
     assert torch.equal(loss, expected_loss)
     assert gradients.keys() == expected.keys()
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("recompute", MODES[:3], ids=str)
+def test_no_bit_changes_with_two_stacks(recompute: Recompute) -> None:
+    found = []
+    for again in (NOTHING_AGAIN, recompute):
+        found.append(train_pair(spread_model(two_stacks(layers=3, attention={"gate": "element"}), recompute=again)))
+    (expected_loss, expected), (loss, gradients) = found
+    assert torch.equal(loss, expected_loss)
+    assert gradients.keys() == expected.keys()
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+def train_pair(model: Transformer) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of two rows behind a source, of which a document of the target has none."""
+    ids, labels, source_ids = random_ids(2, 8), random_ids(2, 8, seed=1), random_ids(2, 6, seed=2)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, -1], [0] * 8])
+    source = Source(source_ids, torch.tensor([[0, 1, 1, 1, -1, -1], [0] * 6]))
+    loss = model(ids, documents, labels, source=source)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -104,6 +126,23 @@ def test_selective_computes_no_product_again_that_a_gate_or_a_window_has(flags: 
     for name in (aten.mm.default, aten.addmm.default, attention):
         assert selective[name] == kept[name], str(name)
     assert selective[aten.sigmoid.default] > kept[aten.sigmoid.default]
+
+
+def test_selective_computes_no_product_of_two_stacks_again() -> None:
+    """Full computes all of them again, but for the last product of each block."""
+
+    def counts(recompute: Recompute) -> Counter[Any]:
+        model = spread_model(two_stacks(layers=2, encoder_layers=3), recompute=recompute)
+        with Operations() as operations:
+            train_pair(model)
+        return operations.counts
+
+    kept, selective, full = (counts(again) for again in (NOTHING_AGAIN, Recompute("selective"), Recompute("full")))
+    attention, products = aten._scaled_dot_product_flash_attention_for_cpu.default, aten.mm.default
+    assert kept[attention] == 3 + 2 * 2
+    assert [selective[name] - kept[name] for name in (products, attention)] == [0, 0]
+    assert [full[name] - kept[name] for name in (products, attention)] == [3 * 6 + 2 * 10, 3 + 2 * 2]
+    assert selective[aten.silu.default] == 2 * kept[aten.silu.default]
 
 
 def activation_bytes(layers: int, recompute: Recompute, tokens: int = 64) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from solomonov.model.attention import layer_contexts
+from solomonov.model.cross import Source, memory_of
 from solomonov.model.residual import MODES
 from solomonov.model.signal import bypassed, eighths, measure_signal, skip_eighths
 from solomonov.model.transformer import Transformer
-from tests.solomonov.model.common import VOCAB, random_ids, spread_model, tiny_config
+from tests.solomonov.model.common import VOCAB, random_ids, random_source, spread_model, tiny_config, two_stacks
 
 
 def _rows() -> tuple[Tensor, Tensor, Tensor]:
@@ -53,6 +55,51 @@ def test_signal_is_that_of_a_stack_walked_by_hand(mode: str) -> None:
         assert len(gradients) == len(list(model.layers[index].parameters()))
         assert 2 * norm == pytest.approx(float(torch.cat([g.flatten() for g in gradients]).norm()), rel=1e-4)
     assert found.gradient_ratio == pytest.approx(found.gradient_norms[0] / found.gradient_norms[3])
+
+
+def _walk_two(
+    model: Transformer, without: range, rows: tuple[Tensor, Tensor, Tensor], source: Source
+) -> tuple[Tensor, list[Tensor]]:
+    """As `_walk`, through the encoder first; blocks are counted through both stacks."""
+    ids, documents, labels = rows
+    encoder = model.encoder
+    assert encoder is not None
+    streams = [model.embedding(source.input_ids)]
+    contexts = layer_contexts(source.document_ids, model.config, stack=model.config.stacks[0])
+    for index, block in enumerate(encoder.layers):
+        if index not in without:
+            streams.append(block(streams[-1], contexts[index]))
+    read = streams[-1] if encoder.final_norm is None else encoder.final_norm(streams[-1])
+    memory, hidden = memory_of(read, source.document_ids, documents), model.embedding(ids)
+    contexts = layer_contexts(documents, model.config)
+    for index, block in enumerate(model.layers):
+        if index + len(encoder.layers) not in without:
+            hidden = block(hidden, contexts[index], None, memory)
+            streams.append(hidden)
+    last = hidden if model.final_norm is None else model.final_norm(hidden)
+    return model.head(last, labels) / (labels != -100).sum(), streams
+
+
+@pytest.mark.parametrize("mode", ["prenorm", "deepnorm"])
+def test_signal_of_two_stacks_is_that_of_a_walk_through_both(mode: str) -> None:
+    model = spread_model(two_stacks(residual=mode, layers=4, encoder_layers=5))
+    rows, source = _rows(), random_source(2, 6)
+    found = measure_signal(model, *rows, source)
+    loss, streams = _walk_two(model, range(0), rows, source)
+    assert found.loss == pytest.approx(float(loss.detach()), rel=1e-6)
+    sizes = [float(stream.detach().double().square().mean().sqrt()) for stream in streams]
+    assert found.stream_rms == pytest.approx(sizes, rel=1e-5)
+    assert found.growth == pytest.approx(max(sizes[5], sizes[9]) / sizes[0], rel=1e-5)
+    assert len(found.cosines) == len(found.gradient_norms) == 9
+    assert min(found.gradient_norms) > 0.0
+    norms = found.gradient_norms
+    ratios = norms[0] / norms[4], norms[5] / norms[8]
+    assert found.gradient_ratio == max(ratios, key=lambda ratio: abs(math.log(ratio)))
+    rises = skip_eighths(model, *rows, source)
+    assert len(rises) == 8
+    for part, rise in zip(eighths(9), rises, strict=True):
+        without, _ = _walk_two(model, part, rows, source)
+        assert rise == pytest.approx(float((without - loss).detach()), abs=2e-5)
 
 
 @pytest.mark.parametrize("mode", ["prenorm", "deepnorm", "keel"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -14,13 +14,24 @@ from torch import Tensor, nn
 
 from solomonov.model.attention import layer_contexts
 from solomonov.model.cache import KeyValueCache
-from solomonov.model.config import Recompute
+from solomonov.model.config import ModelConfig, Recompute
+from solomonov.model.cross import Source
 from solomonov.model.layers import Block
 from solomonov.model.loss import pipeline_loss
+from solomonov.model.naming import canonical, layer_names
 from solomonov.model.pipeline import pipeline_layers
 from solomonov.model.residual import MODES
 from solomonov.model.transformer import Transformer, compile_blocks
-from tests.solomonov.model.common import ATTENTION, VOCAB, float64_state, random_ids, spread_model, tiny_config
+from tests.solomonov.model.common import (
+    ATTENTION,
+    VOCAB,
+    float64_state,
+    random_ids,
+    random_source,
+    spread_model,
+    tiny_config,
+    two_stacks,
+)
 from tests.support import naive
 
 
@@ -51,6 +62,117 @@ def test_logits_equal_float64_loops(changes: dict[str, object]) -> None:
     for row in range(2):
         expected = naive.logits(float64_state(model), config, ids[row].tolist())
         np.testing.assert_allclose(logits[row], expected, atol=1e-4, rtol=1e-4)
+
+
+POSITIONS = [{"position": position} for position in ("rope", "nope", "sinusoidal")]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"attention": flags} for flags in POSITIONS),
+        {"tie_embeddings": True, "attention": {"preset": "vanilla"}},
+        {"attention": {"gate": "head", "qk_norm": False, "rope_theta": 100.0}, "kv_heads": 4},
+        {"attention": {"gate": "element"}, "kv_heads": 1},
+        *({"residual": mode, "layers": 3, "base_layers": 2} for mode in MODES),
+        {"residual": "deepnorm", "norm": "layernorm", "feed_forward": "gelu"},
+    ],
+    ids=str,
+)
+def test_logits_of_an_encoder_equal_float64_loops(changes: dict[str, object]) -> None:
+    config = tiny_config(**{"architecture": "encoder", "residual": "prenorm"} | changes)
+    model = spread_model(config)
+    ids = random_ids(1, 7)
+    found = model(ids, torch.zeros_like(ids)).detach().numpy()[0]
+    expected = naive.logits(float64_state(model), config, ids[0].tolist())
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"attention": flags} for flags in POSITIONS),
+        {"tie_embeddings": True, "attention": {"preset": "vanilla"}},
+        {"attention": {"gate": "head", "qk_norm": False, "rope_theta": 100.0}, "kv_heads": 4},
+        {"attention": {**ATTENTION["much at once"], "gate": "element"}, "layers": 3},
+        {"attention": ATTENTION["local"], "layers": 3},
+        *({"residual": mode, "layers": 3, "encoder_layers": 2, "base_layers": 2} for mode in MODES),
+        *({"residual": mode, "encoder_layers": None, "norm": "layernorm", "feed_forward": "gelu"} for mode in MODES),
+        {"residual": "keel", "layers": 1},
+        {"residual": "keel", "encoder_layers": 1},
+    ],
+    ids=str,
+)
+def test_logits_of_an_encoder_decoder_equal_float64_loops(changes: dict[str, object]) -> None:
+    config = two_stacks(**changes)
+    model = spread_model(config)
+    ids, source = random_ids(2, 7), random_source(2, 5)
+    found = model(ids, torch.zeros_like(ids), source=source).detach().numpy()
+    for row in range(2):
+        expected = naive.logits(float64_state(model), config, ids[row].tolist(), source.input_ids[row].tolist())
+        np.testing.assert_allclose(found[row], expected, atol=1e-4, rtol=1e-4)
+
+
+def _packed(lengths: list[int], padding: int) -> Tensor:
+    return torch.tensor([[d for d, tokens in enumerate(lengths) for _ in range(tokens)] + [-1] * padding])
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4),
+    padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    flags=st.sampled_from(["vanilla", "rope", "local", "hybrid"]),
+)
+def test_packed_pairs_equal_single_ones(lengths: list[tuple[int, int]], padding: tuple[int, int], flags: str) -> None:
+    """Sources and targets of lengths of their own, a document of both by one id; within 2e-5 of the largest logit (in
+    float64 they differ by 3e-16)."""
+    model = spread_model(two_stacks(attention=ATTENTION[flags]))
+    of_source, of_target = [pair[0] for pair in lengths], [pair[1] for pair in lengths]
+    source_documents, documents = _packed(of_source, padding[0]), _packed(of_target, padding[1])
+    source_ids, ids = random_ids(1, source_documents.shape[1], seed=2), random_ids(1, documents.shape[1])
+    packed = model(ids, documents, source=Source(source_ids, source_documents))
+    assert bool(torch.isfinite(packed).all())
+    for document in range(len(lengths)):
+        mine, theirs = documents[0] == document, source_documents[0] == document
+        alone = model(
+            ids[:, mine], documents[:, mine], source=Source(source_ids[:, theirs], source_documents[:, theirs])
+        )
+        torch.testing.assert_close(packed[:, mine], alone, rtol=0.0, atol=2e-5 * float(alone.detach().abs().max()))
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    padding=st.integers(0, 5),
+    flags=st.sampled_from(POSITIONS),
+)
+def test_packed_documents_of_an_encoder_equal_single_ones(
+    lengths: list[int], padding: int, flags: dict[str, str]
+) -> None:
+    model = spread_model(tiny_config(architecture="encoder", attention=flags))
+    documents = _packed(lengths, padding)
+    ids = random_ids(1, documents.shape[1])
+    packed = model(ids, documents)
+    assert bool(torch.isfinite(packed).all())
+    for document in range(len(lengths)):
+        mine = documents[0] == document
+        alone = model(ids[:, mine], documents[:, mine])
+        torch.testing.assert_close(packed[:, mine], alone, rtol=0.0, atol=2e-5 * float(alone.detach().abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "given_source", "message"),
+    [
+        ("decoder", True, "reads no source"),
+        ("encoder", True, "of 5 tokens"),
+        ("encoder_decoder", False, "got no source"),
+    ],
+)
+def test_a_source_that_is_missing_or_not_read_is_refused(architecture: str, given_source: bool, message: str) -> None:
+    model = spread_model(tiny_config(architecture=architecture))
+    ids = random_ids(2, 4)
+    with pytest.raises(ValueError, match=message):
+        model(ids, torch.zeros_like(ids), source=random_source(2, 5) if given_source else None)
 
 
 @settings(deadline=None, max_examples=35)
@@ -120,26 +242,87 @@ def test_recomputed_activations_change_no_bit() -> None:
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-@pytest.mark.parametrize("flags", ATTENTION)
-@pytest.mark.parametrize("tied", [False, True])
-def test_pipeline_layers_give_the_same_loss_and_gradients(tied: bool, flags: str) -> None:
-    config = tiny_config(layers=3, tie_embeddings=tied, attention=ATTENTION[flags])
-    plain = Transformer(config, VOCAB, seed=9)
-    ids, labels = random_ids(2, 8), random_ids(2, 8, seed=1)
-    documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1, -1], [0] * 8])
+def _in_a_pipeline(config: ModelConfig, carry: tuple[Tensor, ...]) -> tuple[nn.ModuleDict, tuple[Tensor, ...]]:
+    """The layers of a pipeline, all on one stage, and what they make of the input."""
     modules = nn.ModuleDict()
-    carry: tuple[Tensor, Tensor] = (ids, documents)
     for number, layer in enumerate(pipeline_layers(config, VOCAB, seed=9)):
         key = layer.tied_key or str(number)
         if key not in modules:
             modules[key] = layer.build()
         carry = layer.forward(modules[key], carry) if layer.forward else modules[key](carry)
         assert isinstance(carry, tuple)
-    loss, expected = pipeline_loss(carry, labels), plain(ids, documents, labels)
+    return modules, carry
+
+
+def _assert_equal_to_the_bit(
+    config: ModelConfig, modules: nn.Module, loss: Tensor, plain: nn.Module, expected: Tensor
+) -> None:
     assert torch.equal(loss, expected)
-    found, reference = list(_gradients(modules, loss).values()), list(_gradients(plain, expected).values())
-    assert len(found) == len(reference)
-    assert all(torch.equal(a, b) for a, b in zip(found, reference, strict=True))
+    names = layer_names(config)
+    found = {canonical(name, names): gradient for name, gradient in _gradients(modules, loss).items()}
+    reference = _gradients(plain, expected)
+    assert found.keys() == reference.keys()
+    assert all(torch.equal(found[name], reference[name]) for name in reference)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "flags"),
+    [*(("decoder", flags) for flags in ATTENTION), ("encoder", "vanilla"), ("encoder", "rope")],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_pipeline_layers_give_the_same_loss_and_gradients(tied: bool, architecture: str, flags: str) -> None:
+    config = tiny_config(layers=3, tie_embeddings=tied, attention=ATTENTION[flags], architecture=architecture)
+    plain = Transformer(config, VOCAB, seed=9)
+    ids, labels = random_ids(2, 8), random_ids(2, 8, seed=1)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1, -1], [0] * 8])
+    modules, last = _in_a_pipeline(config, (ids, documents))
+    _assert_equal_to_the_bit(config, modules, pipeline_loss(last, labels), plain, plain(ids, documents, labels))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [*({"residual": mode} for mode in MODES), *({"attention": ATTENTION[flags]} for flags in ("vanilla", "hybrid"))],
+    ids=str,
+)
+def test_pipeline_layers_of_two_stacks_give_the_same(tied: bool, changes: dict[str, object]) -> None:
+    config = two_stacks(tie_embeddings=tied, **changes)
+    plain = Transformer(config, VOCAB, seed=9)
+    ids, labels, source_ids = random_ids(2, 8), random_ids(2, 8, seed=1), random_ids(2, 6, seed=2)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, -1], [0] * 8])
+    source = Source(source_ids, torch.tensor([[0, 1, 1, 1, -1, -1], [0] * 6]))
+    modules, last = _in_a_pipeline(config, (*source, ids, documents))
+    expected = plain(ids, documents, labels, source=source)
+    _assert_equal_to_the_bit(config, modules, pipeline_loss(last, labels), plain, expected)
+
+
+@pytest.mark.parametrize("cuts", list(combinations(range(1, 9), 2)), ids=str)
+def test_two_stacks_may_be_cut_anywhere(cuts: tuple[int, int]) -> None:
+    """Three stages as DeepSpeed runs them: what a stage is given are leaves, and each of floats has to have a gradient
+    to send back, those that it only hands on as well."""
+    config = two_stacks()
+    plain = Transformer(config, VOCAB, seed=9)
+    ids, labels, source = random_ids(2, 8), random_ids(2, 8, seed=1), random_source(2, 6)
+    documents = torch.zeros_like(ids)
+    layers = [layer.build() for layer in pipeline_layers(config, VOCAB, seed=9)]
+    carry: tuple[Tensor, ...] = (*source, ids, documents)
+    given, made = [], []
+    for begin, end in pairwise([0, *cuts, len(layers)]):
+        carry = tuple(each.detach().requires_grad_(each.is_floating_point()) for each in carry)
+        given.append([each for each in carry if each.is_floating_point()])
+        for layer in layers[begin:end]:
+            carry = layer(carry)
+        made.append([each for each in carry if each.is_floating_point()])
+    pipeline_loss((carry[0], carry[1]), labels).backward()
+    for outputs, inputs in zip(made[-2::-1], given[:0:-1], strict=True):
+        gradients = [each.grad for each in inputs if each.grad is not None]
+        assert len(gradients) == len(outputs)
+        torch.autograd.backward(outputs, gradients)
+    plain(ids, documents, labels, source=source).backward()
+    expected = [parameter.grad for parameter in plain.parameters()]
+    found = [parameter.grad for layer in layers for parameter in layer.parameters()]
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("flags", ATTENTION)
@@ -161,6 +344,32 @@ def test_cached_logits_equal_those_of_the_whole_row(flags: str, cuts: list[int])
             model(ids[:, :1], documents[:, -1:], cache=cache)
 
 
+@pytest.mark.parametrize("flags", ["vanilla", "rope", "local", "hybrid"])
+@settings(deadline=None, max_examples=10)
+@given(cuts=st.lists(st.integers(1, 11), max_size=11, unique=True))
+def test_cached_logits_behind_a_source_equal_those_of_the_whole_row(flags: str, cuts: list[int]) -> None:
+    config = two_stacks(layers=3, attention=ATTENTION[flags])
+    model = spread_model(config).eval()
+    ids = random_ids(2, 12)
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12], dtype=torch.int32)
+    source = Source(random_ids(2, 6, seed=2), torch.tensor([[1, 1, 0, 0, 0, -1], [0] * 6]))
+    cache = KeyValueCache(config, batch_rows=2, capacity_tokens=12)
+    bounds = [0, *sorted(cuts), 12]
+    read = []
+    assert model.encoder is not None
+    model.encoder.register_forward_hook(lambda *_: read.append(1))
+    with torch.no_grad():
+        whole = model(ids, documents, source=source)
+        pieces = [
+            model(ids[:, begin:end], documents[:, begin:end], cache=cache, source=None if begin else source)
+            for begin, end in pairwise(bounds)
+        ]
+        assert len(read) == 2, "once with the cache, and once without"
+        torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0.0, atol=1e-5 * float(whole.abs().max()))
+        with pytest.raises(ValueError, match="got a second source"):
+            model(ids[:, :1], documents[:, -1:], cache=cache, source=source)
+
+
 def test_bf16_stays_near_fp32() -> None:
     config = tiny_config(layers=4, d_model=64)
     model = Transformer(config, VOCAB, seed=1)
@@ -173,18 +382,21 @@ def test_bf16_stays_near_fp32() -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize("flags", ["hybrid", "much at once"])
-def test_compiled_blocks_of_every_kind_give_the_same(flags: str) -> None:
-    """A local block in blocks of a window and a global one each, loss and gradients in fp32 within 1e-5. Half a minute
-    a kind on a CPU."""
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("kind", ["hybrid", "much at once", "two stacks"])
+def test_compiled_blocks_of_every_kind_give_the_same(kind: str) -> None:
+    """A local block in blocks of a window and a global one each, and blocks of an encoder and with cross-attention,
+    loss and gradients in fp32 within 1e-5. Half a minute a kind on a CPU."""
     found = []
+    source = random_source(2, 9) if kind == "two stacks" else None
     for compiled in (False, True):
-        model = spread_model(tiny_config(attention=ATTENTION[flags]))
+        model = spread_model(
+            two_stacks(layers=1, encoder_layers=1) if source else tiny_config(attention=ATTENTION[kind])
+        )
         if compiled:
-            compile_blocks(model)
+            assert compile_blocks(model) == 2
         ids, labels = random_ids(2, 12), random_ids(2, 12, seed=1)
-        loss = model(ids, torch.tensor([[0] * 5 + [1] * 7, [0] * 12]), labels)
+        loss = model(ids, torch.tensor([[0] * 5 + [1] * 7, [0] * 12]), labels, source=source)
         found.append((loss.detach(), _gradients(model, loss)))
     (expected_loss, expected), (loss, gradients) = found
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)

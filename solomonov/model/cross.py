@@ -1,0 +1,81 @@
+"""Cross-attention: a decoder's tokens look at what an encoder made of the source. A document of the target sees the
+source's document of the same id, all of it and without positions; of the attention's flags it takes QK norm and gate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from solomonov.model.attention import Projections, attend
+from solomonov.model.cache import LayerCache
+from solomonov.model.window import same_document
+
+
+class Source(NamedTuple):
+    """Rows that an encoder reads, of S tokens each."""
+
+    input_ids: Tensor
+    """(B, S) integers."""
+
+    document_ids: Tensor
+    """(B, S) integers, equal within a document, -1 on padding; those of the target that belongs to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What all blocks of a decoder look at of the source."""
+
+    hidden: Tensor | None
+    """(B, S, D), what the encoder made of it; None: its keys and values are cached."""
+
+    mask: Tensor
+    """(B, 1, T, S) bool, true where a query may look; all of it where a query sees nothing."""
+
+    nothing: Tensor
+    """(B, T, 1, 1) bool, true where a query's document has no source: it finds 0."""
+
+
+def memory_of(hidden: Tensor | None, source_document_ids: Tensor, document_ids: Tensor) -> Memory:
+    """The source as a decoder looks at it.
+
+    Args:
+        hidden: (B, S, D) of the encoder; None: it is cached.
+        source_document_ids: (B, S).
+        document_ids: (B, T) of the queries.
+    """
+    seen = same_document(document_ids, source_document_ids)
+    nothing = ~seen.any(dim=2, keepdim=True)
+    # A query without keys would be a softmax of minus infinities: it looks anywhere, and what it found is dropped.
+    return Memory(hidden, (seen | nothing)[:, None], nothing[..., None])
+
+
+class CrossAttention(Projections):
+    """Attention of H query heads of the target over K key-value heads of the source, without biases."""
+
+    def forward(self, x: Tensor, memory: Memory, past: LayerCache | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            past: keeps keys and values of the source from the first call on, which needs the encoder's result.
+        """
+        query = self.split(self.q(x), self.heads)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        if past is None:
+            key, value = self._of_source(memory)
+        else:
+            if past.source is None:
+                past.source = self._of_source(memory)
+            key, value = past.source
+        mixed = attend(query, key, value, mask=memory.mask)
+        return self.joined(mixed.masked_fill(memory.nothing, 0.0), x)
+
+    def _of_source(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Keys and values, (B, S, K, E) each."""
+        assert memory.hidden is not None, "keys and values of the source are not cached, and no source came"
+        key = self.split(self.k(memory.hidden), self.kv_heads)
+        value = self.split(self.v(memory.hidden), self.kv_heads)
+        return key if self.k_norm is None else self.k_norm(key), value
