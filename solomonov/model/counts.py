@@ -22,9 +22,7 @@ def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[in
         "attention.out.weight": (width, queries),
         **_flag_shapes(config),
     }
-    gate: dict[str, tuple[int, ...]] = (
-        {"feed_forward.gate.weight": (inner, width)} if config.feed_forward == "swiglu" else {}
-    )
+    gate: dict[str, tuple[int, ...]] = {"feed_forward.gate.weight": (inner, width)} if config.gated else {}
     feed_forward = gate | {"feed_forward.up.weight": (inner, width), "feed_forward.down.weight": (width, inner)}
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in layer_names(config):

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from solomonov.errors import ConfigurationError, DamagedCheckpointError, NumericalError
-from solomonov.export import export_hf, load_hf
+from solomonov.export import export_hf
 from solomonov.fast_tokenizer import build_tokenizer
-from solomonov.interop import hf_name
+from solomonov.hf_folder import load_hf
+from solomonov.interop_families import FAMILIES
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_shapes
 from solomonov.model.transformer import Transformer
@@ -86,6 +87,11 @@ def _logits(config: ModelConfig, state: dict[str, Tensor], ids: Tensor) -> Tenso
         ({"residual": "scaled", "layers": 5, "base_layers": 2}, "Qwen3ForCausalLM"),
         ({"residual": "lns", "layers": 4}, "Qwen3ForCausalLM"),
         ({"tie_embeddings": True, "attention": {"qk_norm": False}, "kv_heads": 4}, "LlamaForCausalLM"),
+        ({"attention": {"qk_norm": False, "position": "nope"}}, "SmolLM3ForCausalLM"),
+        (
+            {"residual": "peri", "tie_embeddings": True, "attention": {"preset": "local", "window": 8}},
+            "Gemma3ForCausalLM",
+        ),
     ],
 )
 def test_logits_of_transformers_are_ours(
@@ -105,7 +111,7 @@ def test_logits_of_transformers_are_ours(
     assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
     # Read back by us, with branch factors folded.
     read, weights, sequence_tokens = load_hf(tmp_path / "out")
-    assert (sequence_tokens, read.residual_mode) == (32, "prenorm")
+    assert (sequence_tokens, read.residual_mode) == (32, "peri" if config.residual == "peri" else "prenorm")
     assert list(weights) == list(parameter_shapes(read, VOCAB))
     torch.testing.assert_close(_logits(read, weights, ids), expected, rtol=1e-4, atol=1e-4)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"], "something was left aside"
@@ -115,7 +121,7 @@ def test_logits_of_transformers_are_ours(
     "flags",
     [
         {"position": "nope"},
-        {"window": 8},
+        {"position": "alibi"},
         {"gate": "head"},
         {"logit_scale": "log_n"},
         {"sink": True},
@@ -195,7 +201,7 @@ def test_large_models_are_sharded(tmp_path: Path, tokenizer_path: Path) -> None:
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert sorted(index["weight_map"]) == sorted(hf_name(name) for name in state)
+    assert sorted(index["weight_map"]) == sorted(FAMILIES[1].name_of(name) for name in state)
     assert report.weight_bytes == sum((tmp_path / "out" / file).stat().st_size for file in files)
     _, weights, _ = load_hf(tmp_path / "out")
     assert all(torch.equal(weights[name], state[name]) for name in state)

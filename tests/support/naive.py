@@ -189,11 +189,16 @@ def dense_attention(
 
 
 def feed_forward(state: Mapping[str, Array], prefix: str, config: ModelConfig, x: Array) -> Array:
-    """down(silu(gate x) * up x), down(gelu(up x)) or down(relu(up x)^2) for one vector."""
+    """down(silu(gate x) * up x), likewise with gelu by tanh, down(gelu(up x)) or down(relu(up x)^2) for one vector."""
     up = state[f"{prefix}.up.weight"] @ x
     if config.feed_forward == "swiglu":
         gate = state[f"{prefix}.gate.weight"] @ x
         inner = np.array([g / (1.0 + math.exp(-g)) * u for g, u in zip(gate, up, strict=True)])
+    elif config.feed_forward == "geglu":
+        gate = state[f"{prefix}.gate.weight"] @ x
+        bend = math.sqrt(2.0 / math.pi)
+        halves = [0.5 * g * (1.0 + math.tanh(bend * (g + 0.044715 * g**3))) for g in gate]
+        inner = np.array([half * u for half, u in zip(halves, up, strict=True)])
     elif config.feed_forward == "gelu":
         inner = np.array([u * 0.5 * (1.0 + math.erf(u / math.sqrt(2.0))) for u in up])
     else:
