@@ -12,7 +12,8 @@ from torch import Tensor
 
 from solomonov.errors import ConfigurationError, DamagedCheckpointError
 from solomonov.interop import to_ours
-from solomonov.interop_families import FAMILIES, Family, family_of, read_config
+from solomonov.interop_config import read_config
+from solomonov.interop_families import FAMILIES, Family, family_of
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_shapes
 

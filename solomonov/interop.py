@@ -31,7 +31,7 @@ def export_refusal(model: ModelConfig) -> ConfigurationError:
         got=", ".join(f"model.{name}: {value}" for name, value in misfits(model, family).items()),
         rule=f"the nearest class is {family.architecture}; what is exported rotates in every layer (without QK norm, "
         "some may do without positions), has no gate, log-n scale or sink, RMSNorm, a gated feed-forward, and "
-        "branches that are added to the stream by a factor at most, or normed (peri)",
+        "branches that are added to the stream with a factor at most, or normed (peri, outnorm)",
         remedy="`solomonov generate` and `evaluate` read the run itself; to export one, train it with "
         "model.attention.preset: rope and model.residual: auto",
     )
@@ -100,7 +100,7 @@ def to_ours(
         ours.setdefault("head.weight", ours["embedding.weight"])
         ours["head.weight"] = multipliers.head * ours["head.weight"]
     ours["embedding.weight"] = multipliers.embedding * ours["embedding.weight"]
-    queries = "attention.q_norm.weight" if family.qk_norm else "attention.q.weight"
+    queries = "attention.q_norm.weight" if family.qk_norm != "none" else "attention.q.weight"
     for name, tensor in ours.items():
         if name.endswith(_LAST):
             ours[name] = multipliers.branch * tensor

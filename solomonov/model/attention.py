@@ -248,9 +248,11 @@ class Attention(nn.Module):
         self.out = Linear(self.heads * self.head_dim, config.d_model)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
+        self.normed_together = flags.qk_norm_over == "all"
         if flags.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+            at_once = (self.heads, self.kv_heads) if self.normed_together else (1, 1)
+            self.q_norm = RMSNorm(at_once[0] * self.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(at_once[1] * self.head_dim, config.norm_eps)
         self.gate: OutputGate | None = None
         if flags.gate != "none":
             self.gate = OutputGate(config.d_model, self.heads * (self.head_dim if flags.gate == "element" else 1))
@@ -264,7 +266,7 @@ class Attention(nn.Module):
         key = self.k(x).view(rows, tokens, self.kv_heads, self.head_dim)
         value = self.v(x).view(rows, tokens, self.kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key = self._normed(query, self.q_norm), self._normed(key, self.k_norm)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if context.cosine is not None and context.sine is not None:
             query = rotate(query, context.cosine, context.sine)
@@ -284,3 +286,8 @@ class Attention(nn.Module):
             mixed = mixed * self.gate(x).view(rows, tokens, self.heads, -1)
         joined = mixed.reshape(rows, tokens, self.heads * self.head_dim)
         return self.out(joined)  # type: ignore[no-any-return]
+
+    def _normed(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """(B, T, heads, E) likewise, each head by itself or all of a token together."""
+        normed: Tensor = norm(x.flatten(2)).view_as(x) if self.normed_together else norm(x)
+        return normed

@@ -58,8 +58,8 @@ class ModelConfig(Section):
 
     `prenorm`: x + f(norm(x)), output projections start smaller by sqrt(2 * layers). `scaled`: x + s * f(norm(x)) with
     s = base_layers / layers (at most 1), so that one learning rate serves every depth. `lns`: the norm shrinks with
-    depth. `layerscale`, `rezero`: s is learned. `peri`: the branch is normed too. `postnorm`, `deepnorm`, `keel`: the
-    sum is normed. `auto`: prenorm up to base_layers, else scaled.
+    depth. `layerscale`, `rezero`: s is learned. `peri`: the branch is normed too. `outnorm`: only what it gives is.
+    `postnorm`, `deepnorm`, `keel`: the sum is normed. `auto`: prenorm up to base_layers, else scaled.
     """
 
     base_layers: int = Field(default=12, ge=1)

@@ -66,7 +66,9 @@ def _flag_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The modules that the attention's flags add to a block."""
     flags, shapes = config.attention, dict[str, tuple[int, ...]]()
     if flags.qk_norm:
-        shapes |= dict.fromkeys(("attention.q_norm.weight", "attention.k_norm.weight"), (config.head_width,))
+        at_once = (config.heads, config.kv_head_count) if flags.qk_norm_over == "all" else (1, 1)
+        for name, heads in zip("qk", at_once, strict=True):
+            shapes[f"attention.{name}_norm.weight"] = (heads * config.head_width,)
     if flags.gate != "none":
         gates = config.heads * (config.head_width if flags.gate == "element" else 1)
         shapes |= {"attention.gate.weight": (gates, config.d_model), "attention.gate.bias": (gates,)}

@@ -80,6 +80,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "SmolLM3ForCausalLM",
         {"use_sliding_window": True, "sliding_window": 4, "no_rope_layers": [0, 1, 0, 1]},
     ),
+    "olmo2": ("Olmo2ForCausalLM", {}),
+    "olmo2 with heads of a width, tied": (
+        "Olmo2ForCausalLM",
+        {"head_dim": 8, "tie_word_embeddings": True, "rope_theta": 500.0, "num_key_value_heads": 1},
+    ),
     "gemma2": ("Gemma2ForCausalLM", GEMMA),
     "gemma2 with silu, not tied": (
         "Gemma2ForCausalLM",
@@ -120,6 +125,7 @@ def test_weights_in_shards_and_of_16_bits_are_read(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     config, state, _ = load_hf(tmp_path)
+    assert all(tensor.dtype == torch.float32 for tensor in state.values())
     documents = random_documents(12)
     again = type(theirs).from_pretrained(tmp_path, dtype=torch.float32)
     expected = their_logits(again, documents)
@@ -137,6 +143,39 @@ def test_configurations_of_old_versions_are_read(tmp_path: Path) -> None:
     expected = their_logits(again, documents)
     assert relative_difference(our_logits(config, state, documents), expected) <= TOLERANCE
     assert relative_difference(their_logits(theirs, documents), expected) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "absent"),
+    [
+        ("LlamaForCausalLM", {"num_key_value_heads": None}, ("num_key_value_heads", "head_dim", "attention_bias")),
+        ("Olmo2ForCausalLM", {"num_key_value_heads": 4}, ("num_key_value_heads", "rms_norm_eps", "hidden_act")),
+        ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 3}, ("no_rope_layers", "layer_types", "tie_word_embeddings")),
+        (
+            "SmolLM3ForCausalLM",
+            {"no_rope_layer_interval": 1, "use_sliding_window": True, "sliding_window": 3},
+            ("no_rope_layers", "layer_types"),
+        ),
+        (
+            "Qwen3ForCausalLM",
+            {"head_dim": 8, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0},
+            ("layer_types", "rope_parameters"),
+        ),
+        ("Qwen3ForCausalLM", {"head_dim": 8, "sliding_window": 3, "max_window_layers": 0}, ("layer_types",)),
+        ("Gemma2ForCausalLM", GEMMA, ("layer_types", "tie_word_embeddings", "hidden_activation", "rope_parameters")),
+        ("Gemma3ForCausalLM", GEMMA, ("attn_logit_softcapping", "final_logit_softcapping", "rope_parameters")),
+    ],
+    ids=str,
+)
+def test_what_a_key_means_that_is_absent(
+    tmp_path: Path, architecture: str, keys: dict[str, Any], absent: tuple[str, ...]
+) -> None:
+    theirs = foreign_model(architecture, **keys)
+    folder = _rewritten(saved(theirs, tmp_path), **dict.fromkeys(absent, ...))
+    config, state, _ = load_hf(folder)
+    documents = random_documents(20, 3)
+    again = type(theirs).from_pretrained(folder)
+    assert relative_difference(our_logits(config, state, documents), their_logits(again, documents)) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -192,6 +231,8 @@ def test_what_is_missing_is_damage(tmp_path: Path) -> None:
         load_hf(_rewritten(folder, num_hidden_layers=4, hidden_size=...))
     with pytest.raises(DamagedCheckpointError, match="heads 4 is not a multiple of kv_heads 3"):
         load_hf(_rewritten(folder, hidden_size=24, num_key_value_heads=3))
+    with pytest.raises(DamagedCheckpointError, match=r"mlp\.gate_proj\.weight is \(40, 24\)"):
+        load_hf(_rewritten(folder, num_key_value_heads=2, intermediate_size=39))
     (folder / "config.json").write_text("[]")
     with pytest.raises(DamagedCheckpointError, match="not an object"):
         load_hf(folder)

@@ -51,7 +51,7 @@ def test_what_is_normed_after_the_branch_stays_as_it_is() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    model_type=st.sampled_from(["llama", "qwen3", "smollm3", "gemma2", "gemma3_text"]),
+    model_type=st.sampled_from(["llama", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2"]),
     layers=st.integers(1, 4),
     tied=st.booleans(),
     seed=st.integers(0, 99),
@@ -63,7 +63,11 @@ def test_weights_come_back_from_a_class_as_they_went(model_type: str, layers: in
         layers=layers,
         tie_embeddings=tied,
         residual=family.residual,
-        attention={"qk_norm": family.qk_norm, "position": "nope" if family.bare_layers else "rope"},
+        attention={
+            "qk_norm": family.qk_norm != "none",
+            "qk_norm_over": "all" if family.qk_norm == "all" else "head",
+            "position": "nope" if family.bare_layers else "rope",
+        },
     )
     generator = torch.Generator().manual_seed(seed)
     state = {name: torch.randn(shape, generator=generator) for name, shape in parameter_shapes(config, VOCAB).items()}

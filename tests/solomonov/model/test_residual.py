@@ -72,8 +72,8 @@ def test_names_and_shapes_are_those_of_the_modules(mode: str, norm: str) -> None
     built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert built == parameter_shapes(config, VOCAB)
     assert has_final_norm(config) == (mode not in POST) == ("final_norm" in layer_names(config))
-    assert ("layers.2.attention_norm.weight" in built) == (mode not in ("postnorm", "deepnorm"))
-    assert ("layers.2.feed_forward_out_norm.weight" in built) == (mode == "peri")
+    assert ("layers.2.attention_norm.weight" in built) == (mode not in ("postnorm", "outnorm", "deepnorm"))
+    assert ("layers.2.feed_forward_out_norm.weight" in built) == (mode in ("peri", "outnorm"))
     assert ("layers.0.attention_post_norm.weight" in built) == (mode in ("postnorm", "deepnorm"))
     assert ("final_norm.bias" in built) == (norm == "layernorm" and mode not in POST)
 
