@@ -1,8 +1,8 @@
 """Hugging Face export: a folder that stock `transformers` loads, checked before it gets its name.
 
-The only module that imports `transformers`. The model becomes the first class of `interop_families` that holds it (with
-`qk_norm` a Qwen3, without a Llama); what none holds is refused, flag by flag. `interop` folds what stands outside of
-the weights into them.
+The only module that imports `transformers`, but for the code that goes into exports. The model becomes the first class
+of `interop_families` that holds it (with `qk_norm` a Qwen3, without a Llama), with what stands outside of the weights
+folded into them by `interop`; what none holds is written with code of its own (`bundled`).
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ import torch
 from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
+from solomonov import bundled
 from solomonov.errors import ConfigurationError, NumericalError
 from solomonov.fast_tokenizer import build_tokenizer
-from solomonov.hf_folder import load_hf
-from solomonov.interop import export_refusal, to_theirs
-from solomonov.interop_families import Family, stock_family, written_config
+from solomonov.hf_folder import EXPORT_MARKER, load_hf
+from solomonov.interop import to_theirs
+from solomonov.interop_families import PLAIN_FORM, stock_family, written_config
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_count, parameter_shapes
 from solomonov.model.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FOLDED_AWAY = tuple(mode for mode, plain in PLAIN_FORM.items() if mode != plain)
+"""Residual forms of which a stock class keeps no factor."""
 CHECK_TOKENS = 64
 CHECK_TOLERANCE = 1e-4
 """Largest difference of logits that passes in fp32, relative to the largest logit where that is above 1."""
-EXPORT_MARKER = "solomonov.json"
-"""File of an export that says what was trained; only a folder that has it is replaced."""
 
 _SHARD_BYTES = 4 << 30
 _CHECK_TEXT = (
@@ -47,7 +48,11 @@ class ExportReport:
     """What was written and how it was checked."""
 
     architecture: str
-    """Class of `transformers` that loads it."""
+    """Class that loads it: of `transformers`, or of the code in the folder."""
+
+    forced_by: tuple[str, ...]
+    """Flags for which the folder has code of its own, since no class of `transformers` holds them; empty: it has none.
+    """
 
     parameters: int
     """Trained values."""
@@ -90,13 +95,9 @@ def export_hf(
         shard_bytes: most bytes of one weight file (a larger tensor gets a file of its own).
 
     Raises:
-        ConfigurationError: no class holds the model, the state is not its, or `folder` holds something
-            else than an export.
+        ConfigurationError: the state is not the model's, or `folder` holds something else than an export.
         NumericalError: the loaded export does not give the same logits.
     """
-    family = stock_family(model)
-    if family is None:
-        raise export_refusal(model)
     target = Path(folder)
     tokenizer = Tokenizer.load(tokenizer_model_path)
     shapes = parameter_shapes(model, tokenizer.vocab_size)
@@ -119,17 +120,22 @@ def export_hf(
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    exported = {name: tensor.to(DTYPES[dtype]) for name, tensor in to_theirs(state, model, family).items()}
+    family = stock_family(model)
+    weights = state if family is None else to_theirs(state, model, family)
+    exported = {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
     weight_bytes = _write_weights(aside, exported, shard_bytes)
-    config = hf_config(model, family, tokenizer, sequence_tokens, dtype)
+    config = hf_config(model, tokenizer, sequence_tokens, dtype)
     _write_json(aside / "config.json", config)
     _write_json(aside / "generation_config.json", _generation_config(tokenizer))
     _write_tokenizer(aside, tokenizer, sequence_tokens)
+    for file in bundled.FILES if family is None else ():
+        _write_text(aside / file.name, file.read_text(encoding="utf-8"))
     _write_json(aside / EXPORT_MARKER, {"schema_version": 1, "model": model.model_dump(mode="json")})
-    equal_ids = _check_tokenizer(aside, tokenizer)
+    equal_ids = _check_tokenizer(aside, tokenizer, with_code=family is None)
     difference, largest = _check_logits(aside, state if dtype == "float32" else None, model, tokenizer, sequence_tokens)
     report = ExportReport(
         architecture=config["architectures"][0],
+        forced_by=bundled.forcing_flags(model) if family is None else (),
         parameters=parameter_count(model, tokenizer.vocab_size),
         weight_bytes=weight_bytes,
         dtype=dtype,
@@ -143,12 +149,15 @@ def export_hf(
     return report
 
 
-def hf_config(
-    model: ModelConfig, family: Family, tokenizer: Tokenizer, sequence_tokens: int, dtype: str
-) -> dict[str, Any]:
+def hf_config(model: ModelConfig, tokenizer: Tokenizer, sequence_tokens: int, dtype: str) -> dict[str, Any]:
     """The content of config.json."""
+    family = stock_family(model)
+    if family is None:
+        shape = bundled.bundled_config(model, sequence_tokens)
+    else:
+        shape = written_config(model, family, sequence_tokens)
     return {
-        **written_config(model, family, sequence_tokens),
+        **shape,
         "vocab_size": tokenizer.vocab_size,
         "use_cache": True,
         "initializer_range": 0.02,
@@ -217,13 +226,14 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _check_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
+def _check_tokenizer(folder: Path, tokenizer: Tokenizer, *, with_code: bool) -> bool:
     """Whether the folder's tokenizer gives our ids for the check text.
 
     Raises:
         NumericalError: it needs another number of tokens, or they spell another text.
     """
-    theirs = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # Its configuration has code too, where the model has, and is asked for leave to run even for a tokenizer.
+    theirs = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=with_code)
     ids = [tokenizer.bos, *tokenizer.encode(_CHECK_TEXT)]
     found = theirs(_CHECK_TEXT)["input_ids"]
     if len(found) != len(ids) or tokenizer.decode(found) != tokenizer.decode(ids):
@@ -247,7 +257,15 @@ def _check_logits(
     Raises:
         NumericalError: the difference is above the tolerance.
     """
-    theirs = _transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    transformers = _transformers()
+    if stock_family(model) is None:
+        # By its name: AutoModel takes whatever code of an equal configuration this process has loaded before.
+        kind = transformers.dynamic_module_utils.get_class_from_dynamic_module(
+            bundled.CODE["AutoModelForCausalLM"], folder
+        )
+    else:
+        kind = transformers.AutoModelForCausalLM
+    theirs = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     if state is None:
         model, state, _ = load_hf(folder)
     ours = Transformer(model, tokenizer.vocab_size, seed=None)
@@ -279,8 +297,12 @@ def _transformers() -> Any:
 
 
 def _card(name: str, report: ExportReport, model: ModelConfig, tokenizer: Tokenizer, sequence_tokens: int) -> str:
-    mode = model.residual_mode
-    factors = "" if mode == "prenorm" else f"; the factors of `{mode}` folded into the weights"
+    mode, trust, code = model.residual_mode, "", ""
+    factors = f"; the factors of `{mode}` folded into the weights" if mode in FOLDED_AWAY else ""
+    if report.forced_by:
+        factors, trust = f"; residual form `{mode}`", ", trust_remote_code=True"
+        flags = "\n".join(f"- `{flag}`" for flag in report.forced_by)
+        code = f"\nIts code stands beside the weights, since no class of transformers holds all of it:\n\n{flags}\n"
     begin = list(tokenizer.pieces())[tokenizer.bos].text
     return f"""---
 library_name: transformers
@@ -296,12 +318,12 @@ continues text. Every text begins with `{begin}`, which the tokenizer adds.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained("."{trust})
+model = AutoModelForCausalLM.from_pretrained("."{trust})
 inputs = tokenizer("def main", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
 ```
-
+{code}
 Checked when it was written: the largest difference between the trainer's logits and those of
 `{report.architecture}`, in fp32, was {report.max_abs_difference:.2g}, where logits reach
 {report.max_abs_logit:.2g}.

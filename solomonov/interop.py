@@ -11,30 +11,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from solomonov.errors import ConfigurationError
-from solomonov.interop_families import Family, Multipliers, misfits, nearest_family
+from solomonov.interop_families import Family, Multipliers
 from solomonov.model.config import ModelConfig
 from solomonov.model.residual import branch_form
 
 _LAST = ("attention.out.weight", "feed_forward.down.weight")
-
-
-def export_refusal(model: ModelConfig) -> ConfigurationError:
-    """Which flags of a model keep it out of all classes that we write.
-
-    Args:
-        model: one for which `stock_family` finds none.
-    """
-    family = nearest_family(model)
-    return ConfigurationError(
-        "No class of Hugging Face, as which models are exported, holds this model.",
-        got=", ".join(f"model.{name}: {value}" for name, value in misfits(model, family).items()),
-        rule=f"the nearest class is {family.architecture}; what is exported rotates in every layer (without QK norm, "
-        "some may do without positions), has no gate, log-n scale or sink, RMSNorm, a gated feed-forward, and "
-        "branches that are added to the stream with a factor at most, or normed (peri, outnorm)",
-        remedy="`solomonov generate` and `evaluate` read the run itself; to export one, train it with "
-        "model.attention.preset: rope and model.residual: auto",
-    )
 
 
 def folded(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:

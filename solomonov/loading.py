@@ -12,8 +12,7 @@ from data_pipeline.manifest import digest_file
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.checkpoint.store import ResumeFact, folder_name, newest_verified
 from solomonov.errors import ConfigurationError
-from solomonov.export import EXPORT_MARKER
-from solomonov.hf_folder import load_hf
+from solomonov.hf_folder import EXPORT_MARKER, load_hf
 from solomonov.model.config import ModelConfig
 from solomonov.model.transformer import Transformer
 from solomonov.partition import EMA

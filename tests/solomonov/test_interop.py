@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from solomonov.interop import export_refusal, folded, to_ours, to_theirs
-from solomonov.interop_families import Multipliers, family_of, stock_family
+from solomonov.interop import folded, to_ours, to_theirs
+from solomonov.interop_families import Multipliers, family_of
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_shapes
 from solomonov.model.transformer import Transformer
@@ -111,19 +111,3 @@ def test_factors_outside_of_the_weights_are_folded_into_them(
     expected = model(ids, torch.zeros_like(ids)).detach()
     found = to_ours(state, config, family, Multipliers(embedding, query, branch, head))
     torch.testing.assert_close(_logits(config, found), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-
-
-@pytest.mark.parametrize("mode", ["postnorm", "deepnorm", "keel"])
-def test_forms_that_do_not_fold_are_refused_by_name(mode: str) -> None:
-    config = tiny_config(residual=mode, layers=3)
-    assert stock_family(config) is None
-    refusal = export_refusal(config)
-    assert refusal.got == f"model.residual: {mode}"
-    assert "model.residual: auto" in refusal.remedy
-    assert "Qwen3ForCausalLM" in refusal.rule
-
-
-@pytest.mark.parametrize(("key", "value"), [("norm", "layernorm"), ("feed_forward", "gelu"), ("feed_forward", "relu2")])
-def test_other_norms_and_feed_forwards_are_refused_by_name(key: str, value: str) -> None:
-    refusal = export_refusal(tiny_config(**{key: value}))
-    assert refusal.got == f"model.{key}: {value}"

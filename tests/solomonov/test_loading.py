@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from solomonov.errors import ConfigurationError, DamagedCheckpointError
-from solomonov.export import EXPORT_MARKER, export_hf
+from solomonov.export import export_hf
+from solomonov.hf_folder import EXPORT_MARKER
 from solomonov.loading import LoadedModel, load_model
 from solomonov.runfolder import RunFolder
 from tests.solomonov.checkpoint.common import flip
