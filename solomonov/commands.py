@@ -275,6 +275,8 @@ def answer(options: argparse.Namespace, values: Mapping[str, Any]) -> None:
     width = max(map(len, values))
     for name, value in values.items():
         shown = f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
+        if isinstance(value, tuple):
+            shown = ", ".join(map(str, value)) or "nothing"
         print(f"{name.replace('_', ' '):<{width}}  {shown}")
 
 

@@ -1,7 +1,8 @@
 """Hugging Face export: a folder that stock `transformers` loads, checked before it gets its name.
 
-The only module that imports `transformers`. With `qk_norm` the model is a Qwen3, without it a Llama; what neither
-holds is refused, flag by flag (see `interop`, which folds the factors of residual forms into the weights).
+The only module that imports `transformers`, but for the code that goes into exports. The model becomes the first class
+of `interop_families` that holds it (with `qk_norm` a Qwen3, without a Llama), with what stands outside of the weights
+folded into them by `interop`; what none holds is written with code of its own (`bundled`).
 """
 
 from __future__ import annotations
@@ -9,28 +10,32 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
-from solomonov.errors import ConfigurationError, DamagedCheckpointError, NumericalError
+from solomonov import bundled
+from solomonov.errors import ConfigurationError, NumericalError
 from solomonov.fast_tokenizer import build_tokenizer
-from solomonov.interop import export_refusal, folded, hf_name
+from solomonov.hf_folder import EXPORT_MARKER, load_hf
+from solomonov.interop import to_theirs
+from solomonov.interop_families import PLAIN_FORM, stock_family, written_config
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_count, parameter_shapes
 from solomonov.model.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FOLDED_AWAY = tuple(mode for mode, plain in PLAIN_FORM.items() if mode != plain)
+"""Residual forms of which a stock class keeps no factor."""
 CHECK_TOKENS = 64
 CHECK_TOLERANCE = 1e-4
 """Largest difference of logits that passes in fp32, relative to the largest logit where that is above 1."""
-_MARKER = "solomonov.json"
+
 _SHARD_BYTES = 4 << 30
 _CHECK_TEXT = (
     "def depth(layers):\n\treturn sum(1 for _ in layers)  # naïve, höchstens 1,000\n\n"
@@ -43,7 +48,11 @@ class ExportReport:
     """What was written and how it was checked."""
 
     architecture: str
-    """Class of `transformers` that loads it."""
+    """Class that loads it: of `transformers`, or of the code in the folder."""
+
+    forced_by: tuple[str, ...]
+    """Flags for which the folder has code of its own, since no class of `transformers` holds them; empty: it has none.
+    """
 
     parameters: int
     """Trained values."""
@@ -86,13 +95,9 @@ def export_hf(
         shard_bytes: most bytes of one weight file (a larger tensor gets a file of its own).
 
     Raises:
-        ConfigurationError: Llama and Qwen3 cannot hold the model, the state is not its, or `folder` holds something
-            else than an export.
+        ConfigurationError: the state is not the model's, or `folder` holds something else than an export.
         NumericalError: the loaded export does not give the same logits.
     """
-    refusal = export_refusal(model)
-    if refusal is not None:
-        raise refusal
     target = Path(folder)
     tokenizer = Tokenizer.load(tokenizer_model_path)
     shapes = parameter_shapes(model, tokenizer.vocab_size)
@@ -105,7 +110,7 @@ def export_hf(
             rule=f"{odd[0]}: {shapes.get(odd[0], 'no such parameter')}",
             remedy="export with the configuration and the tokenizer that the run was trained with",
         )
-    if target.exists() and not (target / _MARKER).is_file() and any(target.iterdir()):
+    if target.exists() and not (target / EXPORT_MARKER).is_file() and any(target.iterdir()):
         raise ConfigurationError(
             "The export folder is in use.",
             got=f"{target} holds files that no export wrote",
@@ -115,17 +120,22 @@ def export_hf(
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    exported = {name: tensor.to(DTYPES[dtype]) for name, tensor in folded(state, model).items()}
+    family = stock_family(model)
+    weights = state if family is None else to_theirs(state, model, family)
+    exported = {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
     weight_bytes = _write_weights(aside, exported, shard_bytes)
     config = hf_config(model, tokenizer, sequence_tokens, dtype)
     _write_json(aside / "config.json", config)
     _write_json(aside / "generation_config.json", _generation_config(tokenizer))
     _write_tokenizer(aside, tokenizer, sequence_tokens)
-    _write_json(aside / _MARKER, {"schema_version": 1, "model": model.model_dump(mode="json")})
-    equal_ids = _check_tokenizer(aside, tokenizer)
+    for file in bundled.FILES if family is None else ():
+        _write_text(aside / file.name, file.read_text(encoding="utf-8"))
+    _write_json(aside / EXPORT_MARKER, {"schema_version": 1, "model": model.model_dump(mode="json")})
+    equal_ids = _check_tokenizer(aside, tokenizer, with_code=family is None)
     difference, largest = _check_logits(aside, state if dtype == "float32" else None, model, tokenizer, sequence_tokens)
     report = ExportReport(
         architecture=config["architectures"][0],
+        forced_by=bundled.forcing_flags(model) if family is None else (),
         parameters=parameter_count(model, tokenizer.vocab_size),
         weight_bytes=weight_bytes,
         dtype=dtype,
@@ -139,50 +149,16 @@ def export_hf(
     return report
 
 
-def load_hf(folder: Path | str) -> tuple[ModelConfig, dict[str, Tensor], int]:
-    """Read back a folder that `export_hf` wrote; needs neither `transformers` nor the network.
-
-    Returns:
-        The model's shape (plain pre-norm: branch factors are folded), canonical name -> fp32 tensor, and
-        sequence_tokens.
-
-    Raises:
-        ConfigurationError: the folder holds no export, or one of a model that we cannot hold.
-        DamagedCheckpointError: a weight file is missing, truncated, or lacks a tensor.
-    """
-    path = Path(folder)
-    config = _read_config(path)
-    model = _model_config(path, config)
-    shapes = parameter_shapes(model, config["vocab_size"])
-    names = {hf_name(name): name for name in shapes}
-    state = {names[theirs]: tensor.float() for theirs, tensor in _read_weights(path) if theirs in names}
-    for name, shape in shapes.items():
-        if name not in state or tuple(state[name].shape) != shape:
-            got = tuple(state[name].shape) if name in state else "missing"
-            raise _damaged(path, f"{hf_name(name)} is {got}", f"a tensor of shape {shape}")
-    return model, {name: state[name] for name in shapes}, int(config["max_position_embeddings"])
-
-
 def hf_config(model: ModelConfig, tokenizer: Tokenizer, sequence_tokens: int, dtype: str) -> dict[str, Any]:
     """The content of config.json."""
-    qwen = model.attention.qk_norm
-    config: dict[str, Any] = {
-        "architectures": ["Qwen3ForCausalLM" if qwen else "LlamaForCausalLM"],
-        "model_type": "qwen3" if qwen else "llama",
+    family = stock_family(model)
+    if family is None:
+        shape = bundled.bundled_config(model, sequence_tokens)
+    else:
+        shape = written_config(model, family, sequence_tokens)
+    return {
+        **shape,
         "vocab_size": tokenizer.vocab_size,
-        "hidden_size": model.d_model,
-        "intermediate_size": model.feed_forward_width,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_head_count,
-        "head_dim": model.head_width,
-        "hidden_act": "silu",
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.attention.rope_theta,
-        "max_position_embeddings": sequence_tokens,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
         "initializer_range": 0.02,
         "bos_token_id": tokenizer.bos,
@@ -192,7 +168,6 @@ def hf_config(model: ModelConfig, tokenizer: Tokenizer, sequence_tokens: int, dt
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    return config | ({"use_sliding_window": False} if qwen else {"mlp_bias": False})
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor], shard_bytes: int) -> int:
@@ -205,7 +180,7 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], shard_bytes: int) 
         if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][hf_name(name)] = tensor.contiguous()
+        shards[-1][name] = tensor.contiguous()
         size += tensor.nbytes
     count = len(shards)
     files = [f"model-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
@@ -251,13 +226,14 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _check_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
+def _check_tokenizer(folder: Path, tokenizer: Tokenizer, *, with_code: bool) -> bool:
     """Whether the folder's tokenizer gives our ids for the check text.
 
     Raises:
         NumericalError: it needs another number of tokens, or they spell another text.
     """
-    theirs = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # Its configuration has code too, where the model has, and is asked for leave to run even for a tokenizer.
+    theirs = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=with_code)
     ids = [tokenizer.bos, *tokenizer.encode(_CHECK_TEXT)]
     found = theirs(_CHECK_TEXT)["input_ids"]
     if len(found) != len(ids) or tokenizer.decode(found) != tokenizer.decode(ids):
@@ -281,7 +257,15 @@ def _check_logits(
     Raises:
         NumericalError: the difference is above the tolerance.
     """
-    theirs = _transformers().AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    transformers = _transformers()
+    if stock_family(model) is None:
+        # By its name: AutoModel takes whatever code of an equal configuration this process has loaded before.
+        kind = transformers.dynamic_module_utils.get_class_from_dynamic_module(
+            bundled.CODE["AutoModelForCausalLM"], folder
+        )
+    else:
+        kind = transformers.AutoModelForCausalLM
+    theirs = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     if state is None:
         model, state, _ = load_hf(folder)
     ours = Transformer(model, tokenizer.vocab_size, seed=None)
@@ -312,62 +296,13 @@ def _transformers() -> Any:
     return transformers
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except FileNotFoundError as error:
-        raise _not_ours(folder, "no config.json") from error
-    except ValueError as error:
-        raise _damaged(folder, f"config.json: {error}", "JSON") from error
-    if not isinstance(config, dict):
-        raise _damaged(folder, "config.json is not an object", "a JSON object")
-    return config
-
-
-def _model_config(folder: Path, config: Mapping[str, Any]) -> ModelConfig:
-    kind, marked = config.get("model_type"), (folder / _MARKER).is_file()
-    if kind not in ("qwen3", "llama") or not marked:
-        raise _not_ours(folder, f"model_type {kind!r}" if marked else f"no {_MARKER}")
-    try:
-        return ModelConfig.model_validate(
-            {
-                "layers": config["num_hidden_layers"],
-                "d_model": config["hidden_size"],
-                "heads": config["num_attention_heads"],
-                "kv_heads": config["num_key_value_heads"],
-                "head_dim": config["head_dim"],
-                "d_ff": config["intermediate_size"],
-                "residual": "prenorm",
-                "norm_eps": config["rms_norm_eps"],
-                "tie_embeddings": config["tie_word_embeddings"],
-                "attention": {
-                    "preset": "rope",
-                    "rope_theta": config["rope_theta"],
-                    "qk_norm": kind == "qwen3",
-                },
-            }
-        )
-    except (KeyError, ValidationError) as error:
-        raise _damaged(folder, f"config.json: {error}", "the keys that export writes") from error
-
-
-def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise _damaged(folder, "no weight file", "model.safetensors or numbered shards of it")
-    for file in files:
-        try:
-            yield from load_file(file).items()
-        except SafetensorError as error:
-            raise _damaged(file, str(error), "a whole safetensors file") from error
-
-
 def _card(name: str, report: ExportReport, model: ModelConfig, tokenizer: Tokenizer, sequence_tokens: int) -> str:
-    mode = model.residual_mode
-    factors = "" if mode == "prenorm" else f"; the factors of `{mode}` folded into the weights"
+    mode, trust, code = model.residual_mode, "", ""
+    factors = f"; the factors of `{mode}` folded into the weights" if mode in FOLDED_AWAY else ""
+    if report.forced_by:
+        factors, trust = f"; residual form `{mode}`", ", trust_remote_code=True"
+        flags = "\n".join(f"- `{flag}`" for flag in report.forced_by)
+        code = f"\nIts code stands beside the weights, since no class of transformers holds all of it:\n\n{flags}\n"
     begin = list(tokenizer.pieces())[tokenizer.bos].text
     return f"""---
 library_name: transformers
@@ -383,12 +318,12 @@ continues text. Every text begins with `{begin}`, which the tokenizer adds.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained("."{trust})
+model = AutoModelForCausalLM.from_pretrained("."{trust})
 inputs = tokenizer("def main", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
 ```
-
+{code}
 Checked when it was written: the largest difference between the trainer's logits and those of
 `{report.architecture}`, in fp32, was {report.max_abs_difference:.2g}, where logits reach
 {report.max_abs_logit:.2g}.
@@ -423,16 +358,3 @@ def _replace(aside: Path, target: Path) -> None:
     aside.rename(target)
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _not_ours(folder: Path, got: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"{folder} is not an export of ours.",
-        got=got,
-        rule=f"a folder that `solomonov export` wrote: config.json of a qwen3 or llama, and {_MARKER}",
-        remedy="name the folder of an export, or export the run again",
-    )
-
-
-def _damaged(path: Path, got: str, rule: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(f"The export {path} is damaged.", got=got, rule=rule, remedy="export the run again")

@@ -1,64 +1,31 @@
-"""Our models in Hugging Face's classes: what they call our parameters, what they can hold, and what is folded."""
+"""Our weights in the classes of Hugging Face, and theirs in ours: names, and factors that are folded into the weights.
+
+Every fold is exact but for rounding and, where a norm's input is scaled, its eps. What each class can hold stands in
+`interop_families`.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from solomonov.errors import ConfigurationError
+from solomonov.interop_families import Family, Multipliers
 from solomonov.model.config import ModelConfig
 from solomonov.model.residual import branch_form
 
-# Ours -> theirs, of one block; what stands outside the blocks comes after.
-_BLOCK_NAMES = {
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.out": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "attention_norm": "input_layernorm",
-    "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.gate": "mlp.gate_proj",
-    "feed_forward.up": "mlp.up_proj",
-    "feed_forward.down": "mlp.down_proj",
-}
-_OUTER_NAMES = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
 _LAST = ("attention.out.weight", "feed_forward.down.weight")
-_FOLDING = ("prenorm", "scaled", "lns", "layerscale", "rezero")
-"""Residual forms that folding makes plain pre-norm ones."""
-
-
-def export_refusal(model: ModelConfig) -> ConfigurationError | None:
-    """Which flags of the model keep it out of Llama and Qwen3; None: none."""
-    flags = model.attention
-    held = {"position": "rope", "window": None, "gate": "none", "logit_scale": "none", "sink": False}
-    odd = {f"attention.{name}": getattr(flags, name) for name, value in held.items() if getattr(flags, name) != value}
-    plain = {"norm": "rmsnorm", "feed_forward": "swiglu"}
-    odd |= {name: getattr(model, name) for name, value in plain.items() if getattr(model, name) != value}
-    if model.residual_mode not in _FOLDING:
-        odd["residual"] = model.residual_mode
-    if not odd:
-        return None
-    return ConfigurationError(
-        "Neither Llama nor Qwen3, to which models are exported, holds this model.",
-        got=", ".join(f"model.{name}: {value}" for name, value in odd.items()),
-        rule="what is exported rotates in every layer, sees all tokens, has no gate, log-n scale or sink, adds "
-        "branches to a pre-normed stream with a factor at most, and has RMSNorm and SwiGLU",
-        remedy="`solomonov generate` and `evaluate` read the run itself; to export one, train it with "
-        "model.attention.preset: rope and model.residual: auto",
-    )
 
 
 def folded(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """The weights of a plain pre-norm model with the same logits, but for rounding.
+    """The weights of a model without factors in its branches with the same logits, but for rounding.
 
     s * W x = (s W) x takes a branch's factor, fixed or learned, one number or one a channel, into its last matrix, and
     c * (g * n) = (c g) * n what the branch reads into the gains of its norm.
 
     Args:
-        state: canonical name -> tensor of a model that `export_refusal` does not refuse.
+        state: canonical name -> tensor of a model whose residual form is in `interop_families.PLAIN_FORM`.
     """
     plain = {}
     for name, tensor in state.items():
@@ -75,10 +42,49 @@ def folded(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]
     return plain
 
 
-def hf_name(name: str) -> str:
-    """Hugging Face's name (Llama and Qwen3 share them) of the parameter that we call `name`."""
-    layer, _, _ = name.rpartition(".")
-    if layer in _OUTER_NAMES:
-        return f"{_OUTER_NAMES[layer]}.weight"
-    _, index, part = layer.split(".", 2)
-    return f"model.layers.{index}.{_BLOCK_NAMES[part]}.weight"
+def to_theirs(state: Mapping[str, Tensor], model: ModelConfig, family: Family) -> dict[str, Tensor]:
+    """Our weights as a class stores them.
+
+    Args:
+        state: canonical name -> fp32 tensor of a model that the class holds.
+
+    Returns:
+        Its name -> fp32 tensor.
+    """
+    plain = folded(state, model)
+    if family.gemma:
+        plain |= {name: tensor - 1.0 for name, tensor in plain.items() if name.endswith("norm.weight")}
+        plain.setdefault("head.weight", plain["embedding.weight"])
+        plain["embedding.weight"] = plain["embedding.weight"] / math.sqrt(model.d_model)
+    return {family.name_of(name): tensor for name, tensor in plain.items()}
+
+
+def to_ours(
+    theirs: Mapping[str, Tensor], model: ModelConfig, family: Family, multipliers: Multipliers
+) -> dict[str, Tensor]:
+    """Weights of a class as ours, with its factors folded in.
+
+    The factor of attention's logits goes into the queries, or with QK norm into the gains of their norm.
+
+    Args:
+        theirs: canonical name -> fp32 tensor as the class stores it; without a head where it is tied.
+        model: what they become.
+        multipliers: of its config.json.
+
+    Returns:
+        Canonical name -> fp32 tensor.
+    """
+    ours = dict(theirs)
+    if family.gemma:
+        ours |= {name: tensor + 1.0 for name, tensor in ours.items() if name.endswith("norm.weight")}
+    if not model.tie_embeddings:
+        ours.setdefault("head.weight", ours["embedding.weight"])
+        ours["head.weight"] = multipliers.head * ours["head.weight"]
+    ours["embedding.weight"] = multipliers.embedding * ours["embedding.weight"]
+    queries = "attention.q_norm.weight" if family.qk_norm != "none" else "attention.q.weight"
+    for name, tensor in ours.items():
+        if name.endswith(_LAST):
+            ours[name] = multipliers.branch * tensor
+        elif name.endswith(queries):
+            ours[name] = multipliers.query * tensor
+    return ours

@@ -12,7 +12,7 @@ from data_pipeline.manifest import digest_file
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.checkpoint.store import ResumeFact, folder_name, newest_verified
 from solomonov.errors import ConfigurationError
-from solomonov.export import load_hf
+from solomonov.hf_folder import EXPORT_MARKER, load_hf
 from solomonov.model.config import ModelConfig
 from solomonov.model.transformer import Transformer
 from solomonov.partition import EMA
@@ -117,6 +117,13 @@ def load_model(target: str, *, step: int | None = None, ema: bool = False) -> Lo
 
 
 def _load_export(folder: Path) -> LoadedModel:
+    if not (folder / EXPORT_MARKER).is_file():
+        raise ConfigurationError(
+            f"{folder} is not an export of ours",
+            got=f"no {EXPORT_MARKER} in it",
+            rule="text is read with the tokenizer of the model's training, which only an export has beside the weights",
+            remedy="name a run, or a folder that `solomonov export` wrote",
+        )
     config, state, sequence_tokens = load_hf(folder)
     return LoadedModel(
         config=config,

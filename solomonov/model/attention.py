@@ -253,9 +253,11 @@ class Projections(nn.Module):
         self.out = Linear(self.heads * self.head_dim, config.d_model)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
+        self.normed_together = flags.qk_norm_over == "all"
         if flags.qk_norm:
-            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+            at_once = (self.heads, self.kv_heads) if self.normed_together else (1, 1)
+            self.q_norm = RMSNorm(at_once[0] * self.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(at_once[1] * self.head_dim, config.norm_eps)
         self.gate: OutputGate | None = None
         if flags.gate != "none":
             self.gate = OutputGate(config.d_model, self.heads * (self.head_dim if flags.gate == "element" else 1))
@@ -263,6 +265,11 @@ class Projections(nn.Module):
     def split(self, flat: Tensor, heads: int) -> Tensor:
         """(B, T, heads * E) -> (B, T, heads, E)."""
         return flat.view(*flat.shape[:2], heads, self.head_dim)
+
+    def normed(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """(B, T, heads, E) likewise, each head by itself or all of a token together."""
+        normed: Tensor = norm(x.flatten(2)).view_as(x) if self.normed_together else norm(x)
+        return normed
 
     def joined(self, mixed: Tensor, x: Tensor) -> Tensor:
         """What was found, (B, T, H, E), gated by what asked, x (B, T, D), and projected: (B, T, D)."""
@@ -291,7 +298,7 @@ class Attention(Projections):
         query = self.split(self.q(x), self.heads)
         key, value = self.split(self.k(x), self.kv_heads), self.split(self.v(x), self.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key = self.normed(query, self.q_norm), self.normed(key, self.k_norm)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if context.cosine is not None and context.sine is not None:
             query = rotate(query, context.cosine, context.sine)

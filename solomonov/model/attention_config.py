@@ -91,6 +91,10 @@ class AttentionConfig(Section):
     With the preset `rope`: true exports as Qwen3, false as Llama.
     """
 
+    qk_norm_over: Literal["head", "all"] = "head"
+    """What one mean square is taken over: a `head`, as in Qwen3, or `all` heads together, as in OLMo 2 (arXiv
+    2501.00656)."""
+
     window: int | None = Field(default=None, ge=1)
     """Tokens that a query of a local layer sees, its own and those just before it; null: all layers see all."""
 
@@ -153,6 +157,11 @@ class AttentionConfig(Section):
                 f"global_rope_theta {self.global_rope_theta:g}, but the position of global layers is "
                 f"{self.global_position or self.position}: nothing rotates there. Set global_rope_theta to null, or "
                 "global_position to rope"
+            )
+        if self.qk_norm_over == "all" and not self.qk_norm:
+            raise ValueError(
+                f"qk_norm_over {self.qk_norm_over} with qk_norm false: nothing is normed. Set qk_norm to true, or "
+                "qk_norm_over to head"
             )
         if self.logit_scale == "log_n" and self.window is not None and self.global_every is None:
             raise ValueError(

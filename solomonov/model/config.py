@@ -69,9 +69,10 @@ class ModelConfig(Section):
 
     `prenorm`: x + f(norm(x)), output projections start smaller by sqrt(2 * layers). `scaled`: x + s * f(norm(x)) with
     s = base_layers / layers (at most 1), so that one learning rate serves every depth. `lns`: the norm shrinks with
-    depth. `layerscale`, `rezero`: s is learned. `peri`: the branch is normed too. `postnorm`, `deepnorm`, `keel`: the
-    sum is normed. `auto`: prenorm up to base_layers, else scaled; in an encoder_decoder, of which the deeper stack
-    counts, deepnorm from 100 layers on. What follows depth follows that of a block's own stack.
+    depth. `layerscale`, `rezero`: s is learned. `peri`: the branch is normed too. `outnorm`: only what it gives is.
+    `postnorm`, `deepnorm`, `keel`: the sum is normed. `auto`: prenorm up to base_layers, else scaled; in an
+    encoder_decoder, of which the deeper stack counts, deepnorm from 100 layers on. What follows depth follows that of a
+    block's own stack.
     """
 
     base_layers: int = Field(default=12, ge=1)
@@ -95,8 +96,9 @@ class ModelConfig(Section):
     norm_eps: float = Field(default=1e-6, gt=0.0, lt=1.0)
     """Added to the mean square, or the variance, in every norm."""
 
-    feed_forward: Literal["swiglu", "gelu", "relu2"] = "swiglu"
-    """`swiglu`: down(silu(gate(x)) * up(x)); `gelu`: down(gelu(up(x))); `relu2`: down(relu(up(x))^2)."""
+    feed_forward: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu"
+    """`swiglu`: down(silu(gate(x)) * up(x)); `geglu`: down(gelu(gate(x)) * up(x)); `gelu`: down(gelu(up(x)));
+    `relu2`: down(relu(up(x))^2)."""
 
     tie_embeddings: bool = False
     """Whether the output head shares the embedding's matrix."""
@@ -186,7 +188,12 @@ class ModelConfig(Section):
         """F, with the default filled in."""
         if self.d_ff is not None:
             return self.d_ff
-        return -(-8 * self.d_model // (3 * 16)) * 16 if self.feed_forward == "swiglu" else 4 * self.d_model
+        return -(-8 * self.d_model // (3 * 16)) * 16 if self.gated else 4 * self.d_model
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a gate."""
+        return self.feed_forward in ("swiglu", "geglu")
 
     @property
     def residual_mode(self) -> ResidualMode:

@@ -31,7 +31,7 @@ def _block_shapes(config: ModelConfig, layer: int, stack: Stack) -> dict[str, tu
     width, inner = config.d_model, config.feed_forward_width
     form, kind = branch_form(config, layer, stack), config.layer_attention(layer, stack)
     feed_forward: dict[str, tuple[int, ...]] = {}
-    if config.feed_forward == "swiglu":
+    if config.gated:
         feed_forward["feed_forward.gate.weight"] = (inner, width)
     of_branch = {
         "attention": {
@@ -65,7 +65,9 @@ def _projection_shapes(config: ModelConfig, branch: str) -> dict[str, tuple[int,
     shapes: dict[str, tuple[int, ...]] = {"q.weight": (queries, width), "k.weight": (keys, width)}
     shapes |= {"v.weight": (keys, width), "out.weight": (width, queries)}
     if flags.qk_norm:
-        shapes |= dict.fromkeys(("q_norm.weight", "k_norm.weight"), (config.head_width,))
+        at_once = (config.heads, config.kv_head_count) if flags.qk_norm_over == "all" else (1, 1)
+        for name, heads in zip("qk", at_once, strict=True):
+            shapes[f"{name}_norm.weight"] = (heads * config.head_width,)
     if flags.gate != "none":
         gates = queries if flags.gate == "element" else config.heads
         shapes |= {"gate.weight": (gates, width), "gate.bias": (gates,)}

@@ -63,7 +63,7 @@ class CrossAttention(Projections):
         """
         query = self.split(self.q(x), self.heads)
         if self.q_norm is not None:
-            query = self.q_norm(query)
+            query = self.normed(query, self.q_norm)
         if past is None:
             key, value = self._of_source(memory)
         else:
@@ -78,4 +78,4 @@ class CrossAttention(Projections):
         assert memory.hidden is not None, "keys and values of the source are not cached, and no source came"
         key = self.split(self.k(memory.hidden), self.kv_heads)
         value = self.split(self.v(memory.hidden), self.kv_heads)
-        return key if self.k_norm is None else self.k_norm(key), value
+        return key if self.k_norm is None else self.normed(key, self.k_norm), value

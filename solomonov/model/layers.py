@@ -48,14 +48,15 @@ class Embedding(nn.Module):
 class FeedForward(nn.Module):
     """What each token is mapped to on its own, without biases.
 
-    `swiglu`: down(silu(gate(x)) * up(x)) (arXiv 2002.05202); `gelu`: down(gelu(up(x))) (arXiv 1606.08415), by the error
-    function; `relu2`: down(relu(up(x))^2) (arXiv 2109.08668).
+    `swiglu`: down(silu(gate(x)) * up(x)) (arXiv 2002.05202); `geglu` likewise with gelu, by its approximation with tanh
+    as in Gemma (arXiv 2403.08295); `gelu`: down(gelu(up(x))) (arXiv 1606.08415), by the error function; `relu2`:
+    down(relu(up(x))^2) (arXiv 2109.08668).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.kind = config.feed_forward
-        self.gate = Linear(config.d_model, config.feed_forward_width) if self.kind == "swiglu" else None
+        self.gate = Linear(config.d_model, config.feed_forward_width) if config.gated else None
         self.up = Linear(config.d_model, config.feed_forward_width)
         self.down = Linear(config.feed_forward_width, config.d_model)
 
@@ -63,12 +64,17 @@ class FeedForward(nn.Module):
         """(..., D) -> (..., D)."""
         inner: Tensor = self.up(x)
         if self.gate is not None:
-            inner = functional.silu(self.gate(x)) * inner
+            gate = self.gate(x)
+            inner = (functional.silu(gate) if self.kind == "swiglu" else _gelu_by_tanh(gate)) * inner
         elif self.kind == "gelu":
             inner = functional.gelu(inner)
         else:
             inner = functional.relu(inner).square()
         return self.down(inner)  # type: ignore[no-any-return]
+
+
+def _gelu_by_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):

@@ -11,6 +11,7 @@
 | layerscale | yes      |          |              | 1          | learned, D      | 1         | plain                  |
 | rezero     | yes      |          |              | 1          | learned, 1      | 1         | plain                  |
 | peri       | yes      | yes      |              | 1          | 1               | 1         | plain                  |
+| outnorm    |          | yes      |              | 1          | 1               | 1         | plain                  |
 | deepnorm   |          |          | yes          | N^(1/4)    | 1               | 1         | v, out, up, down: beta |
 | keel       | yes      |          | from layer 2 | N          | 1               | 1         | plain                  |
 
@@ -30,7 +31,9 @@ from solomonov.model.stacks import Stack, stacks_of
 if TYPE_CHECKING:
     from solomonov.model.config import ModelConfig
 
-ResidualMode = Literal["postnorm", "prenorm", "scaled", "lns", "layerscale", "rezero", "peri", "deepnorm", "keel"]
+ResidualMode = Literal[
+    "postnorm", "prenorm", "scaled", "lns", "layerscale", "rezero", "peri", "outnorm", "deepnorm", "keel"
+]
 MODES: tuple[ResidualMode, ...] = get_args(ResidualMode)
 
 
@@ -59,8 +62,9 @@ def branch_form(config: ModelConfig, layer: int, stack: Stack | None = None) -> 
 
     Sources: Post-LN arXiv 1706.03762; Pre-LN 2002.04745; `scaled` is CompleteP, 2505.01618, with alpha = 1; LayerNorm
     scaling 2502.05795; LayerScale 2103.17239; ReZero 2003.04887, here with the norm that the branch keeps elsewhere;
-    Peri-LN 2502.02732; DeepNorm 2203.00555; Keel 2601.19895, whose first block has no outer norm, and here no alpha
-    either: that would make the second block's branch worth 1/N^2 of the stream.
+    Peri-LN 2502.02732; output norms alone as in OLMo 2, 2501.00656, section 3.3; DeepNorm 2203.00555; Keel 2601.19895,
+    whose first block has no outer norm, and here no alpha either: that would make the second block's branch worth 1/N^2
+    of the stream.
 
     Args:
         layer: its number in its stack, from 0.
@@ -75,6 +79,7 @@ def branch_form(config: ModelConfig, layer: int, stack: Stack | None = None) -> 
         "layerscale": BranchForm(learned="channel"),
         "rezero": BranchForm(learned="scalar"),
         "peri": BranchForm(out=True),
+        "outnorm": BranchForm(pre=False, out=True),
         "deepnorm": BranchForm(pre=False, post=True, alpha=deepnorm_constants(config, stack)[0]),
         "keel": BranchForm(post=True, alpha=float(stack.sublayers)) if layer else BranchForm(),
     }

@@ -155,7 +155,9 @@ def test_a_run_is_evaluated_exported_and_continued(run: RunFolder, capsys: Captu
     assert exported["folder"] == "runs/own/exports/step-00000006"
     assert run.journal.last("exported", "run_created")["step"] == 6  # type: ignore[index]
     assert main(["export", "own", "--step", "3", "--to", "elsewhere", "--dtype", "bfloat16"]) == exits.DONE
-    assert "bfloat16" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bfloat16" in said
+    assert "forced by           nothing\n" in said
     assert (Path("elsewhere") / "config.json").exists()
 
     [again] = answer(capsys, "evaluate", exported["folder"], "--data", "dataset", "--max-bytes", "600")

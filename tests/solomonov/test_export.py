@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from solomonov import bundled
 from solomonov.errors import ConfigurationError, DamagedCheckpointError, NumericalError
-from solomonov.export import export_hf, load_hf
+from solomonov.export import export_hf
 from solomonov.fast_tokenizer import build_tokenizer
-from solomonov.interop import hf_name
+from solomonov.hf_folder import load_hf
+from solomonov.interop_families import FAMILIES
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_shapes
 from solomonov.model.transformer import Transformer
@@ -86,6 +88,11 @@ def _logits(config: ModelConfig, state: dict[str, Tensor], ids: Tensor) -> Tenso
         ({"residual": "scaled", "layers": 5, "base_layers": 2}, "Qwen3ForCausalLM"),
         ({"residual": "lns", "layers": 4}, "Qwen3ForCausalLM"),
         ({"tie_embeddings": True, "attention": {"qk_norm": False}, "kv_heads": 4}, "LlamaForCausalLM"),
+        ({"attention": {"qk_norm": False, "position": "nope"}}, "SmolLM3ForCausalLM"),
+        (
+            {"residual": "peri", "tie_embeddings": True, "attention": {"preset": "local", "window": 8}},
+            "Gemma3ForCausalLM",
+        ),
     ],
 )
 def test_logits_of_transformers_are_ours(
@@ -105,31 +112,80 @@ def test_logits_of_transformers_are_ours(
     assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
     # Read back by us, with branch factors folded.
     read, weights, sequence_tokens = load_hf(tmp_path / "out")
-    assert (sequence_tokens, read.residual_mode) == (32, "prenorm")
+    assert (sequence_tokens, read.residual_mode) == (32, "peri" if config.residual == "peri" else "prenorm")
     assert list(weights) == list(parameter_shapes(read, VOCAB))
     torch.testing.assert_close(_logits(read, weights, ids), expected, rtol=1e-4, atol=1e-4)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"], "something was left aside"
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("changes", "forced_by"),
     [
-        {"position": "nope"},
-        {"window": 8},
-        {"gate": "head"},
-        {"logit_scale": "log_n"},
-        {"sink": True},
+        ({"residual": "keel", "layers": 3}, ["model.residual: keel (not in Qwen3ForCausalLM)"]),
+        (
+            {"attention": {"preset": "hybrid", "window": 8, "global_every": 2}, "residual": "scaled", "base_layers": 1},
+            [
+                "model.attention.global_position: nope (not in Qwen3ForCausalLM)",
+                "model.attention.gate: element (not in Qwen3ForCausalLM)",
+                "model.attention.logit_scale: log_n (not in Qwen3ForCausalLM)",
+            ],
+        ),
+        (
+            {"attention": {"preset": "vanilla"}, "tie_embeddings": True, "norm": "layernorm", "feed_forward": "gelu"},
+            [
+                "model.attention.position: sinusoidal (not in LlamaForCausalLM)",
+                "model.norm: layernorm (not in LlamaForCausalLM)",
+                "model.feed_forward: gelu (not in LlamaForCausalLM)",
+            ],
+        ),
     ],
     ids=str,
 )
-def test_attention_that_no_stock_class_holds_is_refused_by_its_flag(
-    tmp_path: Path, tokenizer_path: Path, flags: dict[str, object]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_no_stock_class_holds_brings_its_code(
+    tmp_path: Path, tokenizer_path: Path, changes: dict[str, object], forced_by: list[str], dtype: Any
 ) -> None:
-    config = tiny_config(attention=flags)
-    ((name, value),) = flags.items()
-    with pytest.raises(ConfigurationError, match=f"model.attention.{name}: {value}") as caught:
-        export_hf(_state(config), config, tokenizer_path, tmp_path / "out", sequence_tokens=32)
-    assert "model.attention.preset: rope" in caught.value.remedy
+    import transformers
+
+    config, out = tiny_config(**changes), tmp_path / "out"
+    state = _state(config)
+    report = export_hf(state, config, tokenizer_path, out, sequence_tokens=32, dtype=dtype)
+    assert (report.architecture, list(report.forced_by)) == ("SolomonovForCausalLM", forced_by)
+    card = (out / "README.md").read_text()
+    assert "trust_remote_code=True" in card
+    assert all(flag in card for flag in forced_by)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=True)
+    ids = torch.randint(0, VOCAB, (2, 32), generator=torch.Generator().manual_seed(1))
+    read, weights, sequence_tokens = load_hf(out)
+    assert (sequence_tokens, read) == (32, config)
+    if dtype == "float32":
+        assert all(torch.equal(weights[name], state[name]) for name in state)
+    expected = _logits(config, weights, ids)
+    found = theirs(input_ids=ids).logits.detach()
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    (out / "solomonov.json").write_text("{}")
+    with pytest.raises(DamagedCheckpointError, match=r"solomonov\.json"):
+        load_hf(out)
+
+
+def test_stock_classes_need_no_code(tmp_path: Path, tokenizer_path: Path) -> None:
+    config = tiny_config()
+    report = export_hf(_state(config), config, tokenizer_path, tmp_path / "out", sequence_tokens=32)
+    assert report.forced_by == ()
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert "trust_remote_code" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_wrong_code_keeps_the_export_from_its_name(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(residual="keel", layers=3)
+    code, other = bundled.FILES
+    wrong = tmp_path / code.name
+    wrong.write_text(code.read_text().replace('self.form["alpha"] * hidden', "hidden"))
+    monkeypatch.setattr(bundled, "FILES", (wrong, other))
+    with pytest.raises(NumericalError, match="largest difference"):
+        export_hf(_state(config), config, tokenizer_path, tmp_path / "out", sequence_tokens=16)
     assert not (tmp_path / "out").exists()
 
 
@@ -195,7 +251,7 @@ def test_large_models_are_sharded(tmp_path: Path, tokenizer_path: Path) -> None:
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert sorted(index["weight_map"]) == sorted(hf_name(name) for name in state)
+    assert sorted(index["weight_map"]) == sorted(FAMILIES[1].name_of(name) for name in state)
     assert report.weight_bytes == sum((tmp_path / "out" / file).stat().st_size for file in files)
     _, weights, _ = load_hf(tmp_path / "out")
     assert all(torch.equal(weights[name], state[name]) for name in state)

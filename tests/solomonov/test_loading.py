@@ -10,6 +10,7 @@ import torch
 
 from solomonov.errors import ConfigurationError, DamagedCheckpointError
 from solomonov.export import export_hf
+from solomonov.hf_folder import EXPORT_MARKER
 from solomonov.loading import LoadedModel, load_model
 from solomonov.runfolder import RunFolder
 from tests.solomonov.checkpoint.common import flip
@@ -60,6 +61,15 @@ def test_an_export_gives_the_same_logits(trained: tuple[User, RunFolder], tmp_pa
     assert exported.tokenizer_model.read_bytes() == original.tokenizer_model.read_bytes()
     expected = original.module(CPU)(IDS, torch.zeros_like(IDS))
     torch.testing.assert_close(exported.module(CPU)(IDS, torch.zeros_like(IDS)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_without_our_tokenizer_is_no_export(trained: tuple[User, RunFolder], tmp_path: Path) -> None:
+    original = load_model(str(trained[1].path))
+    export_hf(original.state, original.config, original.tokenizer_model, tmp_path / "e", sequence_tokens=32)
+    (tmp_path / "e" / EXPORT_MARKER).unlink()
+    with pytest.raises(ConfigurationError, match=r"(?s)not an export of ours.*no solomonov\.json") as caught:
+        load_model(str(tmp_path / "e"))
+    assert "solomonov export" in caught.value.remedy
 
 
 def test_the_average_is_loaded_in_the_place_of_the_weights(run: RunFolder) -> None:

@@ -107,9 +107,11 @@ def attention(
 
     def heads(name: str, x: Array, count: int, position: int | None) -> list[Array]:
         flat = state[f"{prefix}.{name}.weight"] @ x
+        if position is not None and flags.qk_norm and flags.qk_norm_over == "all":
+            flat = rms_norm(flat, state[f"{prefix}.{name}_norm.weight"], config.norm_eps)
         parts = [flat[index * width : (index + 1) * width] for index in range(count)]
         if position is not None:
-            if flags.qk_norm:
+            if flags.qk_norm and flags.qk_norm_over == "head":
                 gain = state[f"{prefix}.{name}_norm.weight"]
                 parts = [rms_norm(part, gain, config.norm_eps) for part in parts]
             if order == "rope":
@@ -186,8 +188,9 @@ def dense_attention(
     def placed(name: str) -> torch.Tensor:
         parts = heads(name)
         if flags.qk_norm:
-            parts = parts / (parts.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
-            parts = parts * state[f"{name}_norm.weight"]
+            over = -1 if flags.qk_norm_over == "head" else (0, -1)
+            parts = parts / (parts.square().mean(over, keepdim=True) + config.norm_eps).sqrt()
+            parts = parts * state[f"{name}_norm.weight"].view(-1, 1, width)
         if order == "rope":
             angles = torch.outer(torch.arange(tokens).double(), theta ** (-torch.arange(0, width, 2).double() / width))
             turned = torch.complex(parts[..., : width // 2], parts[..., width // 2 :]) * torch.polar(
@@ -219,11 +222,16 @@ def dense_attention(
 
 
 def feed_forward(state: Mapping[str, Array], prefix: str, config: ModelConfig, x: Array) -> Array:
-    """down(silu(gate x) * up x), down(gelu(up x)) or down(relu(up x)^2) for one vector."""
+    """down(silu(gate x) * up x), likewise with gelu by tanh, down(gelu(up x)) or down(relu(up x)^2) for one vector."""
     up = state[f"{prefix}.up.weight"] @ x
     if config.feed_forward == "swiglu":
         gate = state[f"{prefix}.gate.weight"] @ x
         inner = np.array([g / (1.0 + math.exp(-g)) * u for g, u in zip(gate, up, strict=True)])
+    elif config.feed_forward == "geglu":
+        gate = state[f"{prefix}.gate.weight"] @ x
+        bend = math.sqrt(2.0 / math.pi)
+        halves = [0.5 * g * (1.0 + math.tanh(bend * (g + 0.044715 * g**3))) for g in gate]
+        inner = np.array([half * u for half, u in zip(halves, up, strict=True)])
     elif config.feed_forward == "gelu":
         inner = np.array([u * 0.5 * (1.0 + math.erf(u / math.sqrt(2.0))) for u in up])
     else:
@@ -309,7 +317,7 @@ def norm(state: Mapping[str, Array], name: str, config: ModelConfig, x: Array) -
 def reads(state: Mapping[str, Array], branch: str, config: ModelConfig, layer: int, x: Array) -> Array:
     """What a branch reads of the stream."""
     mode = residual(config)
-    if mode in ("postnorm", "deepnorm"):
+    if mode in ("postnorm", "outnorm", "deepnorm"):
         return x
     normed = norm(state, f"{branch}_norm", config, x)
     return normed / math.sqrt(layer + 1) if mode == "lns" else normed
@@ -322,7 +330,7 @@ def added(state: Mapping[str, Array], branch: str, config: ModelConfig, layer: i
         return x + min(1.0, config.base_layers / depth) * b
     if mode in ("layerscale", "rezero"):
         return x + state[f"{branch}_scale"] * b
-    if mode == "peri":
+    if mode in ("peri", "outnorm"):
         return x + norm(state, f"{branch}_out_norm", config, b)
     if mode == "postnorm":
         return norm(state, f"{branch}_post_norm", config, x + b)

@@ -22,6 +22,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "local": {"preset": "local", "window": 3, "global_every": 2},
     "hybrid": {"preset": "hybrid", "window": 4, "global_every": 2, "train_tokens": 12},
     "all local": {"position": "alibi", "window": 3, "sink": True, "gate": "head"},
+    "normed together": {"qk_norm_over": "all"},
     "much at once": {"preset": "hybrid", "window": 5, "global_every": 2, "global_position": "alibi", "sink": True},
 }
 """The presets, and flags that none of them has, with windows that rows of a test outgrow."""

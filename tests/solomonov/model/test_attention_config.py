@@ -107,6 +107,7 @@ def test_what_is_given_stands_and_a_preset_breaks_no_rule_of_its_own(preset: str
             "global layers is alibi",
             "Set global_rope_theta to null",
         ),
+        ({"qk_norm": False, "qk_norm_over": "all"}, "nothing is normed", "qk_norm_over to head"),
         ({"window": 8, "logit_scale": "log_n"}, "for layers that see all", "Set global_every"),
         ({"window": 0}, "greater than or equal to 1", ""),
         ({"window": 8, "global_every": 1}, "greater than or equal to 2", ""),

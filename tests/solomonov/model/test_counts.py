@@ -22,6 +22,7 @@ from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, random_so
         {"head_dim": 6},
         *({"residual": mode, "layers": 3, "norm": "layernorm"} for mode in MODES),
         {"feed_forward": "relu2"},
+        {"feed_forward": "geglu", "d_ff": None},
         *({"attention": flags, "layers": 3, "head_dim": 6} for flags in ATTENTION.values()),
         {"architecture": "encoder", "attention": {"gate": "head"}},
         *(

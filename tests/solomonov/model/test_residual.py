@@ -125,8 +125,8 @@ def test_names_and_shapes_are_those_of_the_modules(mode: str, norm: str) -> None
     built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert built == parameter_shapes(config, VOCAB)
     assert has_final_norm(config) == (mode not in POST) == ("final_norm" in layer_names(config))
-    assert ("layers.2.attention_norm.weight" in built) == (mode not in ("postnorm", "deepnorm"))
-    assert ("layers.2.feed_forward_out_norm.weight" in built) == (mode == "peri")
+    assert ("layers.2.attention_norm.weight" in built) == (mode not in ("postnorm", "outnorm", "deepnorm"))
+    assert ("layers.2.feed_forward_out_norm.weight" in built) == (mode in ("peri", "outnorm"))
     assert ("layers.0.attention_post_norm.weight" in built) == (mode in ("postnorm", "deepnorm"))
     assert ("final_norm.bias" in built) == (norm == "layernorm" and mode not in POST)
 
@@ -140,8 +140,8 @@ def test_names_of_two_stacks_are_those_of_the_modules(mode: str) -> None:
     assert ("encoder.final_norm.bias" in built) == ("final_norm.bias" in built) == (mode not in POST)
     for prefix, branch in (("", "attention"), ("", "cross_attention"), ("encoder.", "attention")):
         of_branch = {name.removeprefix(f"{prefix}layers.1.") for name in built if f"{prefix}layers.1." in name}
-        assert (f"{branch}_norm.weight" in of_branch) == (mode not in ("postnorm", "deepnorm"))
-        assert (f"{branch}_out_norm.weight" in of_branch) == (mode == "peri")
+        assert (f"{branch}_norm.weight" in of_branch) == (mode not in ("postnorm", "deepnorm", "outnorm"))
+        assert (f"{branch}_out_norm.weight" in of_branch) == (mode in ("peri", "outnorm"))
         assert (f"{branch}_post_norm.weight" in of_branch) == (mode in POST)
         assert (f"{branch}_scale" in of_branch) == (mode in ("layerscale", "rezero"))
     assert not any("cross" in name for name in built if name.startswith("encoder."))

@@ -51,6 +51,7 @@ from tests.support import naive
         {"residual": "keel", "layers": 1},
         {"residual": "layerscale", "layers": 20},
         {"feed_forward": "relu2", "norm": "layernorm"},
+        {"feed_forward": "geglu"},
     ],
     ids=str,
 )

@@ -1,0 +1,74 @@
+"""Models that no class of Hugging Face holds, exported with code of their own: its files, and its config.json.
+
+The code stands in `modeling_solomonov.py` and `configuration_solomonov.py`, which go into the folder as they are. What
+each layer does is written out for it, so that it knows no modes and no presets. Weights keep our names, unfolded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from solomonov.interop_families import misfits, nearest_family
+from solomonov.model.config import ModelConfig
+from solomonov.model.residual import branch_form, has_final_norm
+
+MODEL_TYPE = "solomonov"
+ARCHITECTURE = "SolomonovForCausalLM"
+CODE = {
+    "AutoConfig": "configuration_solomonov.SolomonovConfig",
+    "AutoModelForCausalLM": f"modeling_solomonov.{ARCHITECTURE}",
+}
+"""What `transformers` looks for -> file and class in the folder."""
+FILES = tuple(Path(__file__).with_name(f"{name}_solomonov.py") for name in ("modeling", "configuration"))
+"""The code."""
+
+
+def forcing_flags(model: ModelConfig) -> tuple[str, ...]:
+    """What keeps a model out of the class that lacks least of it, as `model.key: value (not in CLASS)`.
+
+    Args:
+        model: one for which `interop_families.stock_family` finds none.
+    """
+    family = nearest_family(model)
+    odd = misfits(model, family)
+    return tuple(f"model.{name}: {value} (not in {family.architecture})" for name, value in odd.items())
+
+
+def bundled_config(model: ModelConfig, sequence_tokens: int) -> dict[str, Any]:
+    """What config.json says of the model's shape, but for the vocabulary's size.
+
+    Args:
+        sequence_tokens: T of training, written as the longest position.
+    """
+    flags = model.attention
+    kinds = [model.layer_attention(layer) for layer in range(model.layers)]
+    forms = [branch_form(model, layer) for layer in range(model.layers)]
+    sinusoidal = flags.position == "sinusoidal"
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "auto_map": CODE,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.feed_forward_width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_head_count,
+        "head_dim": model.head_width,
+        "max_position_embeddings": sequence_tokens,
+        "tie_word_embeddings": model.tie_embeddings,
+        "blocks": [
+            dataclasses.asdict(kind) | dataclasses.asdict(form) for kind, form in zip(kinds, forms, strict=True)
+        ],
+        "feed_forward": model.feed_forward,
+        "norm": model.norm,
+        "norm_eps": model.norm_eps,
+        "qk_norm": flags.qk_norm_over if flags.qk_norm else "none",
+        "gate": flags.gate,
+        "sink": flags.sink,
+        "sinusoidal": sinusoidal,
+        "embedding_scale": math.sqrt(model.d_model) if sinusoidal and model.tie_embeddings else 1.0,
+        "final_norm": has_final_norm(model),
+    }

@@ -1,0 +1,55 @@
+"""Configuration of a Solomonov model, for `transformers`. Stands beside `modeling_solomonov.py` and the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class SolomonovConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Shape of the model, layer by layer.
+
+    Args:
+        blocks: of each layer how it tells order (`position`: rope, nope or alibi; `rope_theta`), how many keys a query
+            sees at most (`window`; None: all), whether its logits grow with ln of the number of keys (`log_n`), and
+            the constants of x' = norm_post(alpha * x + scale * norm_out(f(inner * norm_pre(x)))): `pre`, `out`, `post`
+            say which norms there are, `learned` whether scale is a parameter (none, channel or scalar).
+        feed_forward: swiglu, geglu, gelu or relu2.
+        norm: rmsnorm or layernorm.
+        qk_norm: none, head, or all heads together.
+        gate: of what attention found: none, one a head, or one an element.
+        sink: whether a learned logit a head takes part in the softmax.
+        sinusoidal: whether sinusoids are added to the embedding, which is multiplied by `embedding_scale` before.
+        final_norm: whether a norm stands before the head.
+    """
+
+    model_type = "solomonov"
+
+    def __init__(
+        self,
+        vocab_size: int = 32,
+        hidden_size: int = 16,
+        intermediate_size: int = 48,
+        num_attention_heads: int = 2,
+        num_key_value_heads: int = 2,
+        head_dim: int = 8,
+        blocks: list[dict[str, Any]] | None = None,
+        **rest: Any,
+    ) -> None:
+        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
+        self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
+        self.head_dim, self.blocks = head_dim, blocks or []
+        self.num_hidden_layers = len(self.blocks)
+        self.feed_forward = rest.pop("feed_forward", "swiglu")
+        self.norm = rest.pop("norm", "rmsnorm")
+        self.norm_eps = rest.pop("norm_eps", 1e-6)
+        self.qk_norm = rest.pop("qk_norm", "none")
+        self.gate = rest.pop("gate", "none")
+        self.sink = rest.pop("sink", False)
+        self.sinusoidal = rest.pop("sinusoidal", False)
+        self.embedding_scale = rest.pop("embedding_scale", 1.0)
+        self.final_norm = rest.pop("final_norm", True)
+        self.max_position_embeddings = rest.pop("max_position_embeddings", 2048)
+        rest.pop("num_hidden_layers", None)
+        super().__init__(**rest)

@@ -1,0 +1,201 @@
+"""config.json of a class of Hugging Face, read as our model: exactly, or refused by the key that does not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from solomonov.errors import ConfigurationError
+from solomonov.interop_families import GLOBAL, LOCAL, Family, Multipliers
+from solomonov.model.attention_config import AttentionConfig
+from solomonov.model.config import ModelConfig
+
+_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
+# Of config.json, what changes no logit.
+_IDLE = frozenset(
+    {
+        *("_name_or_path", "architectures", "model_type", "transformers_version", "dtype", "torch_dtype"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "cache_implementation", "initializer_range"),
+        *("attention_dropout", "pretraining_tp", "output_attentions", "output_hidden_states", "return_dict"),
+        *("id2label", "label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder"),
+    }
+)
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """A config.json as ours."""
+
+    model: ModelConfig
+    multipliers: Multipliers
+    sequence_tokens: int
+
+
+def read_config(config: Mapping[str, Any], family: Family) -> ReadConfig:
+    """What a config.json of a class describes, in our terms.
+
+    Layers with and without positions that all see everything become global and local ones, whose window is the longest
+    position: a row that is no longer sees all of itself.
+
+    Raises:
+        ConfigurationError: by some key it is another model than ours can be, or a key is unknown.
+        KeyError: a size is missing.
+        ValidationError: the sizes do not agree with each other.
+    """
+    given = {**family.defaults, **config}
+    known = {*_IDLE, *_SIZES, "num_key_value_heads", "max_position_embeddings", *family.defaults}
+    odd = {name: value for name, value in config.items() if name not in known}
+    odd |= {name: given[name] for name, values in family.only.items() if given[name] not in values}
+    activation = given[family.activation]
+    if activation not in _ACTIVATIONS:
+        odd[family.activation] = activation
+    theta, local_theta, odd_rope = _thetas(given, family)
+    odd |= odd_rope
+    if odd:
+        raise _not_held(family, odd)
+    model = ModelConfig.model_validate(
+        {
+            "layers": given["num_hidden_layers"],
+            "d_model": given["hidden_size"],
+            "heads": given["num_attention_heads"],
+            "kv_heads": given["num_key_value_heads"],
+            "head_dim": given["head_dim"],
+            "d_ff": given["intermediate_size"],
+            "residual": family.residual,
+            "norm_eps": given["rms_norm_eps"],
+            "feed_forward": _ACTIVATIONS[activation],
+            "tie_embeddings": given["tie_word_embeddings"],
+            "attention": {
+                "preset": "rope",
+                "qk_norm": family.qk_norm != "none",
+                "qk_norm_over": "all" if family.qk_norm == "all" else "head",
+                **_layers(given, family, theta, local_theta),
+            },
+        }
+    )
+    multipliers = _multipliers(given, family, model)
+    if multipliers.embedding != multipliers.head:
+        # Two factors make two matrices of a tied one.
+        model = model.model_copy(update={"tie_embeddings": False})
+    return ReadConfig(model, multipliers, int(given["max_position_embeddings"]))
+
+
+def _not_held(family: Family, keys: Mapping[str, Any]) -> ConfigurationError:
+    return ConfigurationError(
+        f"This {family.architecture} is no model of ours.",
+        got=", ".join(f"{name}: {value}" for name, value in keys.items()),
+        rule="each key of its config.json has a value that ours can have as well: plain rotary positions, no biases, "
+        "no caps on logits, silu or gelu_pytorch_tanh, windows and layers without positions in a repeating pattern",
+        remedy="take another model; a key that means nothing can be deleted from config.json",
+    )
+
+
+def _multipliers(given: Mapping[str, Any], family: Family, model: ModelConfig) -> Multipliers:
+    if family.gemma:
+        query = math.sqrt(model.head_width / given["query_pre_attn_scalar"])
+        return Multipliers(embedding=math.sqrt(model.d_model), query=query)
+    if family.model_type == "granite":
+        return Multipliers(
+            embedding=given["embedding_multiplier"],
+            query=given["attention_multiplier"] * math.sqrt(model.head_width),
+            branch=given["residual_multiplier"],
+            head=1.0 / given["logits_scaling"],
+        )
+    return Multipliers()
+
+
+def _thetas(given: Mapping[str, Any], family: Family) -> tuple[float, float, dict[str, Any]]:
+    """Base of the rotary frequencies of global and of local layers, and what is odd in the keys that tell them."""
+    key = "rope_parameters" if given["rope_parameters"] is not None else "rope_scaling"
+    told = given[key] or {}
+    nested = {kind: told[kind] or {} for kind in (GLOBAL, LOCAL) if kind in told}
+    odd = {}
+    for place, values in nested.items() or [("", told)]:
+        plain = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (None, 1.0)}
+        for name, value in values.items():
+            if name != "rope_theta" and value not in plain.get(name, ()):
+                odd[".".join(filter(None, (key, place, name)))] = value
+    if given["partial_rotary_factor"] not in (None, 1.0):
+        odd["partial_rotary_factor"] = given["partial_rotary_factor"]
+    whole = {} if nested else told
+    theta = nested.get(GLOBAL, whole).get("rope_theta", given["rope_theta"])
+    local = given["rope_local_base_freq"] if family.two_thetas else theta
+    return theta, nested.get(LOCAL, {} if family.two_thetas else whole).get("rope_theta", local), odd
+
+
+def _layers(given: Mapping[str, Any], family: Family, theta: float, local_theta: float) -> dict[str, Any]:
+    """Flags of our attention that give each layer what its class's keys give it.
+
+    Raises:
+        ConfigurationError: the layers follow no pattern of ours.
+    """
+    layers = given["num_hidden_layers"]
+    bare, local = _bare_layers(given, family, layers), _local_layers(given, family, layers)
+    window = given.get("sliding_window")
+    if not any(local) and (all(bare) or not any(bare)):
+        return {"position": "nope" if bare[0] else "rope", "rope_theta": float(theta)}
+    odd = {name: given[name] for name in ("layer_types", "no_rope_layers") if given.get(name) is not None}
+    candidates = [local]
+    if not any(local):
+        window = given["max_position_embeddings"]
+        candidates = [[not each for each in bare], bare]
+    for chosen in candidates:
+        kinds = {(here, without) for here, without in zip(chosen, bare, strict=True)}
+        patterns = _global_every(chosen)
+        if len(kinds) != len({here for here, _ in kinds}) or not patterns:
+            continue
+        every = patterns[0]
+        positions = {here: "nope" if without else "rope" for here, without in kinds}
+        flags = {"window": window, "position": positions[True], "rope_theta": float(local_theta)}
+        if every is None:
+            return flags
+        if positions[False] == "rope" and positions[True] == "rope" and local_theta == theta:
+            return flags | {"global_every": every}
+        rotates = {"global_rope_theta": float(theta)} if positions[False] == "rope" else {}
+        return flags | {"global_every": every, "global_position": positions[False], **rotates}
+    raise _not_held(family, odd)
+
+
+def _bare_layers(given: Mapping[str, Any], family: Family, layers: int) -> list[bool]:
+    """Which layers have no positions."""
+    if not family.bare_layers:
+        return [False] * layers
+    if given["no_rope_layers"] is not None:
+        return [not rotates for rotates in given["no_rope_layers"][:layers]]
+    return [(layer + 1) % given["no_rope_layer_interval"] == 0 for layer in range(layers)]
+
+
+def _local_layers(given: Mapping[str, Any], family: Family, layers: int) -> list[bool]:
+    """Which layers see a window."""
+    if not family.windows:
+        return [False] * layers
+    types, wanted = given["layer_types"], given.get("use_sliding_window", True)
+    if not wanted or given["sliding_window"] is None:
+        if types is not None and LOCAL in types:
+            raise _not_held(family, {"use_sliding_window": wanted, "sliding_window": given["sliding_window"]})
+        return [False] * layers
+    if types is not None:
+        strange = set(types) - {LOCAL, GLOBAL}
+        if strange or len(types) < layers:
+            raise _not_held(family, {"layer_types": types})
+        return [kind == LOCAL for kind in types[:layers]]
+    if family.model_type == "qwen3":
+        return [layer >= given["max_window_layers"] for layer in range(layers)]
+    if family.model_type == "smollm3":
+        return _bare_layers(given, family, layers)
+    pattern = (given["sliding_window_pattern"] or given["_sliding_window_pattern"]) if family.two_thetas else 2
+    return [(layer + 1) % pattern != 0 for layer in range(layers)]
+
+
+def _global_every(local: Sequence[bool]) -> list[int | None]:
+    """The n of our pattern with which just these layers are local, None where all are; empty: it is no such pattern."""
+    layers = len(local)
+    found: list[int | None] = []
+    for every in [None, *range(2, layers + 2)]:
+        flags = AttentionConfig(window=1, global_every=every)
+        if all(flags.is_global(layer, layers) != local[layer] for layer in range(layers)):
+            found.append(every)
+    return found

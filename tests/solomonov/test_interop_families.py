@@ -1,0 +1,185 @@
+"""Our models as the classes of Hugging Face that are said to hold them, and back: logits against theirs."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solomonov.hf_folder import load_hf
+from solomonov.interop_config import read_config
+from solomonov.interop_families import FAMILIES, misfits, nearest_family, stock_family, written_config
+from solomonov.model.config import ModelConfig
+from tests.solomonov.model.common import tiny_config
+from tests.support.foreign import (
+    TOLERANCE,
+    as_theirs,
+    our_logits,
+    our_weights,
+    random_documents,
+    relative_difference,
+    their_logits,
+)
+
+NO_QK: dict[str, Any] = {"qk_norm": False}
+HELD: dict[str, list[dict[str, Any]]] = {
+    "LlamaForCausalLM": [
+        {"attention": NO_QK | {"rope_theta": 500.0}, "norm_eps": 0.01},
+        {"attention": NO_QK, "tie_embeddings": True, "head_dim": 6, "feed_forward": "geglu"},
+        {"attention": NO_QK, "residual": "scaled", "layers": 4, "base_layers": 2},
+    ],
+    "Qwen3ForCausalLM": [
+        {},
+        {"head_dim": 6, "tie_embeddings": True, "residual": "layerscale"},
+        {"attention": {"window": 4}},
+        {"attention": {"window": 4, "global_every": 3, "global_rope_theta": 10_000.0}, "layers": 5},
+        {"attention": {"window": 4, "global_every": 4}, "residual": "lns"},
+        {"head_dim": 6, "d_model": 18},
+    ],
+    "SmolLM3ForCausalLM": [
+        {"attention": NO_QK | {"position": "nope"}, "residual": "rezero"},
+        {"attention": NO_QK | {"window": 4}, "tie_embeddings": True},
+        {"attention": NO_QK | {"window": 4, "global_every": 2, "global_position": "nope"}, "layers": 5},
+        {"attention": NO_QK | {"position": "nope", "window": 4, "global_every": 2, "global_position": "rope"}},
+        {"attention": NO_QK, "head_dim": 6, "d_model": 18},
+    ],
+    "Gemma2ForCausalLM": [
+        {"residual": "peri", "attention": NO_QK, "feed_forward": "geglu"},
+        {"residual": "peri", "attention": NO_QK | {"window": 4, "global_every": 2}, "tie_embeddings": True},
+    ],
+    "Olmo2ForCausalLM": [
+        {"residual": "outnorm", "attention": {"qk_norm_over": "all"}, "tie_embeddings": True},
+        {"residual": "outnorm", "attention": {"qk_norm_over": "all", "rope_theta": 50.0}, "feed_forward": "geglu"},
+        {"residual": "outnorm", "attention": {"qk_norm_over": "all"}, "head_dim": 6, "d_model": 18},
+    ],
+    "Gemma3ForCausalLM": [
+        {"residual": "peri"},
+        {"residual": "peri", "attention": {"preset": "local", "window": 4}, "layers": 7, "feed_forward": "geglu"},
+        {"residual": "peri", "attention": {"window": 4, "rope_theta": 500.0}, "tie_embeddings": True, "head_dim": 6},
+    ],
+}
+
+
+def _assert_parity(config: ModelConfig, folder: Path) -> None:
+    """Ours, theirs that was made of it, and ours that is read back say the same of packed documents."""
+    state = our_weights(config)
+    theirs = as_theirs(config, state, folder)
+    read, again, sequence_tokens = load_hf(folder)
+    assert sequence_tokens == 32
+    documents = random_documents(15, 1, 9)
+    expected = our_logits(config, state, documents)
+    assert relative_difference(their_logits(theirs, documents), expected) <= TOLERANCE
+    assert relative_difference(our_logits(read, again, documents), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"), [(name, changes) for name in HELD for changes in HELD[name]], ids=str
+)
+def test_a_class_that_holds_our_model_gives_its_logits(
+    tmp_path: Path, architecture: str, changes: dict[str, Any]
+) -> None:
+    config = tiny_config(**changes)
+    family = stock_family(config)
+    assert family is not None
+    assert family.architecture == architecture
+    _assert_parity(config, tmp_path)
+
+
+FORMS = {"prenorm": ("prenorm", "scaled", "lns", "layerscale", "rezero"), "peri": ("peri",), "outnorm": ("outnorm",)}
+
+
+@st.composite
+def _configs(draw: st.DrawFn) -> ModelConfig:
+    """Any model that a class is said to hold: its flags are drawn one by one out of what it has."""
+
+    def pick(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    family = pick(*(family for family in FAMILIES if family.written))
+    positions = ("rope", "nope") if family.bare_layers else ("rope",)
+    flags: dict[str, Any] = {"qk_norm": family.qk_norm != "none", "rope_theta": pick(50.0, 1e4)}
+    flags |= {"qk_norm_over": "all" if family.qk_norm == "all" else "head", "position": pick(*positions)}
+    if family.windows and (window := pick(None, 3, 5, 40)) is not None:
+        flags |= {"window": window, "global_every": pick(None, 2, 3, 9)}
+        if flags["global_every"] is not None:
+            flags["global_position"] = pick(None, *positions)
+            rotates = (flags["global_position"] or flags["position"]) == "rope"
+            flags["global_rope_theta"] = pick(None, 700.0 if family.two_thetas else flags["rope_theta"])
+            if not rotates:
+                flags["global_rope_theta"] = None
+    config = tiny_config(
+        layers=draw(st.integers(1, 5)),
+        d_model=pick(12, 16) if family.whole_heads else pick(12, 16, 18),
+        kv_heads=pick(1, 2, 4),
+        head_dim=pick(2, 6),
+        residual=pick(*FORMS[family.residual]),
+        base_layers=2,
+        feed_forward=pick("swiglu", "geglu"),
+        tie_embeddings=pick(True, False),
+        norm_eps=pick(1e-6, 0.1),
+        attention=flags,
+    )
+    assert not misfits(config, family)
+    return config
+
+
+@settings(deadline=None, max_examples=60)
+@given(config=_configs())
+def test_any_model_that_a_class_is_said_to_hold_has_its_logits(config: ModelConfig) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        _assert_parity(config, Path(folder))
+
+
+@settings(deadline=None, max_examples=200)
+@given(config=_configs())
+def test_what_is_written_reads_as_what_was_written(config: ModelConfig) -> None:
+    """Layer by layer; the flags that say it may be others."""
+    family = stock_family(config)
+    assert family is not None
+    read = read_config(written_config(config, family, 64) | {"vocab_size": 5}, family)
+    assert (read.sequence_tokens, read.model.layers) == (64, config.layers)
+    for layer in range(config.layers):
+        assert read.model.layer_attention(layer) == config.layer_attention(layer)
+    names = ("d_model", "heads", "kv_head_count", "head_width", "feed_forward_width", "feed_forward", "norm_eps")
+    for name in names:
+        assert getattr(read.model, name) == getattr(config, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "odd"),
+    [
+        ({"residual": "keel"}, {"residual": "keel"}),
+        ({"attention": {"position": "nope"}}, {"attention.position": "nope"}),
+        ({"attention": {"preset": "vanilla"}}, {"attention.position": "sinusoidal"}),
+        ({"attention": {"preset": "alibi"}}, {"attention.position": "alibi"}),
+        (
+            {"attention": {"window": 4, "global_every": 2, "global_position": "alibi"}},
+            {"attention.global_position": "alibi"},
+        ),
+        ({"attention": {"preset": "local", "window": 4}}, {"attention.global_rope_theta": 1e6}),
+        ({"attention": {"gate": "head"}}, {"attention.gate": "head"}),
+        ({"attention": {"logit_scale": "log_n"}}, {"attention.logit_scale": "log_n"}),
+        ({"attention": {"sink": True}}, {"attention.sink": True}),
+        ({"attention": {"qk_norm_over": "all"}}, {"attention.qk_norm_over": "all"}),
+        ({"residual": "outnorm"}, {"attention.qk_norm_over": "head"}),
+        ({"norm": "layernorm", "residual": "peri"}, {"norm": "layernorm"}),
+        ({"feed_forward": "relu2"}, {"feed_forward": "relu2"}),
+        ({"residual": "peri", "d_model": 18, "head_dim": 4}, {"heads": 4}),
+    ],
+    ids=str,
+)
+def test_the_flags_that_no_class_holds_are_named(changes: dict[str, Any], odd: dict[str, Any]) -> None:
+    config = tiny_config(**changes)
+    assert stock_family(config) is None
+    assert misfits(config, nearest_family(config)) == odd
+
+
+def test_granite_is_read_and_not_written() -> None:
+    [granite] = [family for family in FAMILIES if not family.written]
+    assert granite.model_type == "granite"
+    assert not misfits(tiny_config(attention=NO_QK), granite)
+    assert stock_family(tiny_config(attention=NO_QK)) is not granite

@@ -1,0 +1,94 @@
+"""The code that goes into exports against our own model, for every form, flag and preset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from solomonov.bundled import bundled_config
+from solomonov.configuration_solomonov import SolomonovConfig
+from solomonov.model.residual import MODES
+from solomonov.modeling_solomonov import SolomonovForCausalLM
+from tests.solomonov.model.common import ATTENTION, tiny_config
+from tests.support.foreign import (
+    TOLERANCE,
+    VOCAB,
+    our_logits,
+    our_weights,
+    random_documents,
+    relative_difference,
+    their_logits,
+)
+
+CASES: list[dict[str, Any]] = [
+    *({"residual": mode, "layers": 3, "base_layers": 2} for mode in MODES),
+    *({"residual": mode, "norm": "layernorm", "feed_forward": "gelu", "layers": 2} for mode in MODES),
+    *({"attention": flags, "layers": 3} for flags in ATTENTION.values()),
+    {"attention": ATTENTION["vanilla"], "tie_embeddings": True},
+    {"attention": {"preset": "alibi"}, "heads": 6, "head_dim": 4},
+    {"feed_forward": "relu2", "kv_heads": 4},
+    {"feed_forward": "geglu", "kv_heads": 1, "norm_eps": 0.1},
+]
+
+
+def _loaded(changes: dict[str, Any]) -> tuple[Any, Any, dict[str, Tensor]]:
+    """Our configuration, the bundled model of it, and the weights that both have."""
+    config = tiny_config(**changes)
+    state = our_weights(config)
+    model = SolomonovForCausalLM(SolomonovConfig(**bundled_config(config, 32), vocab_size=VOCAB))
+    missing, strange = model.load_state_dict(state, strict=False)
+    assert (missing, strange) == (["head.weight"] if config.tie_embeddings else [], [])
+    model.tie_weights()
+    return config, model.eval(), state
+
+
+@pytest.mark.parametrize("changes", CASES, ids=str)
+def test_its_logits_are_ours(changes: dict[str, Any]) -> None:
+    config, model, state = _loaded(changes)
+    documents = random_documents(13, 1, 9)
+    expected = our_logits(config, state, documents)
+    assert relative_difference(their_logits(model, documents), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("flags", ATTENTION)
+def test_padding_and_a_cache_change_nothing(flags: str) -> None:
+    _, model, _ = _loaded({"attention": ATTENTION[flags], "layers": 3, "residual": "keel"})
+    long, short = random_documents(12, 7)
+    ids = torch.stack((long, torch.cat((torch.zeros(5, dtype=torch.long), short))))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    with torch.inference_mode():
+        expected = [model(input_ids=each[None]).logits[0] for each in (long, short)]
+        whole = model(input_ids=ids, attention_mask=mask)
+        assert whole.past_key_values is None
+        first = model(input_ids=ids[:, :6], attention_mask=mask[:, :6], use_cache=True)
+        parts = [first.logits]
+        for token in range(6, 12):
+            step = model(
+                input_ids=ids[:, token : token + 1],
+                attention_mask=mask[:, : token + 1],
+                past_key_values=first.past_key_values,
+                use_cache=True,
+            )
+            parts.append(step.logits)
+    for logits in (whole.logits, torch.cat(parts, dim=1)):
+        assert relative_difference(logits[0], expected[0]) <= TOLERANCE
+        assert relative_difference(logits[1, 5:], expected[1]) <= TOLERANCE
+
+
+def test_it_generates_and_has_a_loss() -> None:
+    config, model, state = _loaded({"attention": ATTENTION["hybrid"], "residual": "keel", "layers": 3})
+    [ids] = random_documents(5)
+    made = model.generate(input_ids=ids[None], max_new_tokens=4, do_sample=False, pad_token_id=0)[0]
+    row = ids
+    for _ in range(4):
+        row = torch.cat((row, our_logits(config, state, [row])[0, -1].argmax()[None]))
+    assert torch.equal(made, row)
+    labels = row.clone()
+    labels[:2] = -100
+    found = model(input_ids=row[None], labels=labels[None]).loss
+    expected = torch.nn.functional.cross_entropy(our_logits(config, state, [row])[0, 1:-1], row[2:])
+    torch.testing.assert_close(found.detach(), expected)
