@@ -85,6 +85,7 @@ def trial_of(sizes: Sizes) -> Trial:
         optimizer=OptimizerConfig(lr=1e-3, eps=LEAST_EPS),
         gradient_clipping=1.0,
         z_loss=0.0,
+        ema_decay=None,
         changed={},
     )
 

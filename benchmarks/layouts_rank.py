@@ -153,7 +153,7 @@ def measure_memory(trial: Trial, row: Row, control: Control) -> int:
         loop.step(0)
         allocated.peak = allocated.now
         loop.step(1)
-    return max(control.all_gather_object(allocated.peak))
+    return max(int(peak) for peak in control.all_gather_object(allocated.peak))
 
 
 def main(arguments: Sequence[str]) -> int:

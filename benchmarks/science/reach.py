@@ -27,7 +27,7 @@ from typing import Any, Final
 import torch
 
 from benchmarks.harness import provenance, table, write_result
-from benchmarks.science.tasks import IGNORED, Copy, Passkey, Recall, Text
+from benchmarks.science.tasks import IGNORED, Copy, Passkey, Recall, Task, Text
 from solomonov.config import OptimizerConfig
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_count
@@ -37,7 +37,7 @@ from solomonov.optim import make_optimizer
 SCHEMA_VERSION: Final = 1
 TOKENS: Final = 128
 TIMES: Final = (1, 2, 4, 8)
-TASKS: Final = {"recall": Recall(), "passkey": Passkey(), "copy": Copy(), "text": Text()}
+TASKS: Final[dict[str, Task]] = {"recall": Recall(), "passkey": Passkey(), "copy": Copy(), "text": Text()}
 STEPS: Final = {"recall": 2000, "passkey": 2000, "copy": 2000, "text": 2000}
 KINDS: Final[dict[str, dict[str, Any]]] = {
     "vanilla": {"preset": "vanilla"},

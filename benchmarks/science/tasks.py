@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import log
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ IGNORED = -100
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Input ids, document ids and labels, (rows, tokens) each."""
+
+
+class Task(Protocol):
+    """What a model is asked, at any length."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of symbols."""
+
+    def batch(self, rows: int, tokens: int, number: int, seed: int) -> Batch:
+        """As many rows of so many tokens; `number` says which batch (those of evaluation are negative), `seed` of
+        which run."""
 
 
 def _generator(seed: int, number: int) -> torch.Generator:
