@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.harness import BenchmarkError
 from benchmarks.science import depth, depth_picture, reach
 from benchmarks.science.depth import WIDE, Run, first_share, idle, model_of, runs_of, schedule, summary, train
 from benchmarks.science.tasks import IGNORED, Copy, NoisyPermutation, Passkey, Recall, Text, library_bytes
@@ -73,6 +74,28 @@ def test_an_experiment_is_reported_kept_and_drawn(tmp_path: Path, capsys: pytest
     picture = tmp_path / "depth.png"
     assert depth_picture.main([str(out), str(picture)]) == 0
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_an_experiment_goes_on_where_it_was_interrupted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "depth.json"
+    words = ["--layers", "2", "--modes", "scaled", "--steps", "5", "--out", str(out)]
+    assert depth.main([*words, "--seeds", "2"]) == 0
+    first = json.loads(out.read_text())
+    # What was trained is taken over as it stands, and known by all its fields.
+    first["runs"][0] |= {"loss": 1.25, "commit": "before"}
+    del first["runs"][1]
+    out.write_text(json.dumps(first))
+    with pytest.raises(BenchmarkError, match="--more"):
+        depth.main([*words, "--seeds", "3"])
+    assert depth.main([*words, "--seeds", "3", "--more"]) == 0
+    then = json.loads(out.read_text())
+    assert [(run["mode"], run["seed"]) for run in then["runs"]] == [
+        (mode, seed) for mode in ("scaled", WIDE) for seed in range(3)
+    ]
+    assert then["runs"][0] == first["runs"][0]
+    assert then["commits"] == sorted({"before", then["git_commit"]})
+    assert {run["commit"] for run in then["runs"][1:]} == {then["git_commit"]}
+    assert "0/3" not in capsys.readouterr().out
 
 
 def test_a_run_that_is_not_finite_is_told_and_not_averaged() -> None:

@@ -1,6 +1,6 @@
 """Does depth train, without retuning, and is it used? Every residual form at 24 to 1,000 layers, one learning rate.
 
-    python -m benchmarks.science.depth [--layers 24 100] [--modes scaled deepnorm] [--seeds 3] [--out FILE]
+    python -m benchmarks.science.depth [--layers 24 100] [--modes scaled deepnorm] [--seeds 3] [--out FILE] [--more]
 
 The task is the noisy permutation (`tasks`): uniform 4.159 nats, floor 0.729. A decoder of width 32 with 2 heads,
 feed-forward of 64, 16 tokens a row and 8 rows an update; AdamW (0.9, 0.95) with weight decay 0.1, norm clipped at 1, 20
@@ -21,21 +21,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
-import os
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from benchmarks.harness import provenance, table, write_result
+from benchmarks.harness import provenance, table
+from benchmarks.science.runs import add_options, run_all
 from benchmarks.science.tasks import NoisyPermutation
 from solomonov.config import OptimizerConfig
 from solomonov.model.config import ModelConfig
@@ -200,26 +197,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=3, help="up to 100 layers; beyond one")
     parser.add_argument("--steps", type=int, help="default: 150, at 500 layers and more 80")
-    parser.add_argument("--out", type=Path)
+    add_options(parser)
     options = parser.parse_args(arguments)
     command = "python -m benchmarks.science.depth " + " ".join(sys.argv[1:] if arguments is None else arguments)
-    facts = provenance(command.strip())
+    limits = {"uniform": TASK.uniform, "floor": TASK.floor}
+    facts = {"schema_version": SCHEMA_VERSION, **provenance(command.strip()), "limits": limits}
     runs = runs_of(options)
     records = []
     print(f"{len(runs)} trainings", flush=True)
-    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=4) as pool:
-        for record in pool.imap_unordered(partial(train), runs):
-            records.append(record)
-            loss = f"{record['loss']:.2f}" if record["finite"] else "not finite"
-            what = f"{record['layers']:5d} {record['mode']:18s} lr {record['lr']:g} seed {record['seed']}"
-            print(f"{what}: {loss}", flush=True)
-    records.sort(key=lambda record: runs.index(Run(**{name: record[name] for name in Run.__dataclass_fields__})))
-    rows = summary(records)
-    print(report(rows))
-    if options.out:
-        limits = {"uniform": TASK.uniform, "floor": TASK.floor}
-        result = {"schema_version": SCHEMA_VERSION, **facts, "limits": limits, "summary": rows, "runs": records}
-        write_result(options.out, result)
+    for record in run_all(runs, train, options, facts, summary):
+        records.append(record)
+        loss = f"{record['loss']:.2f}" if record["finite"] else "not finite"
+        what = f"{record['layers']:5d} {record['mode']:18s} lr {record['lr']:g} seed {record['seed']}"
+        print(f"{what}: {loss}", flush=True)
+    print(report(summary(records)))
     return 0
 
 
