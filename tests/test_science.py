@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,19 @@ import torch
 
 from benchmarks.harness import BenchmarkError
 from benchmarks.science import depth, depth_picture, reach
-from benchmarks.science.depth import WIDE, Run, first_share, idle, model_of, runs_of, schedule, summary, train
+from benchmarks.science.depth import (
+    WIDE,
+    Run,
+    first_share,
+    idle,
+    model_of,
+    runs_of,
+    setting_of,
+    summary,
+    train,
+    unigram_nats,
+)
+from benchmarks.science.runs import schedule
 from benchmarks.science.tasks import IGNORED, Copy, NoisyPermutation, Passkey, Recall, Text, library_bytes
 from solomonov.model.counts import parameter_count
 
@@ -41,8 +54,9 @@ def test_the_wide_model_has_the_parameters_of_the_deep_one() -> None:
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
-    run = Run("scaled", 24, 2.0, 0, 100, 10)
-    assert [schedule(step, run) for step in (0, 9, 50, 80, 90, 99)] == pytest.approx([0.2, 2.0, 2.0, 2.0, 1.0, 0.1])
+    assert [schedule(step, 2.0, 100, 10) for step in (0, 9, 50, 80, 90, 99)] == pytest.approx(
+        [0.2, 2.0, 2.0, 2.0, 1.0, 0.1]
+    )
 
 
 def test_a_hundred_layers_train_with_every_eighth_alive_and_post_norm_does_not() -> None:
@@ -104,11 +118,24 @@ def test_a_run_that_is_not_finite_is_told_and_not_averaged() -> None:
     whole = train(Run("prenorm", 4, 1e-3, 1, 5, 1)) | {"lr": 1e30}
     [row] = summary([lost, whole | {"warmup": 1}])
     assert (row["seeds"], row["finite"], row["loss"]) == (2, 1, whole["loss"])
-    assert "1/2" in depth.report([row])
+    assert "1/2" in depth.report([row], {})
+
+
+def test_depth_is_asked_of_text_as_well() -> None:
+    run = Run("scaled", 4, 1e-3, 0, 30, 5, task="text")
+    assert model_of(run).d_model == 64
+    assert 2.5 < train(run)["loss"] < setting_of("text").limits["uniform"], "of 256 bytes a hundred are used at all"
+    text = library_bytes()[:1000]
+    counts = Counter(text.tolist())
+    assert unigram_nats(text) == pytest.approx(-sum(n / 1000 * math.log(n / 1000) for n in counts.values()))
 
 
 def test_the_control_gets_the_arms_that_are_fair_to_it() -> None:
-    asked = type("Options", (), {"layers": [100], "modes": ["postnorm"], "lrs": [1e-3], "seeds": 1, "steps": 150})
+    asked = type(
+        "Options",
+        (),
+        {"layers": [100], "modes": ["postnorm"], "lrs": [1e-3], "seeds": 1, "steps": 150, "task": "permutation"},
+    )
     runs = runs_of(asked)  # type: ignore[arg-type]
     assert {(run.mode, run.lr, run.warmup, run.steps) for run in runs} == {
         ("postnorm", 1e-3, 20, 150),

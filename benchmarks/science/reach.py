@@ -24,13 +24,11 @@ from typing import Any, Final
 import torch
 
 from benchmarks.harness import provenance, table
-from benchmarks.science.runs import add_options, run_all
+from benchmarks.science.runs import add_options, fit, run_all
 from benchmarks.science.tasks import IGNORED, Copy, Passkey, Recall, Task, Text
-from solomonov.config import OptimizerConfig
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_count
 from solomonov.model.transformer import Transformer
-from solomonov.optim import make_optimizer
 
 SCHEMA_VERSION: Final = 1
 TOKENS: Final = 128
@@ -73,20 +71,9 @@ def train(run: Run) -> dict[str, Any]:
     task = TASKS[run.task]
     config = model_of(run)
     model = Transformer(config, task.vocabulary, seed=run.seed)
-    settings = OptimizerConfig(lr=run.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    optimizer = make_optimizer(model.named_parameters(), settings, config, fused=False)
-    losses = []
-    for step in range(run.steps):
-        ids, documents, labels = task.batch(run.rows, TOKENS, step, run.seed)
-        loss = model(ids, documents, labels) / (labels != IGNORED).sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = run.lr * min(1.0, (step + 1) / 100, (run.steps - step) / (run.steps // 5))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = fit(
+        model, lambda step: task.batch(run.rows, TOKENS, step, run.seed), lr=run.lr, steps=run.steps, warmup=100
+    )
     found = {str(times): asked(model, run, times) for times in TIMES}
     parameters = parameter_count(config, task.vocabulary)
     return {**asdict(run), "parameters": parameters, "losses": losses[:: max(1, run.steps // 200)], "found": found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from benchmarks.harness import BenchmarkError, write_result
+from benchmarks.science.tasks import IGNORED, Batch
+from solomonov.config import OptimizerConfig
+from solomonov.model.transformer import Transformer
+from solomonov.optim import make_optimizer
 
 RunT = TypeVar("RunT")
 Record = dict[str, Any]
@@ -61,6 +68,39 @@ def run_all(
                 commits = sorted({record["commit"] for record in records})
                 write_result(out, {**facts, "commits": commits, "summary": summary(records), "runs": records})
             yield kept[number]
+
+
+def schedule(step: int, lr: float, steps: int, warmup: int) -> float:
+    """Learning rate of an update, from 0: linear warm-up, constant, linear decay over the last fifth."""
+    return lr * min(1.0, (step + 1) / warmup, (steps - step) / (steps // 5))
+
+
+def fit(model: Transformer, batch: Callable[[int], Batch], *, lr: float, steps: int, warmup: int) -> list[float]:
+    """Train with AdamW (0.9, 0.95), weight decay 0.1 and norms clipped at 1.
+
+    Args:
+        batch: from the number of an update, from 0, to its rows.
+        lr: the peak, times what the parameterisation says of each parameter.
+
+    Returns:
+        the training loss of each update in nats a label; fewer than `steps` where one, or its gradient, is not finite.
+    """
+    settings = OptimizerConfig(lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = make_optimizer(model.named_parameters(), settings, model.config, fused=False)
+    losses: list[float] = []
+    for step in range(steps):
+        ids, documents, labels = batch(step)
+        loss = model(ids, documents, labels) / (labels != IGNORED).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]) or not math.isfinite(float(norm)):
+            return losses[:-1]
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, lr, steps, warmup) * group["lr_scale"]
+        optimizer.step()
+    return losses
 
 
 def _numbered(job: tuple[int, Callable[[Any], Record], Any]) -> tuple[int, Record]:
