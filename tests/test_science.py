@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from benchmarks.science.depth import (
     unigram_nats,
 )
 from benchmarks.science.runs import schedule
-from benchmarks.science.tasks import IGNORED, Copy, NoisyPermutation, Passkey, Recall, Text, library_bytes
+from benchmarks.science.tasks import IGNORED, Copy, NoisyPermutation, Passkey, Recall, Text, Words, library_bytes
 from solomonov.model.counts import parameter_count
 
 
@@ -166,6 +167,21 @@ def test_what_is_asked_can_be_found_in_the_row(tokens: int) -> None:
         other = task.batch(8, tokens, 3, seed=1)[0]
         assert not torch.equal(ids, other)
         assert torch.equal(ids, task.batch(8, tokens, 2, seed=1)[0])
+
+
+@pytest.mark.parametrize("items", [2, 3, 5])
+def test_words_are_multiplied_as_permutations_are(items: int) -> None:
+    """Things are moved by hand, one permutation after the other."""
+    task = Words(items)
+    elements = list(permutations(range(items)))
+    assert task.vocabulary == len(elements)
+    ids, _, labels = task.batch(5, 12, 4, seed=0)
+    for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
+        things = list(range(items))
+        for element, product in zip(row, wanted, strict=True):
+            things = [elements[element][thing] for thing in things]
+            assert tuple(things) == elements[product]
+    assert not torch.equal(ids, task.batch(5, 12, 5, seed=0)[0])
 
 
 def test_recall_has_as_many_pairs_at_any_length_and_no_key_twice() -> None:

@@ -105,7 +105,7 @@ def skip_eighths(model: Transformer, input_ids: Tensor, document_ids: Tensor, la
 
     Near 0: that eighth is idle. Measured on one batch; see `measure_signal` for the arguments.
     """
-    mean = partial(_mean_loss, model, input_ids, document_ids, labels)
+    mean = partial(mean_loss, model, input_ids, document_ids, labels)
     whole = mean()
     rises = []
     for part in eighths(len(model.layers)):
@@ -114,5 +114,7 @@ def skip_eighths(model: Transformer, input_ids: Tensor, document_ids: Tensor, la
     return tuple(rises)
 
 
-def _mean_loss(model: Transformer, input_ids: Tensor, document_ids: Tensor, labels: Tensor) -> float:
+@torch.no_grad()
+def mean_loss(model: Transformer, input_ids: Tensor, document_ids: Tensor, labels: Tensor) -> float:
+    """Mean cross-entropy in nats over the labels that count; see `measure_signal` for the arguments."""
     return float(model(input_ids, document_ids, labels) / (labels != -100).sum())
