@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -12,7 +13,7 @@ import select
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -131,3 +132,29 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
         return "  " + "  ".join(cells).rstrip()
 
     return "\n".join([title, line(header), *map(line, rows), ""])
+
+
+def run(
+    module: str,
+    about: str | None,
+    measure: Callable[[bool, str], Mapping[str, Any]],
+    report: Callable[[Mapping[str, Any]], str],
+) -> None:
+    """The command of a benchmark.
+
+    Args:
+        module: its name.
+        about: for --help.
+        measure: from whether --quick was given, and the command, to the result.
+        report: the tables of a result.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the result there, as JSON")
+    parser.add_argument("--quick", action="store_true", help="small, for tests")
+    options = parser.parse_args()
+    result = measure(options.quick, " ".join([f"python -m {module}", *sys.argv[1:]]))
+    if options.out is not None:
+        write_result(options.out, result)
+    print(report(result))

@@ -23,7 +23,6 @@ within 1e-5; otherwise there is no result. --quick is for tests: small, one roun
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -39,7 +38,7 @@ from typing import Any, Final
 
 import psutil
 
-from benchmarks.harness import BenchmarkError, busy_seconds, program, provenance, spread, table, wait, write_result
+from benchmarks.harness import BenchmarkError, busy_seconds, program, provenance, run, spread, table, wait
 from benchmarks.layouts_rank import RESULT, TASK, Row
 from solomonov.config import OptimizerConfig
 from solomonov.equivalence import LEAST_EPS, Trial
@@ -242,20 +241,5 @@ def report(result: Mapping[str, Any]) -> str:
     return "\n".join([*parts, f"DeepSpeed's own overhead (ZeRO 0 / plain loop), by ranks: {overhead}"])
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.layouts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", metavar="FILE", type=Path, help="write the result there, as JSON")
-    parser.add_argument("--quick", action="store_true", help="small, for tests")
-    options = parser.parse_args()
-    command = " ".join(["python -m benchmarks.layouts", *sys.argv[1:]])
-    result = measure(QUICK if options.quick else Sizes(), command)
-    if options.out is not None:
-        write_result(options.out, result)
-    print(report(result))
-
-
 if __name__ == "__main__":
-    main()
+    run("benchmarks.layouts", __doc__, lambda quick, command: measure(QUICK if quick else Sizes(), command), report)

@@ -37,7 +37,6 @@ Everything is written to FILE as JSON and printed as tables. --quick is for test
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -54,7 +53,7 @@ from typing import Any, Final
 import numpy as np
 import yaml
 
-from benchmarks.harness import BenchmarkError, program, provenance, spread, wait, write_result
+from benchmarks.harness import BenchmarkError, program, provenance, run, spread, wait
 from benchmarks.stream_rank import PACKING, SEED, SEQUENCE_TOKENS, Case
 from benchmarks.stream_report import report
 from data_pipeline.build import prepare
@@ -406,20 +405,5 @@ def measure(sizes: Sizes, command: str) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.stream", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", metavar="FILE", type=Path, help="write the result there, as JSON")
-    parser.add_argument("--quick", action="store_true", help="small, for tests")
-    options = parser.parse_args()
-    command = " ".join(["python -m benchmarks.stream", *sys.argv[1:]])
-    result = measure(QUICK if options.quick else Sizes(), command)
-    if options.out is not None:
-        write_result(options.out, result)
-    print(report(result))
-
-
 if __name__ == "__main__":
-    main()
+    run("benchmarks.stream", __doc__, lambda quick, command: measure(QUICK if quick else Sizes(), command), report)

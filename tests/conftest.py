@@ -35,6 +35,8 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
 
 _skips: list[str] = []  # under CI, those that it refuses
 _coverage_lines: list[str] = []
+_seconds: dict[str, float] = {}  # by test file
+SLOWEST_FILES = 25
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -115,6 +117,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    name = report.nodeid.partition("::")[0]
+    _seconds[name] = _seconds.get(name, 0.0) + report.duration
     if report.skipped and not hasattr(report, "wasxfail") and "gpu" not in report.keywords:
         _skips.append(f"{report.nodeid}: {report.longrepr[2] if isinstance(report.longrepr, tuple) else ''}")
 
@@ -137,6 +141,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.getoption("--coverage-floors"):
+        terminalreporter.section(f"the {SLOWEST_FILES} slowest files")
+        for name, seconds in sorted(_seconds.items(), key=lambda item: -item[1])[:SLOWEST_FILES]:
+            terminalreporter.write_line(f"{seconds:7.0f}s {name}")
     if _coverage_lines:
         terminalreporter.section("coverage of lines and branches")
         for line in _coverage_lines:

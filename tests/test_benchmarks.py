@@ -18,6 +18,7 @@ from benchmarks.stream_rank import BATCH_ROWS
 from tests.support.processes import ROOT, assert_no_process, program_environment, run_program
 
 COMMITTED = ROOT / "benchmarks/results/stream-cpu.json"
+COMMITTED_LAYOUTS = ROOT / "benchmarks/results/layouts-cpu.json"
 OFFLOADED = ((1, "optimizer"), (3, "parameters"))
 OPTIMIZERS = ("AdamW", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
 """By ZeRO stage."""
@@ -186,3 +187,15 @@ def test_a_row_is_named_by_what_differs() -> None:
     assert Row(zero_stage=3, offload="parameters", recompute="full").title == (
         "ZeRO 3, offload parameters, recompute full"
     )
+
+
+@pytest.mark.dist
+@pytest.mark.e2e
+def test_committed_layouts_result_is_of_this_benchmark(layouts_run: tuple[dict[str, Any], str]) -> None:
+    result, _ = layouts_run
+    committed = json.loads(COMMITTED_LAYOUTS.read_bytes())
+    assert keys(committed) == keys(result), "run the benchmark again, as its `command` says, and commit its result"
+    assert "--quick" not in committed["command"]
+    assert [(row["ranks"], row["title"]) for row in committed["rows"]] == [
+        (row["ranks"], row["title"]) for row in result["rows"]
+    ]

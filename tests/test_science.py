@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.harness import BenchmarkError
 from benchmarks.science import depth, depth_picture, reach
-from benchmarks.science.depth import WIDE, Run, first_share, idle, model_of, runs_of, schedule, summary, train
-from benchmarks.science.tasks import IGNORED, Copy, NoisyPermutation, Passkey, Recall, Text, library_bytes
+from benchmarks.science.depth import (
+    WIDE,
+    Run,
+    first_share,
+    idle,
+    model_of,
+    runs_of,
+    setting_of,
+    summary,
+    train,
+    unigram_nats,
+)
+from benchmarks.science.runs import schedule
+from benchmarks.science.tasks import IGNORED, Copy, NoisyPermutation, Passkey, Recall, Text, Words, library_bytes
 from solomonov.model.counts import parameter_count
 
 
@@ -40,8 +55,9 @@ def test_the_wide_model_has_the_parameters_of_the_deep_one() -> None:
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
-    run = Run("scaled", 24, 2.0, 0, 100, 10)
-    assert [schedule(step, run) for step in (0, 9, 50, 80, 90, 99)] == pytest.approx([0.2, 2.0, 2.0, 2.0, 1.0, 0.1])
+    assert [schedule(step, 2.0, 100, 10) for step in (0, 9, 50, 80, 90, 99)] == pytest.approx(
+        [0.2, 2.0, 2.0, 2.0, 1.0, 0.1]
+    )
 
 
 def test_a_hundred_layers_train_with_every_eighth_alive_and_post_norm_does_not() -> None:
@@ -75,17 +91,52 @@ def test_an_experiment_is_reported_kept_and_drawn(tmp_path: Path, capsys: pytest
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_an_experiment_goes_on_where_it_was_interrupted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "depth.json"
+    words = ["--layers", "2", "--modes", "scaled", "--steps", "5", "--out", str(out)]
+    assert depth.main([*words, "--seeds", "2"]) == 0
+    first = json.loads(out.read_text())
+    # What was trained is taken over as it stands, and known by all its fields.
+    first["runs"][0] |= {"loss": 1.25, "commit": "before"}
+    del first["runs"][1]
+    out.write_text(json.dumps(first))
+    with pytest.raises(BenchmarkError, match="--more"):
+        depth.main([*words, "--seeds", "3"])
+    assert depth.main([*words, "--seeds", "3", "--more"]) == 0
+    then = json.loads(out.read_text())
+    assert [(run["mode"], run["seed"]) for run in then["runs"]] == [
+        (mode, seed) for mode in ("scaled", WIDE) for seed in range(3)
+    ]
+    assert then["runs"][0] == first["runs"][0]
+    assert then["commits"] == sorted({"before", then["git_commit"]})
+    assert {run["commit"] for run in then["runs"][1:]} == {then["git_commit"]}
+    assert "0/3" not in capsys.readouterr().out
+
+
 def test_a_run_that_is_not_finite_is_told_and_not_averaged() -> None:
     lost = train(Run("prenorm", 4, 1e30, 0, 5, 1))
     assert not lost["finite"]
     whole = train(Run("prenorm", 4, 1e-3, 1, 5, 1)) | {"lr": 1e30}
     [row] = summary([lost, whole | {"warmup": 1}])
     assert (row["seeds"], row["finite"], row["loss"]) == (2, 1, whole["loss"])
-    assert "1/2" in depth.report([row])
+    assert "1/2" in depth.report([row], {})
+
+
+def test_depth_is_asked_of_text_as_well() -> None:
+    run = Run("scaled", 4, 1e-3, 0, 30, 5, task="text")
+    assert model_of(run).d_model == 64
+    assert 2.5 < train(run)["loss"] < setting_of("text").limits["uniform"], "of 256 bytes a hundred are used at all"
+    text = library_bytes()[:1000]
+    counts = Counter(text.tolist())
+    assert unigram_nats(text) == pytest.approx(-sum(n / 1000 * math.log(n / 1000) for n in counts.values()))
 
 
 def test_the_control_gets_the_arms_that_are_fair_to_it() -> None:
-    asked = type("Options", (), {"layers": [100], "modes": ["postnorm"], "lrs": [1e-3], "seeds": 1, "steps": 150})
+    asked = type(
+        "Options",
+        (),
+        {"layers": [100], "modes": ["postnorm"], "lrs": [1e-3], "seeds": 1, "steps": 150, "task": "permutation"},
+    )
     runs = runs_of(asked)  # type: ignore[arg-type]
     assert {(run.mode, run.lr, run.warmup, run.steps) for run in runs} == {
         ("postnorm", 1e-3, 20, 150),
@@ -116,6 +167,21 @@ def test_what_is_asked_can_be_found_in_the_row(tokens: int) -> None:
         other = task.batch(8, tokens, 3, seed=1)[0]
         assert not torch.equal(ids, other)
         assert torch.equal(ids, task.batch(8, tokens, 2, seed=1)[0])
+
+
+@pytest.mark.parametrize("items", [2, 3, 5])
+def test_words_are_multiplied_as_permutations_are(items: int) -> None:
+    """Things are moved by hand, one permutation after the other."""
+    task = Words(items)
+    elements = list(permutations(range(items)))
+    assert task.vocabulary == len(elements)
+    ids, _, labels = task.batch(5, 12, 4, seed=0)
+    for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
+        things = list(range(items))
+        for element, product in zip(row, wanted, strict=True):
+            things = [elements[element][thing] for thing in things]
+            assert tuple(things) == elements[product]
+    assert not torch.equal(ids, task.batch(5, 12, 5, seed=0)[0])
 
 
 def test_recall_has_as_many_pairs_at_any_length_and_no_key_twice() -> None:

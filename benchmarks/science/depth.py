@@ -1,10 +1,14 @@
 """Does depth train, without retuning, and is it used? Every residual form at 24 to 1,000 layers, one learning rate.
 
-    python -m benchmarks.science.depth [--layers 24 100] [--modes scaled deepnorm] [--seeds 3] [--out FILE]
+    python -m benchmarks.science.depth [--layers 24 100] [--modes scaled deepnorm] [--seeds 3] [--out FILE] [--more]
+    python -m benchmarks.science.depth --task text --layers 100 --seeds 1
 
-The task is the noisy permutation (`tasks`): uniform 4.159 nats, floor 0.729. A decoder of width 32 with 2 heads,
-feed-forward of 64, 16 tokens a row and 8 rows an update; AdamW (0.9, 0.95) with weight decay 0.1, norm clipped at 1, 20
-updates of warm-up, the last fifth decays to 0. One core a run.
+permutation    The noisy permutation (`tasks`): uniform 4.159 nats, floor 0.729. A decoder of width 32 with 2 heads,
+               feed-forward of 64, 16 tokens a row.
+text           Bytes of Python's own library: uniform 5.545 nats. Width 64, 4 heads, feed-forward of 128, 64 tokens.
+
+8 rows an update; AdamW (0.9, 0.95) with weight decay 0.1, norm clipped at 1, 20 updates of warm-up, the last fifth
+decays to 0. One core a run.
 
 loss        Held-out, in nats, after the last update; nan where an update was not finite.
 skip        Rise of that loss when each eighth of the layers is passed by, first to last.
@@ -21,37 +25,72 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
-import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
-from benchmarks.harness import provenance, table, write_result
-from benchmarks.science.tasks import NoisyPermutation
-from solomonov.config import OptimizerConfig
+from benchmarks.harness import provenance, table
+from benchmarks.science.runs import add_options, fit, run_all
+from benchmarks.science.tasks import Batch, NoisyPermutation, Text, library_bytes
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_count
 from solomonov.model.residual import MODES
 from solomonov.model.signal import measure_signal, skip_eighths
 from solomonov.model.transformer import Transformer
-from solomonov.optim import make_optimizer
 
 SCHEMA_VERSION: Final = 1
-TASK: Final = NoisyPermutation()
 ROWS: Final = 8
 HELD_OUT_ROWS: Final = 256
 BASE_LAYERS: Final = 6
 IDLE_NATS: Final = 0.005
 WIDE: Final = "shallow and wide"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on, and the sizes that fit it."""
+
+    d_model: int
+    heads: int
+    vocabulary: int
+    batch: Callable[[int, int, int], Batch]
+    """From rows, number and seed."""
+    limits: Mapping[str, float]
+    """Losses to compare with, in nats."""
+
+    def shape(self, layers: int) -> dict[str, Any]:
+        """Fields of the deep model."""
+        width = {"d_model": self.d_model, "heads": self.heads, "d_ff": 2 * self.d_model}
+        return {**width, "layers": layers, "base_layers": BASE_LAYERS}
+
+
+def unigram_nats(text: Tensor) -> float:
+    """Entropy of single bytes."""
+    share = torch.bincount(text.long(), minlength=1).double() / len(text)
+    return float(-torch.special.xlogy(share, share).sum())
+
+
+@cache
+def setting_of(task: str) -> Setting:
+    """The setting of a task, by its name."""
+    if task == "permutation":
+        permutation = NoisyPermutation()
+        limits = {"uniform": permutation.uniform, "floor": permutation.floor}
+        return Setting(32, 2, permutation.symbols, permutation.batch, limits)
+    text = Text()
+    limits = {"uniform": math.log(text.vocabulary), "unigram": unigram_nats(library_bytes())}
+    return Setting(64, 4, text.vocabulary, lambda rows, number, seed: text.batch(rows, 64, number, seed), limits)
+
+
+TASKS: Final = ("permutation", "text")
 
 
 @dataclass(frozen=True)
@@ -70,54 +109,40 @@ class Run:
     """Updates."""
     warmup: int
     """Updates until the peak."""
+    task: str = "permutation"
 
 
 def model_of(run: Run) -> ModelConfig:
     """The model of a run: that of the table in the module's docstring, or its wide counterpart."""
-    deep = {"layers": run.layers, "d_model": 32, "heads": 2, "d_ff": 64, "base_layers": BASE_LAYERS}
+    setting = setting_of(run.task)
+    deep = setting.shape(run.layers)
     if run.mode != WIDE:
         return ModelConfig.model_validate({**deep, "residual": run.mode, "attention": {"preset": "rope"}})
-    wanted = parameter_count(ModelConfig.model_validate(deep), TASK.symbols)
-    width = 32
+    wanted = parameter_count(ModelConfig.model_validate(deep), setting.vocabulary)
+    width, head = setting.d_model, setting.d_model // setting.heads
     while True:
-        wide = ModelConfig(layers=2, d_model=width, heads=width // 16, d_ff=2 * width, residual="prenorm")
-        if parameter_count(wide, TASK.symbols) >= wanted:
+        wide = ModelConfig(layers=2, d_model=width, heads=width // head, d_ff=2 * width, residual="prenorm")
+        if parameter_count(wide, setting.vocabulary) >= wanted:
             return wide
-        width += 16
-
-
-def schedule(step: int, run: Run) -> float:
-    """Learning rate of an update, from 0: linear warm-up, constant, linear decay over the last fifth."""
-    decay = run.steps // 5
-    return run.lr * min(1.0, (step + 1) / run.warmup, (run.steps - step) / decay)
+        width += head
 
 
 def train(run: Run) -> dict[str, Any]:
     """The record of one training, on one thread."""
     torch.set_num_threads(1)
-    model = Transformer(model_of(run), TASK.symbols, seed=run.seed)
-    settings = OptimizerConfig(lr=run.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    optimizer = make_optimizer(model.named_parameters(), settings, model.config, fused=False)
-    held_out = TASK.batch(HELD_OUT_ROWS, -1, 0)
-    first = measure_signal(model, *TASK.batch(ROWS, 0, run.seed))
-    losses: list[float] = []
+    setting = setting_of(run.task)
+    model = Transformer(model_of(run), setting.vocabulary, seed=run.seed)
+
+    def batch(step: int) -> Batch:
+        return setting.batch(ROWS, step, run.seed)
+
+    held_out = setting.batch(HELD_OUT_ROWS, -1, 0)
+    first = measure_signal(model, *batch(0))
     begun = time.monotonic()
-    for step in range(run.steps):
-        ids, documents, labels = TASK.batch(ROWS, step, run.seed)
-        loss = model(ids, documents, labels) / labels.numel()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]) or not math.isfinite(float(norm)):
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(step, run)
-        optimizer.step()
-    seconds = (time.monotonic() - begun) / len(losses)
+    losses = fit(model, batch, lr=run.lr, steps=run.steps, warmup=run.warmup)
+    seconds = (time.monotonic() - begun) / max(1, len(losses))
     record: dict[str, Any] = {**asdict(run), "losses": [round(loss, 4) for loss in losses], "seconds_a_step": seconds}
-    record["gradient_ratio"] = first.gradient_ratio
-    record["finite"] = len(losses) == run.steps and math.isfinite(losses[-1])
+    record |= {"gradient_ratio": first.gradient_ratio, "finite": len(losses) == run.steps}
     if record["finite"]:
         last = measure_signal(model, *held_out)
         record |= {"loss": last.loss, "growth": last.growth, "skip": list(skip_eighths(model, *held_out))}
@@ -156,8 +181,8 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["layers"], row.get("loss", math.inf)))
 
 
-def report(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table."""
+def report(rows: Sequence[dict[str, Any]], limits: Mapping[str, float]) -> str:
+    """The rows as a table, under the losses to compare them with."""
     heads = ["layers form", "lr", "steps", "seeds", "loss", "least to largest", "first", "idle", "ratio", "growth"]
     lines = []
     for row in rows:
@@ -170,14 +195,15 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
             line += ["nan", "", "", ""]
         growth = f"{row['growth']:.1f}" if "growth" in row else ""
         lines.append([*line, f"{row['gradient_ratio']:.2g}", growth, f"{row['seconds_a_step']:.2f}"])
-    return table(f"uniform {TASK.uniform:.3f}, floor {TASK.floor:.3f} nats", [*heads, "s/step"], lines)
+    title = ", ".join(f"{name} {nats:.3f} nats" for name, nats in limits.items())
+    return table(title, [*heads, "s/step"], lines)
 
 
 def runs_of(options: argparse.Namespace) -> list[Run]:
     """What is asked for: every form and depth, and at 100 layers two arms that are fair to the control."""
     runs = []
     for layers in options.layers:
-        steps = options.steps or (80 if layers >= 500 else 150)
+        steps = options.steps or (1500 if options.task == "text" else 80 if layers >= 500 else 150)
         seeds = range(options.seeds if layers <= 100 else 1)
         for mode in options.modes:
             for lr in options.lrs if layers == 100 else [1e-3]:
@@ -186,6 +212,7 @@ def runs_of(options: argparse.Namespace) -> list[Run]:
                 runs += [Run(mode, layers, 1e-4, seed, 10 * steps, steps) for seed in seeds]
         if layers <= 100:
             runs += [Run(WIDE, layers, 1e-3, seed, steps, 20) for seed in seeds]
+    runs = [replace(run, task=options.task) for run in runs]
     # The long ones first: the cores end together.
     return sorted(runs, key=lambda run: run.layers * run.steps, reverse=True)
 
@@ -193,33 +220,28 @@ def runs_of(options: argparse.Namespace) -> list[Run]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, print, and keep what came out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.science.depth", description=__doc__.partition("\n")[0])
+    parser.add_argument("--task", choices=TASKS, default="permutation")
     parser.add_argument("--layers", type=int, nargs="+", default=[24, 100, 200, 1000])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument(
         "--lrs", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="at 100 layers; elsewhere 1e-3"
     )
     parser.add_argument("--seeds", type=int, default=3, help="up to 100 layers; beyond one")
-    parser.add_argument("--steps", type=int, help="default: 150, at 500 layers and more 80")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps", type=int, help="default: 150, at 500 layers and more 80, of text 1500")
+    add_options(parser)
     options = parser.parse_args(arguments)
     command = "python -m benchmarks.science.depth " + " ".join(sys.argv[1:] if arguments is None else arguments)
-    facts = provenance(command.strip())
+    limits = setting_of(options.task).limits
+    facts = {"schema_version": SCHEMA_VERSION, **provenance(command.strip()), "limits": dict(limits)}
     runs = runs_of(options)
     records = []
     print(f"{len(runs)} trainings", flush=True)
-    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=4) as pool:
-        for record in pool.imap_unordered(partial(train), runs):
-            records.append(record)
-            loss = f"{record['loss']:.2f}" if record["finite"] else "not finite"
-            what = f"{record['layers']:5d} {record['mode']:18s} lr {record['lr']:g} seed {record['seed']}"
-            print(f"{what}: {loss}", flush=True)
-    records.sort(key=lambda record: runs.index(Run(**{name: record[name] for name in Run.__dataclass_fields__})))
-    rows = summary(records)
-    print(report(rows))
-    if options.out:
-        limits = {"uniform": TASK.uniform, "floor": TASK.floor}
-        result = {"schema_version": SCHEMA_VERSION, **facts, "limits": limits, "summary": rows, "runs": records}
-        write_result(options.out, result)
+    for record in run_all(runs, train, options, facts, summary):
+        records.append(record)
+        loss = f"{record['loss']:.2f}" if record["finite"] else "not finite"
+        what = f"{record['layers']:5d} {record['mode']:18s} lr {record['lr']:g} seed {record['seed']}"
+        print(f"{what}: {loss}", flush=True)
+    print(report(summary(records), limits))
     return 0
 
 

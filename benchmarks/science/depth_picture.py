@@ -38,7 +38,7 @@ def draw(result: dict[str, Any], picture: Path) -> None:
             left.plot(smooth, label=run["mode"], color=f"C{number}", linewidth=1.2)
             if "skip" in run:
                 right.plot(range(1, len(run["skip"]) + 1), run["skip"], color=f"C{number}", marker="o", markersize=3)
-        for level, name in ((result["limits"]["uniform"], "uniform"), (result["limits"]["floor"], "floor")):
+        for name, level in result["limits"].items():
             left.axhline(level, color="grey", linestyle=":", linewidth=0.8)
             left.text(0, level, name, fontsize=7, color="grey", va="bottom")
         left.set(title=f"{layers} layers, learning rate {RATE:g}", xlabel="update", ylabel="training loss, nats")

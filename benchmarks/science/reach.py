@@ -1,6 +1,6 @@
 """How far does attention reach beyond the rows it was trained on? Each kind of attention, equal parameters and tokens.
 
-    python -m benchmarks.science.reach [--tasks recall passkey copy text] [--kinds rope hybrid] [--seeds 3] [--out FILE]
+    python -m benchmarks.science.reach [--tasks recall copy] [--kinds rope hybrid] [--seeds 3] [--out FILE] [--more]
 
 A decoder of 4 layers of width 64 with 4 heads, trained on rows of 128 tokens, 32 rows an update, AdamW at 2e-3; then
 asked on rows of 1, 2, 4 and 8 times that length. One core a run.
@@ -14,25 +14,21 @@ Medians over the seeds, with the least and largest. `vanilla` is the Transformer
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from benchmarks.harness import provenance, table, write_result
+from benchmarks.harness import provenance, table
+from benchmarks.science.runs import add_options, fit, run_all
 from benchmarks.science.tasks import IGNORED, Copy, Passkey, Recall, Task, Text
-from solomonov.config import OptimizerConfig
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_count
 from solomonov.model.transformer import Transformer
-from solomonov.optim import make_optimizer
 
 SCHEMA_VERSION: Final = 1
 TOKENS: Final = 128
@@ -75,20 +71,9 @@ def train(run: Run) -> dict[str, Any]:
     task = TASKS[run.task]
     config = model_of(run)
     model = Transformer(config, task.vocabulary, seed=run.seed)
-    settings = OptimizerConfig(lr=run.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    optimizer = make_optimizer(model.named_parameters(), settings, config, fused=False)
-    losses = []
-    for step in range(run.steps):
-        ids, documents, labels = task.batch(run.rows, TOKENS, step, run.seed)
-        loss = model(ids, documents, labels) / (labels != IGNORED).sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = run.lr * min(1.0, (step + 1) / 100, (run.steps - step) / (run.steps // 5))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = fit(
+        model, lambda step: task.batch(run.rows, TOKENS, step, run.seed), lr=run.lr, steps=run.steps, warmup=100
+    )
     found = {str(times): asked(model, run, times) for times in TIMES}
     parameters = parameter_count(config, task.vocabulary)
     return {**asdict(run), "parameters": parameters, "losses": losses[:: max(1, run.steps // 200)], "found": found}
@@ -143,10 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="updates (default: 2000)")
     parser.add_argument("--asked-rows", type=int, default=256, help="at each length (default: 256)")
-    parser.add_argument("--out", type=Path)
+    add_options(parser)
     options = parser.parse_args(arguments)
     command = "python -m benchmarks.science.reach " + " ".join(sys.argv[1:] if arguments is None else arguments)
-    facts = provenance(command.strip())
+    facts = {"schema_version": SCHEMA_VERSION, **provenance(command.strip())}
     runs = [
         Run(task, kind, seed, options.steps or STEPS[task], asked_rows=options.asked_rows)
         for task in options.tasks
@@ -155,15 +140,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     records = []
     print(f"{len(runs)} trainings", flush=True)
-    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=4) as pool:
-        for record in pool.imap(train, runs):
-            records.append(record)
-            found = " ".join(f"{record['found'][str(times)]:.2f}" for times in TIMES)
-            print(f"{record['task']:8s} {record['kind']:13s} seed {record['seed']}: {found}", flush=True)
-    rows = summary(records)
-    print(report(rows))
-    if options.out:
-        write_result(options.out, {"schema_version": SCHEMA_VERSION, **facts, "summary": rows, "runs": records})
+    for record in run_all(runs, train, options, facts, summary):
+        records.append(record)
+        found = " ".join(f"{record['found'][str(times)]:.2f}" for times in TIMES)
+        print(f"{record['task']:8s} {record['kind']:13s} seed {record['seed']}: {found}", flush=True)
+    print(report(summary(records)))
     return 0
 
 

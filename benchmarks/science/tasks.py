@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cache
-from math import log
+from functools import cache, cached_property
+from itertools import permutations
+from math import factorial, log
 from pathlib import Path
 from typing import Protocol
 
@@ -164,6 +165,37 @@ class Passkey:
         labels = torch.full((rows, tokens), IGNORED)
         labels[:, tokens - self.digits :] = digits
         return ids.to(torch.int32), torch.zeros(rows, tokens, dtype=torch.int32), labels
+
+
+@dataclass(frozen=True)
+class Words:
+    """The word problem of the symmetric group: permutations of `items` things, one after the other, and at each place
+    asked what all up to here make together. A model of fixed depth cannot for long words (of 5 things and more; arXiv
+    2210.10749, 2404.08819): the depth that it takes grows with their length."""
+
+    items: int = 3
+
+    @property
+    def vocabulary(self) -> int:
+        """V: the elements of the group."""
+        return factorial(self.items)
+
+    @cached_property
+    def products(self) -> Tensor:
+        """(V, V): number of the element that applying the first, and then the second, is."""
+        elements = list(permutations(range(self.items)))
+        number = {element: at for at, element in enumerate(elements)}
+        return torch.tensor([[number[tuple(then[at] for at in first)] for then in elements] for first in elements])
+
+    def batch(self, rows: int, tokens: int, number: int, seed: int) -> Batch:
+        """Rows of `tokens` elements, asked about at every place."""
+        ids = torch.randint(0, self.vocabulary, (rows, tokens), generator=_generator(seed, number))
+        state = ids[:, 0]
+        labels = [state]
+        for place in range(1, tokens):
+            state = self.products[state, ids[:, place]]
+            labels.append(state)
+        return ids.to(torch.int32), torch.zeros(rows, tokens, dtype=torch.int32), torch.stack(labels, dim=1)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def skip_eighths(
 
     Near 0: that eighth is idle. Measured on one batch; see `measure_signal` for the arguments.
     """
-    mean = partial(_mean_loss, model, input_ids, document_ids, labels, source)
+    mean = partial(mean_loss, model, input_ids, document_ids, labels, source)
     whole = mean()
     rises = []
     for part in eighths(sum(stack.layers for stack in model.config.stacks)):
@@ -139,7 +139,9 @@ def skip_eighths(
     return tuple(rises)
 
 
-def _mean_loss(
-    model: Transformer, input_ids: Tensor, document_ids: Tensor, labels: Tensor, source: Source | None
+@torch.no_grad()
+def mean_loss(
+    model: Transformer, input_ids: Tensor, document_ids: Tensor, labels: Tensor, source: Source | None = None
 ) -> float:
+    """Mean cross-entropy in nats over the labels that count; see `measure_signal` for the arguments."""
     return float(model(input_ids, document_ids, labels, source=source) / (labels != -100).sum())

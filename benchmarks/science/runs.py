@@ -1,0 +1,108 @@
+"""Many trainings of an experiment, one a core, kept as they end, so that what was interrupted goes on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from benchmarks.harness import BenchmarkError, write_result
+from benchmarks.science.tasks import IGNORED, Batch
+from solomonov.config import OptimizerConfig
+from solomonov.model.transformer import Transformer
+from solomonov.optim import make_optimizer
+
+RunT = TypeVar("RunT")
+Record = dict[str, Any]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every experiment has."""
+    parser.add_argument("--out", metavar="FILE", type=Path, help="keep the result there, after every training")
+    parser.add_argument("--more", action="store_true", help="take over the trainings that FILE already has")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="trainings at once")
+
+
+def run_all(
+    runs: Sequence[RunT],
+    train: Callable[[RunT], Record],
+    options: argparse.Namespace,
+    facts: Record,
+    summary: Callable[[list[Record]], list[Record]],
+) -> Iterator[Record]:
+    """Train what is not kept yet, as many at once as there are workers; yields every record when it is there.
+
+    Args:
+        runs: dataclasses; a record holds the fields of its run, and `commit`, the source that it was trained with.
+        options: of `add_options`.
+        facts: what stands in the result beside `commits`, `summary` and `runs`.
+        summary: of the records, for the result.
+
+    Raises:
+        BenchmarkError: there is a result at the place of the new one, and --more was not given.
+    """
+    out: Path | None = options.out
+    if out is not None and out.exists() and not options.more:
+        raise BenchmarkError(f"{out} exists: give another --out, or --more to take over the trainings that it holds")
+    old: list[Record] = json.loads(out.read_bytes())["runs"] if out is not None and out.exists() else []
+    wanted = [asdict(run) for run in runs]  # type: ignore[call-overload]
+    kept = {
+        number: record for number, fields in enumerate(wanted) for record in old if fields.items() <= record.items()
+    }
+    yield from kept.values()
+    missing = [number for number in range(len(runs)) if number not in kept]
+    with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=4) as pool:
+        jobs = [(number, train, runs[number]) for number in missing]
+        for number, record in pool.imap_unordered(_numbered, jobs):
+            kept[number] = {**record, "commit": facts["git_commit"]}
+            if out is not None:
+                records = [kept[number] for number in sorted(kept)]
+                commits = sorted({record["commit"] for record in records})
+                write_result(out, {**facts, "commits": commits, "summary": summary(records), "runs": records})
+            yield kept[number]
+
+
+def schedule(step: int, lr: float, steps: int, warmup: int) -> float:
+    """Learning rate of an update, from 0: linear warm-up, constant, linear decay over the last fifth."""
+    return lr * min(1.0, (step + 1) / warmup, (steps - step) / (steps // 5))
+
+
+def fit(model: Transformer, batch: Callable[[int], Batch], *, lr: float, steps: int, warmup: int) -> list[float]:
+    """Train with AdamW (0.9, 0.95), weight decay 0.1 and norms clipped at 1.
+
+    Args:
+        batch: from the number of an update, from 0, to its rows.
+        lr: the peak, times what the parameterisation says of each parameter.
+
+    Returns:
+        the training loss of each update in nats a label; fewer than `steps` where one, or its gradient, is not finite.
+    """
+    settings = OptimizerConfig(lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = make_optimizer(model.named_parameters(), settings, model.config, fused=False)
+    losses: list[float] = []
+    for step in range(steps):
+        ids, documents, labels = batch(step)
+        loss = model(ids, documents, labels) / (labels != IGNORED).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]) or not math.isfinite(float(norm)):
+            return losses[:-1]
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, lr, steps, warmup) * group["lr_scale"]
+        optimizer.step()
+    return losses
+
+
+def _numbered(job: tuple[int, Callable[[Any], Record], Any]) -> tuple[int, Record]:
+    number, train, run = job
+    return number, train(run)

@@ -1,0 +1,167 @@
+"""Does the learning rate found at 6 layers hold at 24 and 96? Under the parameterisations sp and completep.
+
+    python -m benchmarks.science.transfer [--layers 6 24 96] [--seeds 2] [--out FILE] [--more]
+
+The noisy permutation (`tasks`) at the sizes of `benchmarks.science.depth`, 100 updates, so that nothing has reached the
+floor; learning rates a factor of two apart. `sp` is pre-norm, one rate for all parameters; `completep` scales the
+branches by 6 / layers, and initial values, rates and eps with them.
+
+best      The rate with the least held-out loss, median over the seeds; a loss that is not finite is the worst.
+off by    Factor between the best rate here and the best one at the least depth: 1 where it holds.
+price     What it costs, in nats, to take here the rate that is best at the least depth, over the best rate here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from benchmarks.harness import provenance, table
+from benchmarks.science.depth import BASE_LAYERS, HELD_OUT_ROWS, ROWS, setting_of
+from benchmarks.science.runs import add_options, fit, run_all
+from benchmarks.science.tasks import Batch
+from solomonov.model.config import ModelConfig
+from solomonov.model.signal import mean_loss
+from solomonov.model.transformer import Transformer
+
+SCHEMA_VERSION: Final = 1
+RATES: Final = [2.0**exponent for exponent in range(-12, -4)]
+KINDS: Final[dict[str, dict[str, Any]]] = {
+    "sp": {"parameterization": "sp", "residual": "prenorm"},
+    "completep": {"parameterization": "completep", "residual": "scaled"},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    kind: str
+    layers: int
+    lr: float
+    seed: int
+    steps: int = 100
+
+
+def train(run: Run) -> dict[str, Any]:
+    """The record of one training, on one thread."""
+    torch.set_num_threads(1)
+    setting = setting_of("permutation")
+    config = ModelConfig.model_validate(
+        {**setting.shape(run.layers), **KINDS[run.kind], "attention": {"preset": "rope"}}
+    )
+    model = Transformer(config, setting.vocabulary, seed=run.seed)
+
+    def batch(step: int) -> Batch:
+        return setting.batch(ROWS, step, run.seed)
+
+    losses = fit(model, batch, lr=run.lr, steps=run.steps, warmup=20)
+    finite = len(losses) == run.steps
+    loss = mean_loss(model, *setting.batch(HELD_OUT_ROWS, -1, 0)) if finite else None
+    return {**asdict(run), "finite": finite, "loss": loss, "losses": [round(loss, 4) for loss in losses]}
+
+
+def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each parameterisation and depth."""
+    rows: list[dict[str, Any]] = []
+    key = lambda record: (list(KINDS).index(record["kind"]), record["layers"])  # noqa: E731
+    for _, group in groupby(sorted(records, key=key), key):
+        runs = list(group)
+        row: dict[str, Any] = {name: runs[0][name] for name in ("kind", "layers", "steps")}
+        by_rate: dict[float, list[float]] = {}
+        for run in runs:
+            by_rate.setdefault(run["lr"], []).append(run["loss"] if run["finite"] else math.inf)
+        medians = {rate: statistics.median(losses) for rate, losses in sorted(by_rate.items())}
+        row["best"] = min(medians, key=lambda rate: medians[rate])
+        row["seeds"] = min(map(len, by_rate.values()))
+        row["losses"] = [[rate, loss if math.isfinite(loss) else None] for rate, loss in medians.items()]
+        first = next((other for other in rows if other["kind"] == row["kind"]), row)
+        there = medians.get(first["best"], math.inf)
+        row["off_by"] = row["best"] / first["best"]
+        row["price"] = there - medians[row["best"]] if math.isfinite(there) else None
+        rows.append(row)
+    return rows
+
+
+def report(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> str:
+    """The rows as a table: the loss at every rate."""
+    rates = sorted({rate for row in rows for rate, _ in row["losses"]})
+    lines = []
+    for row in rows:
+        losses = dict(row["losses"])
+        cells = ["" if rate not in losses else f"{losses[rate]:.2f}" if losses[rate] else "nan" for rate in rates]
+        price = "nan" if row["price"] is None else f"{row['price']:.2f}"
+        lines.append([f"{row['kind']:10s} {row['layers']:3d} layers", *cells, f"{row['off_by']:g}", price])
+    title = "held-out loss by learning rate; " + ", ".join(f"{name} {nats:.3f}" for name, nats in limits.items())
+    return table(title, ["", *(f"{rate:.2g}" for rate in rates), "off by", "price"], lines)
+
+
+def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
+    """Loss against the rate, a panel a parameterisation, a line a depth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = sorted({row["kind"] for row in rows}, key=list(KINDS).index)
+    figure, axes = pyplot.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 4), squeeze=False, sharey=True)
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        for row in rows:
+            if row["kind"] == kind:
+                points = [(rate, loss) for rate, loss in row["losses"] if loss is not None]
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{row['layers']} layers")
+        axis.set(title=kind, xlabel="learning rate", ylabel="held-out loss, nats")
+        axis.set_xscale("log", base=2)
+        axis.legend()
+    figure.tight_layout()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, print, keep and draw what came out."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.science.transfer", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--layers", type=int, nargs="+", default=[BASE_LAYERS, 24, 96])
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--picture", metavar="FILE", type=Path)
+    add_options(parser)
+    options = parser.parse_args(arguments)
+    command = "python -m benchmarks.science.transfer " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    limits = dict(setting_of("permutation").limits)
+    facts = {"schema_version": SCHEMA_VERSION, **provenance(command.strip()), "limits": limits}
+    runs = [
+        Run(kind, layers, lr, seed, options.steps)
+        for layers in sorted(options.layers, reverse=True)
+        for kind in KINDS
+        for lr in options.rates
+        for seed in range(options.seeds)
+    ]
+    records = []
+    print(f"{len(runs)} trainings", flush=True)
+    for record in run_all(runs, train, options, facts, summary):
+        records.append(record)
+        loss = f"{record['loss']:.2f}" if record["finite"] else "not finite"
+        print(f"{record['kind']:10s} {record['layers']:3d} lr {record['lr']:.2g} seed {record['seed']}: {loss}")
+    rows = summary(records)
+    print(report(rows, limits))
+    if options.picture is not None:
+        draw(rows, options.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
