@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from solomonov.batch import TokenBatch
 from solomonov.engine import Engine
-from solomonov.footprint import Allocated, Footprint, Training, footprint, front_working
+from solomonov.footprint import Allocated, Footprint, Training, Working, footprint, front_working
 from solomonov.model.config import ModelConfig, Recompute
 from solomonov.model.counts import parameter_count
 from solomonov.model.front import Front, example
@@ -177,6 +177,21 @@ def test_what_a_front_keeps_is_foreseen_without_it(kind: str, precision: str) ->
     foreseen = front_working(model, 2, 32, precision)
     assert sum(kept.values()) == pytest.approx(foreseen.kept, rel=0.02)
     assert foreseen.backward > 0
+
+
+def test_what_a_front_keeps_is_there_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"architecture": "encoder", "layers": 2, "d_model": 64, "heads": 4, "front": {"kind": "frames"}}
+    model, layout = ModelConfig.model_validate(given), Layout(zero_stage=0)
+
+    def foreseen() -> Footprint:
+        return footprint(model, VOCAB, plan_of(layout, 1), ParallelConfig(zero_stage=0), Training("fp32"))
+
+    whole = foreseen()
+    assert whole.moment == "head", "when all is kept"
+    monkeypatch.setattr("solomonov.footprint.front_working", lambda *_: Working(0, 0))
+    kept = front_working(model, ROWS, SEQUENCE, "fp32").kept
+    assert kept > ROWS * SEQUENCE * 4 * 64
+    assert whole.total - foreseen().total == kept
 
 
 def test_a_model_of_any_size_is_foreseen_without_its_memory() -> None:

@@ -232,9 +232,11 @@ def test_what_the_front_does_not_read_is_refused(front: dict[str, Any], shape: t
         Front(encoder(front))(torch.zeros(shape), torch.zeros(1, 3))
 
 
-def test_token_ids_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"got torch\.int32 of shape"):
-        spread_model(encoder(PATCHES))(random_ids(1, 15), torch.zeros(1, 15))
+@pytest.mark.parametrize("shape", [(1, 15), (1, 2, 12, 20)], ids=str)
+def test_integers_are_refused(shape: tuple[int, ...]) -> None:
+    """Token ids, and pixels from 0 to 255, which are 128 times too large."""
+    with pytest.raises(ValueError, match=r"got torch\.uint8 of shape"):
+        spread_model(encoder(PATCHES))(torch.zeros(shape, dtype=torch.uint8), torch.zeros(1, 15))
 
 
 def test_images_may_be_higher_and_are_read_in_bf16() -> None:
