@@ -26,6 +26,7 @@ from solomonov.model.attention import SequenceShare, attend, attention_context, 
 from solomonov.model.attention_config import LayerAttention
 from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.counts import parameter_count, parameter_shapes
+from solomonov.model.front import Front, example
 from solomonov.model.layers import Block
 from solomonov.model.loss import cross_entropy_sum
 from solomonov.model.naming import is_hidden_matrix, layer_names
@@ -181,6 +182,18 @@ def contexts_bytes(config: ModelConfig, rows: int, sequence_tokens: int, ranks: 
         size: int = allocated.now - before
         assert contexts, "a model has a layer"
         return size
+
+
+@cache
+def front_working(config: ModelConfig, rows: int, sequence_tokens: int, precision: str) -> Working:
+    """Of what stands before a stack that reads no tokens, for `sequence_tokens` of these a row; what it reads itself,
+    like token ids, is not counted."""
+
+    def make(dtype: torch.dtype) -> Callable[[], Tensor]:
+        front, read = Front(config), example(config.front, rows, sequence_tokens, torch.Generator())
+        return lambda: front(*read)[0]
+
+    return _working(precision, make)
 
 
 @cache
@@ -411,6 +424,8 @@ def _activations(
         kept, backward = sum(block.kept for block in workings), max(block.backward for block in workings)
         groups.append(Working(stream, kept + backward) if recompute.mode == "full" else Working(kept, backward))
     of_one_micro_batch = sum(group.kept for group in groups)
+    if "front" in layers:
+        of_one_micro_batch += front_working(model, plan.micro_rows, plan.sequence_tokens, precision).kept
     first, last = (groups[0], groups[-1]) if groups else (Working(0, 0), Working(0, 0))
     head = head_working(model.d_model, vocab_size, tokens, precision) if "head" in layers else Working(0, 0)
     shared = 0 if staged else contexts_bytes(model, plan.micro_rows, plan.sequence_tokens, ranks)

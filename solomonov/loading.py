@@ -107,7 +107,7 @@ def load_model(target: str, *, step: int | None = None, ema: bool = False) -> Lo
     return LoadedModel(
         config=config.model,
         state=state,
-        vocab_size=state["embedding.weight"].shape[0],
+        vocab_size=state["embedding.weight" if config.model.reads_tokens else "head.weight"].shape[0],
         tokenizer_model=tokenizer_model,
         sequence_tokens=config.data.sequence_tokens,
         step=step,

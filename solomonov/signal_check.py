@@ -15,6 +15,7 @@ import torch
 
 from solomonov.model.config import ModelConfig
 from solomonov.model.cross import Source
+from solomonov.model.front import example
 from solomonov.model.signal import Signal, eighths, measure_signal
 from solomonov.model.transformer import Transformer
 
@@ -66,14 +67,17 @@ def narrowed(model: ModelConfig) -> ModelConfig:
 
 
 def check_signal(model: ModelConfig, *, seed: int = 0) -> SignalCheck:
-    """Measure the initial values of a model's narrow copy, on random tokens."""
+    """Measure the initial values of a model's narrow copy, on random tokens, or what its front reads."""
     copy = narrowed(model)
     generator = torch.Generator().manual_seed(seed)
     ids, labels = (torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=generator) for _ in range(2))
-    documents, source = torch.zeros_like(ids), None
+    target, source = (ids, torch.zeros_like(ids)), None
     if copy.architecture == "encoder_decoder":
-        source = Source(torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=generator), documents)
-    signal = measure_signal(Transformer(copy, VOCABULARY, seed=seed), ids, documents, labels, source)
+        source = Source(torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=generator), target[1])
+    if copy.front.kind != "tokens":
+        read = example(copy.front, ROWS, TOKENS, generator)
+        target, source = (target, Source(*read)) if source is not None else (read, None)
+    signal = measure_signal(Transformer(copy, VOCABULARY, seed=seed), *target, labels, source)
     verdict, reading = judge(signal)
     return SignalCheck(len(signal.gradient_norms), copy.d_model, signal, verdict, reading, advice(model, verdict))
 

@@ -17,7 +17,7 @@ from solomonov.model.config import ModelConfig
 from solomonov.model.flex import FlexPlan, flex_attend, flex_plan, flex_suits
 from solomonov.model.norms import RMSNorm
 from solomonov.model.positions import alibi_slopes, log_visible
-from solomonov.model.rope import document_positions, rope_tables, rotate
+from solomonov.model.rope import document_positions, grid_rope_tables, rope_tables, rotate
 from solomonov.model.stacks import Stack
 
 
@@ -104,7 +104,11 @@ def attention_context(
     positions = token_positions(document_ids, new_tokens, share)
     cosine, sine = None, None
     if kind.position == "rope":
-        cosine, sine = rope_tables(positions, config.head_width, kind.rope_theta)
+        columns = config.grid_columns(stack)
+        if columns is None:
+            cosine, sine = rope_tables(positions, config.head_width, kind.rope_theta)
+        else:
+            cosine, sine = grid_rope_tables(positions, columns, config.head_width, kind.rope_theta)
     slopes = None
     if kind.position == "alibi":
         slopes = torch.tensor(alibi_slopes(config.heads), device=device)

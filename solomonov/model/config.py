@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from solomonov.model.attention_config import AttentionConfig, LayerAttention
+from solomonov.model.front_config import FrontConfig
 from solomonov.model.residual import ResidualMode
 from solomonov.model.stacks import Architecture, Stack, stacks_of
 from solomonov.section import Section
@@ -40,6 +41,9 @@ class ModelConfig(Section):
     """`decoder`: one causal stack that predicts the next token. `encoder`: one stack in which every token sees all of
     its document. `encoder_decoder`: an encoder reads a source, and a causal stack that also looks at what the encoder
     made of it (cross-attention) predicts a target."""
+
+    front: FrontConfig = FrontConfig()
+    """What the first stack reads: token ids, patches of images, or frames of sound."""
 
     layers: int = Field(default=12, ge=1)
     """Number of blocks (one attention and one feed-forward branch each); of an encoder_decoder those of its decoder,
@@ -140,6 +144,29 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _front_agrees(self) -> Self:
+        kind = self.front.kind
+        if kind == "tokens":
+            return self
+        if self.architecture == "decoder":
+            raise ValueError(
+                f"front.kind {kind} with architecture decoder: what is predicted from what came before are tokens. Set "
+                "architecture to encoder or encoder_decoder, or front.kind to tokens"
+            )
+        if self.tie_embeddings and not self.reads_tokens:
+            raise ValueError(
+                f"tie_embeddings with front.kind {kind} and architecture {self.architecture}: nothing reads tokens, "
+                "and there is no embedding to share. Set tie_embeddings to false, or architecture to encoder_decoder"
+            )
+        if kind == "patches" and self.attention.position == "rope" and self.head_width % 4:
+            raise ValueError(
+                f"a head is {self.head_width} wide, but on patches rotary positions turn pairs by row and as many by "
+                f"column: give a d_model / heads (or head_dim) that is a multiple of 4, say head_dim "
+                f"{-(-self.head_width // 4) * 4}, or set attention.position to sinusoidal or nope"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _parameterization_agrees(self) -> Self:
         if self.parameterization == "completep" and self.residual_mode != "scaled":
             raise ValueError(
@@ -177,6 +204,16 @@ class ModelConfig(Section):
     def stacks(self) -> tuple[Stack, ...]:
         """The stacks of blocks in the order in which they run."""
         return stacks_of(self)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether a stack reads token ids, for which there is an embedding."""
+        return self.front.kind == "tokens" or self.architecture == "encoder_decoder"
+
+    def grid_columns(self, stack: Stack | None = None) -> int | None:
+        """Columns of the grid on which the tokens of a stack (None: the last one) stand; None: they stand in a row."""
+        stack = self.stacks[-1] if stack is None else stack
+        return self.front.columns if self.front.kind == "patches" and not stack.causal else None
 
     def layer_attention(self, layer: int, stack: Stack | None = None) -> LayerAttention:
         """What the attention of layer number `layer` of a stack does, from 0; None: of the last stack."""

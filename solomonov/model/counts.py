@@ -19,6 +19,10 @@ def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[in
         if index is not None:
             block = _block_shapes(config, index, stack_of(config, layer))
             shapes |= {f"{layer}.{name}": shape for name, shape in block.items()}
+        elif layer == "front":
+            for name, matrix in config.front.matrices(width).items():
+                shapes[f"front.{name}.weight"] = (matrix.outputs, matrix.inputs)
+                shapes[f"front.{name}.bias"] = (matrix.outputs,)
         elif layer.endswith("final_norm"):
             shapes |= _norm_shapes(config, layer)
         elif layer == "embedding" or not config.tie_embeddings:
@@ -92,16 +96,16 @@ def layer_flops(
 ) -> dict[str, int]:
     """Layer -> floating-point operations of its forward pass on one token, in the order of the stack.
 
-    Two a value of each matrix that multiplies (the head, tied or not; not the embedding look-up, not the norms), and in
-    a block the two attention products, each 2 * H * E operations per visible key: the keys that a causal row shows on
-    average, in local layers those of the window, in an encoder all of the row, in cross-attention all of the source.
-    Rows of several documents show fewer: the figure is an upper bound. Source: Kaplan et al. (arXiv 2001.08361) and
-    PaLM appendix B (arXiv 2204.02311), which counts all T keys.
+    Two a value of each matrix that multiplies (the head, tied or not, and the front as often as it does so for a token;
+    not the embedding look-up, not the norms), and in a block the two attention products, each 2 * H * E operations per
+    visible key: the keys that a causal row shows on average, in local layers those of the window, in an encoder all of
+    the row, in cross-attention all of the source. Rows of several documents show fewer: the figure is an upper bound.
+    Source: Kaplan et al. (arXiv 2001.08361) and PaLM appendix B (arXiv 2204.02311), which counts all T keys.
 
     Args:
         sequence_tokens: T, of a row.
-        source_tokens: of a row of the source of an encoder_decoder, where the token is one of the target, with its
-            share of what is done once a token of the source; None: as many as `sequence_tokens`.
+        source_tokens: of a row of the source of an encoder_decoder (behind its front), where the token is one of the
+            target, with its share of what is done once a token of the source; None: as many as `sequence_tokens`.
     """
     of_source = sequence_tokens if source_tokens is None else source_tokens
     costs = dict.fromkeys(layer_names(config), 0)
@@ -109,6 +113,10 @@ def layer_flops(
         index = block_number(layer)
         if index is not None:
             costs[layer] = _block_flops(config, index, stack_of(config, layer), sequence_tokens, of_source)
+    if "front" in costs:
+        products = config.front.matrices(config.d_model).values()
+        share = of_source / sequence_tokens if config.architecture == "encoder_decoder" else 1.0
+        costs["front"] = round(2 * share * sum(each.outputs * each.inputs * each.times for each in products))
     costs["head"] = 2 * vocab_size * config.d_model
     return costs
 

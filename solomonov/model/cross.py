@@ -18,10 +18,11 @@ class Source(NamedTuple):
     """Rows that an encoder reads, of S tokens each."""
 
     input_ids: Tensor
-    """(B, S) integers."""
+    """(B, S) integers, or what the model's front reads (see `front.Front`)."""
 
     document_ids: Tensor
-    """(B, S) integers, equal within a document, -1 on padding; those of the target that belongs to it."""
+    """(B, S) integers (one a frame where it reads frames), equal within a document, -1 on padding; those of the target
+    that belongs to it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,11 @@ _WRAPPERS = frozenset({"module", "_orig_mod"})
 
 
 def layer_names(config: ModelConfig) -> list[str]:
-    """Names of the layers in order: embedding, layers.0 .. layers.(L-1), final_norm (but where the last block ends in a
-    norm of its own), head; of an encoder_decoder those of the encoder, as encoder.layers.0, before those of the
-    decoder."""
-    names = ["embedding"]
+    """Names of the layers in order: front (where it is not tokens that the first stack reads), embedding (where any
+    stack reads some), layers.0 .. layers.(L-1), final_norm (but where the last block ends in a norm of its own), head;
+    of an encoder_decoder those of the encoder, as encoder.layers.0, before those of the decoder."""
+    names = [] if config.front.kind == "tokens" else ["front"]
+    names += ["embedding"] if config.reads_tokens else []
     for stack in stacks_of(config):
         names += [f"{stack.prefix}layers.{index}" for index in range(stack.layers)]
         names += [f"{stack.prefix}final_norm"] if has_final_norm(config, stack) else []

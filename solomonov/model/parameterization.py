@@ -12,10 +12,13 @@ of the stack that the parameter belongs to:
 | hidden matrix, by Muon           | 1/sqrt(in) | 1       | 1/sqrt n, sqrt n | 1/sqrt n, sqrt n |
 | gain, bias, number a head, scale | constant   | 1, 1    | 1, -, 1/n        | 1, -, 1/(n l)    |
 | the same outside the blocks      | constant   | 1, 1    | 1, -, 1/n        | 1, -, 1/n        |
+| first matrix of a front          | 1/sqrt(in) | 1, 1    | 1, 1, 1/n        | 1, 1, 1/n        |
+| second matrix of a front         | g/sqrt(in) | 1, 1    | 1/n, n, 1/n      | 1/n, n, 1/n      |
 | head                             | 1/sqrt(in) | 1, 1    | 1/n, n, 1        | 1/n, n, 1        |
 
-`-` does not decay. A head's values are over sqrt n in mup and completep. The branches of completep have s = 1/l
-(`residual: scaled`). F must follow D, and the width of a head stay as it is.
+`-` does not decay. A front's matrices that a GELU follows have values times g = 1.468, so that sizes stay at 1. A
+head's values are over sqrt n in mup and completep. The branches of completep have s = 1/l (`residual: scaled`). F must
+follow D, and the width of a head stay as it is.
 
 Sources: mup arXiv 2203.03466, table 8; completep arXiv 2505.01618, table 1 with alpha = 1, where the hidden rate is
 free of the depth. There the head's logits are divided by n and its values and rate are those of the base: with Adam
@@ -39,7 +42,7 @@ from solomonov.model.stacks import Stack, stack_of
 if TYPE_CHECKING:
     from solomonov.model.config import ModelConfig
 
-Kind = Literal["embedding", "hidden", "vector", "outer vector", "head"]
+Kind = Literal["embedding", "input", "hidden", "outer hidden", "vector", "outer vector", "head"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Row:
 
     pattern: str
     kind: Kind
-    """How it follows width and depth. `vector`: in a block, one value a channel, head or branch."""
+    """How it follows width and depth. `vector`: in a block, one value a channel, head or branch. `input`: a matrix
+    whose inputs do not get wider; `outer`: in no block."""
     std: Callable[[ModelConfig, Stack, int], float] | None
     """From the configuration, the stack that it belongs to, and the number of inputs of the matrix; None: all are
     `constant`."""
@@ -92,6 +96,16 @@ def _embedding_std(config: ModelConfig, stack: Stack, fan_in: int) -> float:
     return 1.0 / sqrt(fan_in) if config.tie_embeddings else 1.0
 
 
+GELU_GAIN = 1.468
+"""Size of what goes into a GELU (by the error function) out of which it comes with size 1: the mean square of gelu(g z)
+over normal z is 1."""
+
+
+def _before_gelu_std(config: ModelConfig, stack: Stack, fan_in: int) -> float:
+    """As `_plain_std`, through a GELU behind it."""
+    return GELU_GAIN / sqrt(fan_in)
+
+
 def _head_std(config: ModelConfig, stack: Stack, fan_in: int) -> float:
     """1/sqrt(D), and where the width is accounted for smaller by sqrt(n): 1/n of the base's."""
     return 1.0 / sqrt(fan_in * (1.0 if config.parameterization == "sp" else width_ratio(config)))
@@ -108,6 +122,10 @@ _BRANCH = r"((cross_)?attention|feed_forward)"
 _NORM = _BRANCH + r"_(out_|post_)?norm"
 TABLE: tuple[Row, ...] = (
     Row(r"embedding\.weight", "embedding", _embedding_std),
+    Row(r"front\.projection\.weight", "input", _plain_std),
+    Row(r"front\.first\.weight", "input", _before_gelu_std),
+    Row(r"front\.second\.weight", "outer hidden", _before_gelu_std),
+    Row(r"front\.(projection|first|second)\.bias", "outer vector", None, lambda config, stack: 0.0),
     Row(r"head\.weight", "head", _head_std),
     Row(_BLOCK + rf"({_ATTENTION}\.[qk]|feed_forward\.gate)\.weight", "hidden", _plain_std),
     Row(_BLOCK + rf"({_ATTENTION}\.v|feed_forward\.up)\.weight", "hidden", _deepnorm_std),
@@ -162,7 +180,7 @@ def factors(name: str, config: ModelConfig, *, muon: bool = False) -> Factors:
         muon: whether Muon updates it, and not AdamW.
     """
     kind = row_of(name).kind
-    decays = 1.0 if kind in ("hidden", "head") else 0.0
+    decays = 1.0 if kind in ("input", "hidden", "outer hidden", "head") else 0.0
     if config.parameterization == "sp":
         return Factors(decay=decays)
     n = width_ratio(config)
@@ -172,6 +190,6 @@ def factors(name: str, config: ModelConfig, *, muon: bool = False) -> Factors:
         return Factors(lr=1.0 / sqrt(n), decay=sqrt(n))
     if kind == "head":
         return Factors(lr=1.0 / n, decay=n)
-    if kind == "hidden":
-        return Factors(lr=1.0 / n, decay=n, eps=1.0 / (n * deep))
-    return Factors(decay=0.0, eps=1.0 / (n * deep) if kind == "vector" else 1.0 / n)
+    if kind in ("hidden", "outer hidden"):
+        return Factors(lr=1.0 / n, decay=n, eps=1.0 / (n * deep if kind == "hidden" else n))
+    return Factors(decay=decays, eps=1.0 / (n * deep) if kind == "vector" else 1.0 / n)

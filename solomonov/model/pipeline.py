@@ -7,6 +7,9 @@ first, and the decoder's the third: the embedded target rides along while the en
 of the source while the decoder does, up to its last block: a stage behind that has no gradient to send back for it. So
 there is one embedding, on one stage.
 
+Where the first stack reads no token ids the carry begins with what its front reads, and the documents of that. The
+front is a layer before the embedding, which then embeds the target alone.
+
 The last layer returns (hidden, head weight), for `loss.pipeline_loss`. Each layer derives masks and rotary tables from
 the document ids: a few integers a token cross the wire instead of T booleans.
 """
@@ -22,14 +25,27 @@ from torch import Tensor, nn
 from solomonov.model.attention import attention_context, token_positions
 from solomonov.model.config import ModelConfig
 from solomonov.model.cross import memory_of
+from solomonov.model.front import Front
 from solomonov.model.init import initialise
 from solomonov.model.layers import Block, Embedding, FinalNorm, Head
 from solomonov.model.naming import TIED_LAYERS, layer_names
 from solomonov.model.stacks import Stack, block_number, stack_of
 
 Carry = tuple[Tensor, ...]
-"""Pairs of what is computed, or token ids at the first layer, and its document ids: of the source, where there is one,
-and of what is predicted."""
+"""Pairs of what is computed, or at the first layer token ids or what a front reads, and its document ids: of the
+source, where there is one, and of what is predicted."""
+
+
+class FrontStage(Front):
+    """`Front` on the carry."""
+
+    def __init__(self, config: ModelConfig, name: str, seed: int) -> None:
+        super().__init__(config)
+        initialise(self, config, seed, prefix=f"{name}.")
+
+    def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
+        """What the first stack reads becomes hidden."""
+        return *super().forward(*carry[:2]), *carry[2:]
 
 
 class EmbeddingStage(Embedding):
@@ -37,12 +53,13 @@ class EmbeddingStage(Embedding):
 
     def __init__(self, config: ModelConfig, vocab_size: int, name: str, seed: int) -> None:
         super().__init__(config, vocab_size)
+        self.begin = 0 if config.front.kind == "tokens" else 2
         initialise(self, config, seed, prefix=f"{name}.")
 
     def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
         """Token ids become hidden."""
-        embedded: list[Tensor] = []
-        for input_ids, document_ids in zip(carry[::2], carry[1::2], strict=True):
+        embedded = list(carry[: self.begin])
+        for input_ids, document_ids in zip(carry[self.begin :: 2], carry[self.begin + 1 :: 2], strict=True):
             positions = token_positions(document_ids) if self.sinusoidal else None
             embedded += [super().forward(input_ids, positions), document_ids]
         return tuple(embedded)
@@ -151,6 +168,8 @@ def pipeline_layers(config: ModelConfig, vocab_size: int, seed: int, *, selectiv
         index = block_number(name)
         if index is not None:
             layer = PipelineLayer(name, BlockStage, (config, index, name, seed, selective))
+        elif name == "front":
+            layer = PipelineLayer(name, FrontStage, (config, name, seed))
         elif name == "embedding":
             layer = PipelineLayer(name, EmbeddingStage, (config, vocab_size, name, seed), tied)
         elif name != "head":

@@ -23,6 +23,22 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :width]
 
 
+def grid_sinusoids(positions: Tensor, columns: int, width: int) -> Tensor:
+    """`sinusoids` of the row in the first half of the channels, and of the column in the second one (DETR, arXiv
+    2005.12872, appendix; MAE, 2111.06377, has the same).
+
+    Args:
+        positions: (B, N) integers, row by row.
+        columns: of the grid.
+        width: D; of an odd one the second half has one channel more.
+
+    Returns:
+        (B, N, D) fp32.
+    """
+    halves = sinusoids(positions // columns, width // 2), sinusoids(positions % columns, width - width // 2)
+    return torch.cat(halves, dim=-1)
+
+
 def alibi_slopes(heads: int) -> list[float]:
     """m_h of all heads: 2^(-8 (h + 1) / H) for H a power of 2 (arXiv 2108.12409, section 3).
 

@@ -41,6 +41,25 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
     return angles.cos(), angles.sin()
 
 
+def grid_rope_tables(positions: Tensor, columns: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """`rope_tables` on a grid: of the row theta^(-2i/(E/2)), i = 0 .. E/4 - 1, in the first half of the angles, and of
+    the column likewise in the second (RoPE-Axial, arXiv 2403.13298; as in Qwen2-VL, 2409.12191). With `rotate`'s pairs
+    half of a head's channels tell the row and half the column, and a logit depends on the differences of both alone.
+
+    Args:
+        positions: (B, N) integers, row by row.
+        columns: of the grid.
+        head_dim: E, a multiple of 4.
+
+    Returns:
+        Two (B, 1, N, E/2) fp32 tensors, broadcast over heads.
+    """
+    of_row, of_column = (
+        rope_tables(places, head_dim // 2, theta) for places in (positions // columns, positions % columns)
+    )
+    return torch.cat((of_row[0], of_column[0]), dim=-1), torch.cat((of_row[1], of_column[1]), dim=-1)
+
+
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i + E/2}) by their angles, in fp32; the pairing is that of Llama and Qwen.
 

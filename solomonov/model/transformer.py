@@ -11,6 +11,7 @@ from solomonov.model.attention import AttentionContext, SequenceShare, layer_con
 from solomonov.model.cache import KeyValueCache
 from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.cross import Memory, Source, memory_of
+from solomonov.model.front import Front
 from solomonov.model.init import initialise
 from solomonov.model.layers import Block, Embedding, FinalNorm, Head
 from solomonov.model.recompute import in_groups
@@ -52,6 +53,7 @@ class Transformer(nn.Module):
 
     Attributes:
         share: this rank's share of rows that several ranks compute together; None: it has them whole.
+        embedding: only where a stack reads tokens.
     """
 
     def __init__(
@@ -67,7 +69,10 @@ class Transformer(nn.Module):
         self.recompute = recompute
         self.share: SequenceShare | None = None
         *encoders, stack = config.stacks
-        self.embedding = Embedding(config, vocab_size)
+        self.front = None if config.front.kind == "tokens" else Front(config)
+        self.embedding: Embedding
+        if config.reads_tokens:
+            self.embedding = Embedding(config, vocab_size)
         self.encoder = Encoder(config, encoders[0], recompute) if encoders else None
         self.layers = _blocks(config, stack, recompute)
         self.final_norm = FinalNorm(config) if has_final_norm(config) else None
@@ -94,8 +99,10 @@ class Transformer(nn.Module):
         """Logits, or the loss.
 
         Args:
-            input_ids: (B, T) integers; with `share` this rank's tokens, likewise `labels`.
-            document_ids: (B, T) integers, equal within a document, -1 on padding; with `share` of all tokens.
+            input_ids: (B, T) integers; with `share` this rank's tokens, likewise `labels`. Of an encoder with a front
+                what that reads, floats (see `front.Front`).
+            document_ids: (B, T) integers, equal within a document, -1 on padding; with `share` of all tokens; of frames
+                one each.
             labels: (B, T) integers, -100 where nothing is predicted.
             source: of an encoder_decoder, what its encoder reads; with `cache` in the first call only.
             cache: keys and values of the tokens before these; these are added to it.
@@ -110,12 +117,18 @@ class Transformer(nn.Module):
             ValueError: a source is missing, or there is one that nothing reads; the cache is full.
         """
         memory = self._memory(document_ids, source, cache)
+        hidden = None
+        if self.front is not None and self.encoder is None:
+            assert self.share is None, "rows that a front reads are not cut up between ranks"
+            hidden, document_ids = self.front(input_ids, document_ids)
         seen = document_ids if cache is None else cache.append_documents(document_ids)
         new_tokens = None if cache is None else input_ids.shape[1]
         contexts = layer_contexts(seen, self.config, new_tokens=new_tokens, share=self.share)
-        positions = token_positions(seen, new_tokens, self.share) if self.embedding.sinusoidal else None
+        if hidden is None:
+            positions = token_positions(seen, new_tokens, self.share) if self.embedding.sinusoidal else None
+            hidden = self.embedding(input_ids, positions)
         again = self.recompute if self.training and cache is None else NOTHING_AGAIN
-        hidden = _through(self.layers, self.embedding(input_ids, positions), contexts, again, memory, cache)
+        hidden = _through(self.layers, hidden, contexts, again, memory, cache)
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
         return self.head(hidden, labels, with_z=with_z)  # type: ignore[no-any-return]
@@ -139,11 +152,14 @@ class Transformer(nn.Module):
         if source is None:
             assert cached is not None, "one of the two is there"
             return memory_of(None, cached, document_ids)
+        hidden, of_source = source
+        if self.front is not None:
+            hidden, of_source = self.front(hidden, of_source)
+        else:
+            hidden = self.embedding(hidden, token_positions(of_source) if self.embedding.sinusoidal else None)
         if cache is not None:
-            cache.source_document_ids = source.document_ids
-        positions = token_positions(source.document_ids) if self.embedding.sinusoidal else None
-        hidden = self.encoder(self.embedding(source.input_ids, positions), source.document_ids)
-        return memory_of(hidden, source.document_ids, document_ids)
+            cache.source_document_ids = of_source
+        return memory_of(self.encoder(hidden, of_source), of_source, document_ids)
 
 
 def _blocks(config: ModelConfig, stack: Stack, recompute: Recompute) -> nn.ModuleList:

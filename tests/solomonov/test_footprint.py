@@ -10,9 +10,11 @@ import torch.distributed as dist
 
 from solomonov.batch import TokenBatch
 from solomonov.engine import Engine
-from solomonov.footprint import Allocated, Footprint, Training, footprint
+from solomonov.footprint import Allocated, Footprint, Training, Working, footprint, front_working
 from solomonov.model.config import ModelConfig, Recompute
 from solomonov.model.counts import parameter_count
+from solomonov.model.front import Front, example
+from solomonov.model.init import initialise
 from solomonov.parallel import ParallelConfig
 from solomonov.plan import BatchPlan
 from tests.support import tiny
@@ -147,6 +149,49 @@ def hold(world: int, layout: Layout, model: ModelConfig, vocab: int, sequence: i
     foreseen = found.total + found.host
     measured = max(run_ranks(measured_peak, world, layout, model, vocab, sequence))
     assert 0.95 * measured <= foreseen <= 1.15 * measured, f"{foreseen / measured:.3f} of what was measured"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["patches", "frames"])
+def test_what_a_front_keeps_is_foreseen_without_it(kind: str, precision: str) -> None:
+    """Against what autograd really keeps of its forward pass, less the parameters and what it reads."""
+    model = ModelConfig.model_validate(
+        {"architecture": "encoder", "layers": 2, "d_model": 64, "heads": 4, "front": {"kind": kind}}
+    )
+    front = Front(model)
+    initialise(front, model, 0, prefix="front.")
+    front = front.bfloat16() if precision == "bf16" else front
+    x, documents = example(model.front, 2, 32, torch.Generator().manual_seed(0))
+    own = {each.untyped_storage().data_ptr() for each in (*front.parameters(), x, documents)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = front(x, documents)[0]
+    kept[hidden.untyped_storage().data_ptr()] = hidden.untyped_storage().nbytes()
+    foreseen = front_working(model, 2, 32, precision)
+    assert sum(kept.values()) == pytest.approx(foreseen.kept, rel=0.02)
+    assert foreseen.backward > 0
+
+
+def test_what_a_front_keeps_is_there_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"architecture": "encoder", "layers": 2, "d_model": 64, "heads": 4, "front": {"kind": "frames"}}
+    model, layout = ModelConfig.model_validate(given), Layout(zero_stage=0)
+
+    def foreseen() -> Footprint:
+        return footprint(model, VOCAB, plan_of(layout, 1), ParallelConfig(zero_stage=0), Training("fp32"))
+
+    whole = foreseen()
+    assert whole.moment == "head", "when all is kept"
+    monkeypatch.setattr("solomonov.footprint.front_working", lambda *_: Working(0, 0))
+    kept = front_working(model, ROWS, SEQUENCE, "fp32").kept
+    assert kept > ROWS * SEQUENCE * 4 * 64
+    assert whole.total - foreseen().total == kept
 
 
 def test_a_model_of_any_size_is_foreseen_without_its_memory() -> None:

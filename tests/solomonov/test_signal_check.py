@@ -44,6 +44,15 @@ def test_fates_of_two_stacks(residual: str, verdict: str) -> None:
     assert found.layers == len(found.signal.gradient_norms) == 160
 
 
+@pytest.mark.parametrize(("kind", "architecture"), [("patches", "encoder"), ("frames", "encoder_decoder")])
+def test_fates_behind_a_front(kind: str, architecture: str) -> None:
+    """The same as without one: depth decides."""
+    for residual, verdict in (("scaled", "even"), ("postnorm", "broken")):
+        found = check_signal(deep(residual, 100, architecture=architecture, front={"kind": kind}))
+        assert found.verdict == verdict, found.reading
+        assert 0.5 < found.signal.stream_rms[0] < 2.0
+
+
 def test_what_is_advised_is_even() -> None:
     for mode in ("scaled", "deepnorm"):
         assert check_signal(deep(mode, 300)).verdict == "even"

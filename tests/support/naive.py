@@ -36,6 +36,14 @@ def rope(x: Array, position: int, theta: float) -> Array:
     return result
 
 
+def grid_rope(x: Array, row: int, column: int, theta: float) -> Array:
+    """One head's vector on a grid: the first half of its pairs turned by the row, the second one by the column, each as
+    if they were all (Qwen2-VL, arXiv 2409.12191)."""
+    first, second = np.split(x.reshape(2, 2, -1), 2, axis=1)
+    by_row, by_column = rope(first.ravel(), row, theta), rope(second.ravel(), column, theta)
+    return np.stack((by_row.reshape(2, -1), by_column.reshape(2, -1)), axis=1).ravel()
+
+
 def softmax_mix(logits: Sequence[float], values: Sequence[Array], sink: float | None = None) -> Array:
     """One query's answer over the keys it sees: sum of softmax(logits) v.
 
@@ -142,8 +150,8 @@ def attention(
 def attention_to_all(
     state: Mapping[str, Array], prefix: str, config: ModelConfig, asking: Sequence[Array], asked: Sequence[Array]
 ) -> list[Array]:
-    """What each of `asking` finds among all of `asked`: in an encoder, where both are one document, with its rotation;
-    in cross-attention without positions. Nothing is found in a source of no tokens."""
+    """What each of `asking` finds among all of `asked`: in an encoder, where both are one document, with its rotation,
+    on patches by row and column; in cross-attention without positions. Nothing is found in a source of no tokens."""
     width, shared = config.head_width, config.heads // config.kv_head_count
     rotates = config.attention.position == "rope" and not prefix.endswith("cross_attention")
 
@@ -153,7 +161,11 @@ def attention_to_all(
         if config.attention.qk_norm and name != "v":
             parts = [rms_norm(part, state[f"{prefix}.{name}_norm.weight"], config.norm_eps) for part in parts]
         if rotates and name != "v":
-            parts = [rope(part, position, config.attention.rope_theta) for part in parts]
+            theta, columns = config.attention.rope_theta, config.front.image_size[1] // config.front.patch_size
+            if config.front.kind == "patches":
+                parts = [grid_rope(part, position // columns, position % columns, theta) for part in parts]
+            else:
+                parts = [rope(part, position, theta) for part in parts]
         return parts
 
     keys = [heads("k", x, position) for position, x in enumerate(asked)]

@@ -82,6 +82,28 @@ def test_updates_move_logits_alike_at_every_width_but_in_the_standard_way() -> N
     assert found["sp"][1] / found["sp"][0] > 6
 
 
+def test_of_a_front_what_widens_follows_the_width() -> None:
+    """The first matrix has as many inputs at every width: its rate and decay stay, as an embedding's rate does (arXiv
+    2203.03466, table 8). The second one is a hidden matrix, of no stack's depth."""
+    scale = {"parameterization": "completep", "residual": "auto", "base_d_model": 8, "base_layers": 2, "layers": 4}
+    for architecture in ("encoder", "encoder_decoder"):
+        patches = tiny_config(**scale, architecture=architecture, front={"kind": "patches"})
+        frames = tiny_config(**scale, architecture=architecture, front={"kind": "frames"})
+        for config, name, expected in (
+            (patches, "front.projection.weight", (1.0, 1.0, 0.5)),
+            (patches, "front.projection.bias", (1.0, 0.0, 0.5)),
+            (frames, "front.first.weight", (1.0, 1.0, 0.5)),
+            (frames, "front.second.weight", (0.5, 2.0, 0.5)),
+            (frames, "front.second.bias", (1.0, 0.0, 0.5)),
+        ):
+            assert name in parameter_shapes(config, VOCAB)
+            found = factors(name, config)
+            assert (found.lr, found.decay, found.eps) == expected, name
+    plain = tiny_config(architecture="encoder", front={"kind": "patches"})
+    assert factors("front.projection.weight", plain).decay == 1.0
+    assert factors("front.projection.bias", plain).decay == 0.0
+
+
 def test_of_two_stacks_eps_follows_the_depth_of_its_own() -> None:
     config = two_stacks(
         parameterization="completep", residual="auto", base_d_model=8, base_layers=2, layers=4, encoder_layers=16

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from solomonov.model.positions import alibi_slopes, log_scale_start, log_visible, sinusoids
+from solomonov.model.positions import alibi_slopes, grid_sinusoids, log_scale_start, log_visible, sinusoids
 from tests.support import naive
 
 
@@ -32,6 +32,15 @@ def test_sinusoids(width: int) -> None:
         for token in range(5):
             expected = naive.sinusoid(int(positions[row, token]), width)
             np.testing.assert_allclose(found[row, token].numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [4, 7, 16])
+def test_on_a_grid_half_of_the_channels_tell_the_row_and_half_the_column(width: int) -> None:
+    found = grid_sinusoids(torch.arange(12)[None], 5, width)[0]
+    for token in range(12):
+        row, column = divmod(token, 5)
+        halves = naive.sinusoid(row, width // 2), naive.sinusoid(column, width - width // 2)
+        np.testing.assert_allclose(found[token].numpy(), np.concatenate(halves), atol=1e-5)
 
 
 def test_a_query_sees_itself_and_those_before_it() -> None:

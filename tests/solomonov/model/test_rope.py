@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solomonov.model.rope import document_positions, rope_tables, rotate
+from solomonov.model.rope import document_positions, grid_rope_tables, rope_tables, rotate
 from tests.support import naive
 
 
@@ -45,6 +45,34 @@ def test_products_depend_on_distance_alone(first: int, second: int, shift: int) 
         return float((turned[0] * turned[1]).sum())
 
     assert abs(product(first, second) - product(first + shift, second + shift)) < 2e-3
+
+
+@given(columns=st.integers(1, 9), theta=st.sampled_from([100.0, 10_000.0]))
+def test_on_a_grid_half_of_a_head_is_turned_by_row_and_half_by_column(columns: int, theta: float) -> None:
+    x = torch.randn(1, 1, 20, 12, generator=torch.Generator().manual_seed(3))
+    turned = rotate(x, *grid_rope_tables(torch.arange(20)[None], columns, 12, theta))
+    for token in range(20):
+        row, column = divmod(token, columns)
+        expected = naive.grid_rope(x[0, 0, token].double().numpy(), row, column, theta)
+        np.testing.assert_allclose(turned[0, 0, token].numpy(), expected, atol=5e-5)
+
+
+def test_of_a_grid_products_depend_on_differences_of_row_and_column_alone() -> None:
+    """One query and one key at all pairs of 36 places on 6 columns: a product for each (row, column) difference.
+    Differences of the place alone, as (0, 5) and (1, -1) have it, do not give the same."""
+    generator = torch.Generator().manual_seed(1)
+    query, key = (each.expand(1, 1, 36, 16) for each in torch.randn(2, 1, 1, 1, 16, generator=generator).double())
+    cosine, sine = grid_rope_tables(torch.arange(36)[None], 6, 16, 100.0)
+    turned = [rotate(each, cosine, sine).double() for each in (query, key)]
+    products = (turned[0] @ turned[1].transpose(2, 3))[0, 0]
+    found: dict[tuple[int, int], list[float]] = {}
+    for a in range(36):
+        for b in range(36):
+            found.setdefault((a // 6 - b // 6, a % 6 - b % 6), []).append(float(products[a, b]))
+    assert len(found) == 11 * 11
+    assert all(max(values) - min(values) < 1e-4 for values in found.values())
+    assert abs(found[0, 5][0] - found[1, -1][0]) > 0.1
+    assert abs(found[2, 1][0] - found[1, 2][0]) > 0.1
 
 
 def test_bf16_is_turned_in_fp32() -> None:
