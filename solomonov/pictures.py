@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 REMEDY = "pip install 'solomonov[science]'"
 SUFFIXES = (".png", ".pdf", ".svg")
 DOTS_AN_INCH = 110
+MOST = 1e30
+"""Larger numbers, and on a logarithmic axis those below 1 / MOST, are no measurements, and are drawn as gaps."""
 TITLE_CHARACTERS = 96
 """Of a line of the title, at the width of a picture."""
 
@@ -146,12 +148,12 @@ def _line(axes: Any, layers: Sequence[int], values: Sequence[float], colour: str
 def _finite(values: Any) -> NDArray[np.float64]:
     """Numbers that can be drawn; a gap where one cannot."""
     array = np.array(list(values), dtype=np.float64)
-    return np.where(np.isfinite(array), array, np.nan)
+    return np.where(np.abs(array) <= MOST, array, np.nan)
 
 
 def _logarithmic(axes: Any, values: Sequence[float]) -> None:
     """A logarithmic y axis of a decade at least, so that noise stays small, where there is something to show on it."""
-    shown = [math.log10(value) for value in values if math.isfinite(value) and value > 0.0]
+    shown = [math.log10(value) for value in values if 1.0 / MOST <= value <= MOST]
     if not shown:
         return
     axes.set_yscale("log")
