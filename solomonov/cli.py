@@ -117,6 +117,7 @@ def _add_what_is_asked_beforehand(verbs: argparse._SubParsersAction[argparse.Arg
     plan.add_argument(
         "--signal", action="store_true", help="whether a signal comes through all layers, eighth by eighth"
     )
+    plan.add_argument("--picture", metavar="FILE", help="draw that signal layer by layer: .png, .pdf or .svg")
 
     prove = verbs.choices["prove"]
     prove.add_argument("--layouts", action="store_true", required=True, help="that all layouts train the same numbers")

@@ -32,7 +32,7 @@ def prepare(options: argparse.Namespace, config: Config, ray_address: str | None
 
 def plan(options: argparse.Namespace, config: Config, nodes: int, ranks_per_node: int) -> int:
     """`solomonov plan CONFIG [key=value ...]`, for so many ranks unless the options say otherwise."""
-    from solomonov import signal_check
+    from solomonov import pictures, signal_check
     from solomonov.devices import CPU, DEVICES, this_device
     from solomonov.explain import explain, facts, lines
     from solomonov.planner import Question
@@ -44,6 +44,7 @@ def plan(options: argparse.Namespace, config: Config, nodes: int, ranks_per_node
             rule=f"one of {', '.join(DEVICES)}",
             remedy="take the nearest of them, or leave --gpu out for the device that is here",
         )
+    target = None if options.picture is None else pictures.checked_target(Path(options.picture))
     world = options.gpus or nodes * ranks_per_node
     device = DEVICES[options.gpu] if options.gpu else this_device(min(world, ranks_per_node))
     precision = config.training.precision
@@ -51,8 +52,10 @@ def plan(options: argparse.Namespace, config: Config, nodes: int, ranks_per_node
         precision = "fp32" if device.name == CPU else "bf16"
     explanation = explain(Question(config, config.tokenizer.vocab_size, world, device, precision))
     signal = None
-    if options.signal or config.model.layers > signal_check.DEEP_LAYERS:
+    if options.signal or target is not None or config.model.layers > signal_check.DEEP_LAYERS:
         signal = signal_check.check_signal(config.model)
+        if target is not None:
+            pictures.of_signal(signal, target)
     if options.json:
         print(json.dumps(facts(explanation) | ({"signal": signal_check.facts(signal)} if signal else {})))
     else:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -120,6 +120,19 @@ class MetricsConfig(Section):
     """Updates between two points in TensorBoard."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    diagnostics_every_steps: int = Field(default=0, ge=0)
+    """Updates between two measurements of how the model uses its depth and where its heads look, which TensorBoard
+    shows under depth and attention; 0: never. Each costs nine forward passes over eight held-out rows, and a copy of
+    the fp32 weights in the host's memory meanwhile: every 100 to 1,000 updates will do."""
+
+    @model_validator(mode="after")
+    def _diagnostics_are_shown(self) -> Self:
+        if self.diagnostics_every_steps and not self.tensorboard:
+            raise ValueError(
+                f"diagnostics_every_steps {self.diagnostics_every_steps} with tensorboard false: they are written "
+                "nowhere else. Set tensorboard to true, or diagnostics_every_steps to 0"
+            )
+        return self
 
 
 AUTO = "auto"

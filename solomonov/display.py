@@ -167,6 +167,8 @@ def _sentence(record: Mapping[str, Any]) -> str | None:
     if kind in ("ema_begun", "ema_dropped"):
         done = "begins anew, as the weights" if kind == "ema_begun" else "is dropped"
         return f"average of the weights {done} at step {record['step']}: {record['reason']}"
+    if kind == "diagnostics_left_out":
+        return f"diagnostics without {record['what']}: {record['reason']}"
     if kind.startswith("data_"):
         return _data_sentence(kind, record)
     if kind == "preflight":

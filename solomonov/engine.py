@@ -23,8 +23,10 @@ from solomonov.ema import WeightAverage
 from solomonov.engine_spec import EngineSpec, deepspeed_config
 from solomonov.host import cpu_model
 from solomonov.model.attention import SequenceShare, attend
+from solomonov.model.layers import Block
 from solomonov.model.loss import pipeline_loss
 from solomonov.model.naming import canonical, layer_names
+from solomonov.model.stacks import block_place
 from solomonov.model.transformer import Transformer, compile_blocks
 from solomonov.muon import Muon
 from solomonov.optim import make_optimizer
@@ -100,6 +102,7 @@ class Engine:
         self._norm = math.nan
         self._sums = self._no_sums()
         self._share, self._copy = None, dist.get_rank()
+        self._row_group: Any = None  # of the ranks that share rows
         if spec.sequence > 1:
             self._share, self._copy = self._sequence_share(grid)
         model: torch.nn.Module
@@ -231,6 +234,27 @@ class Engine:
         self._ds.eval()
         return float(self._ds(*self._own_tokens(batch)))
 
+    def blocks(self) -> dict[int, Block]:
+        """This rank's blocks, by their number through all stacks: in a pipeline those of its stage, else all."""
+        found: dict[int, Block] = {}
+        for name, module in self._ds.module.named_modules():
+            if isinstance(module, Block):
+                place = block_place(self.spec.model, canonical(f"{name}.weight", self._layers))
+                assert place is not None, f"{name} is a block and has no number"
+                found[place] = module
+        return found
+
+    @property
+    def share(self) -> SequenceShare | None:
+        """This rank's share of rows that several ranks compute together; None: it has them whole."""
+        return self._share
+
+    def tokens_of_all(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, T/S, ...) of each rank that shares these rows -> (B, T, ...) in fp32 on all of them. A collective."""
+        parts = [torch.empty_like(tensor, dtype=torch.float32) for _ in range(self.spec.sequence)]
+        dist.all_gather(parts, tensor.float().contiguous(), group=self._row_group)
+        return torch.cat(parts, dim=1)
+
     def close(self) -> None:
         """Let go of memory and process groups, in a process that goes on without this engine: DeepSpeed's hooks on
         gradients hold it otherwise, where the garbage collector does not see them."""
@@ -254,7 +278,8 @@ class Engine:
             grid = rank_grid([Place(0, rank) for rank in range(dist.get_world_size())], ranks)
         part, copy = grid.coordinates()[dist.get_rank()]
         groups = [dist.new_group(list(row)) for row in zip(*grid.stages, strict=True)]  # all ranks make all of them
-        across = DistributedAttention(attend, groups[copy], scatter_idx=2, gather_idx=1)  # heads, tokens
+        self._row_group = groups[copy]
+        across = DistributedAttention(attend, self._row_group, scatter_idx=2, gather_idx=1)  # heads, tokens
         return SequenceShare(part, ranks, across), copy
 
     def _own_tokens(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

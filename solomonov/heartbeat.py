@@ -11,7 +11,7 @@ import struct
 import time
 import zlib
 
-SECTIONS = ("start", "data", "forward_backward", "update", "log", "evaluate", "save", "leave")
+SECTIONS = ("start", "data", "forward_backward", "update", "log", "evaluate", "diagnose", "save", "leave")
 """What a rank can be busy with, in the order of a step."""
 
 EVERY_STEP = ("data", "forward_backward", "update", "log")

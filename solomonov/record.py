@@ -11,17 +11,21 @@ import resource
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from solomonov import pictures
 from solomonov.checkpoint.store import ResumeFact
 from solomonov.config import Config, flatten
 from solomonov.metrics import MetricsLog, replay_differences
 from solomonov.model.counts import flops_per_token
 from solomonov.plan import BatchPlan
 from solomonov.runfolder import RunFolder
-from solomonov.tensorboard import TensorBoardLog
+from solomonov.tensorboard import DIAGNOSTICS_LAYOUT, LAYOUT, TensorBoardLog
+
+if TYPE_CHECKING:
+    from solomonov.diagnostics import Diagnosis
 
 
 @dataclass
@@ -167,6 +171,7 @@ class RunRecord:
                 self._run.path / "tensorboard",
                 purge_step=step + 1,
                 on_failure=lambda message: self.event("tensorboard_failed", message=message),
+                layout=LAYOUT | (DIAGNOSTICS_LAYOUT if self._config.metrics.diagnostics_every_steps else {}),
             )
             if not resumed:
                 rows = "\n".join(f"| {key} | `{value}` |" for key, value in flatten(self._config).items())
@@ -216,6 +221,14 @@ class RunRecord:
         self.event("evaluated", step=step, **found, rows=rows)
         if self._tensorboard is not None:
             self._tensorboard.scalars(step, {f"eval/{name}": value for name, value in found.items()})
+
+    def diagnosed(self, step: int, found: Diagnosis, seconds: float) -> None:
+        """Depth and attention were measured, in so many seconds."""
+        self.event("diagnosed", step=step, seconds=round(seconds, 3))
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(step, found.scalars())
+            if pictures.problem() is None:
+                self._tensorboard.picture(step, "depth/layers", lambda: pictures.of_layers(found))
 
     def sync(self) -> None:
         """Before a checkpoint: no durable step may lack its line or its point."""

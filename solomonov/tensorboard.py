@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 QUEUE_LENGTH = 4096
 """Points that may wait for the disk; beyond it points are dropped and counted."""
 
@@ -41,18 +44,36 @@ LAYOUT = {
 }
 """The custom-scalars page."""
 
+DIAGNOSTICS_LAYOUT = {
+    "Depth": {
+        "update to weight": ["Multiline", ["depth/update_to_weight/.*"]],
+        "stream": ["Multiline", ["depth/growth/.*"]],
+        "loss without an eighth": ["Multiline", ["depth/skip_eighth/.*"]],
+    },
+    "Attention": {
+        "mean distance": ["Multiline", ["attention/distance/.*/mean"]],
+        "mean entropy": ["Multiline", ["attention/entropy/.*/mean"]],
+    },
+}
+"""What stands there too where diagnostics are on: a line an eighth of the layers."""
+
+
+Draw = Callable[[], NDArray[np.uint8]]
+"""Gives a picture: (height, width, 3), red, green, blue."""
+
 
 @dataclass(frozen=True)
 class _Point:
-    """All that is written at once for a step: values by tag, or texts by tag."""
+    """All that is written at once for a step: values by tag, texts by tag, or what draws pictures by tag."""
 
     step: int
     values: Mapping[str, float]
     texts: Mapping[str, str]
+    pictures: Mapping[str, Draw]
 
 
 class TensorBoardLog:
-    """Scalars and text of one run.
+    """Scalars, text and pictures of one run.
 
     Points stay in memory until they were flushed, so that a disk that is full for a while costs none of them.
 
@@ -61,10 +82,18 @@ class TensorBoardLog:
         purge_step: on resume, points from this step on in older files are superseded by the new ones.
         on_failure: called (from the writing thread) with a message when writing begins to fail, and when it works
             again or points were lost; never more than once for the same spell.
+        layout: the custom-scalars page.
     """
 
-    def __init__(self, folder: Path, *, purge_step: int, on_failure: Callable[[str], None]) -> None:
-        self._folder, self._purge_step, self._on_failure = folder, purge_step, on_failure
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        purge_step: int,
+        on_failure: Callable[[str], None],
+        layout: Mapping[str, Mapping[str, list[Any]]] = LAYOUT,
+    ) -> None:
+        self._folder, self._purge_step, self._on_failure, self._layout = folder, purge_step, on_failure, layout
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(QUEUE_LENGTH)
         self._dropped = 0  # by the caller's thread; the rest belongs to the writing thread
         self._lost = 0
@@ -81,11 +110,15 @@ class TensorBoardLog:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Queue points; returns at once."""
-        self._put(_Point(step, dict(values), {}))
+        self._put(_Point(step, dict(values), {}, {}))
 
     def text(self, step: int, tag: str, body: str) -> None:
         """Queue a text (Markdown); returns at once."""
-        self._put(_Point(step, {}, {tag: body}))
+        self._put(_Point(step, {}, {tag: body}, {}))
+
+    def picture(self, step: int, tag: str, draw: Draw) -> None:
+        """Queue a picture, which the writing thread draws; returns at once."""
+        self._put(_Point(step, {}, {}, {tag: draw}))
 
     def flush(self, timeout_seconds: float = 5.0) -> None:
         """Ask that all queued points reach the file, and wait for it, but not longer than the time-out."""
@@ -155,7 +188,7 @@ class TensorBoardLog:
         purge_step = min(point.step for point in self._unsafe) if self._opened else self._purge_step
         # Flushing is ours alone: the writer's own timer would race with it, and could write points twice.
         self._writer = SummaryWriter(str(self._folder), purge_step=purge_step, flush_secs=10**6)
-        self._writer.add_custom_scalars(LAYOUT)
+        self._writer.add_custom_scalars(self._layout)
         for point in self._unsafe:
             self._write(point)
 
@@ -164,6 +197,8 @@ class TensorBoardLog:
             self._writer.add_scalar(tag, value, point.step)
         for tag, body in point.texts.items():
             self._writer.add_text(tag, body, point.step)
+        for tag, draw in point.pictures.items():
+            self._writer.add_image(tag, draw(), point.step, dataformats="HWC")
 
     def _durable(self) -> None:
         """All points are in the file. Those of the last step stay: a new file supersedes whole steps."""

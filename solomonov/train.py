@@ -7,19 +7,20 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.stream import HeldOutRows, Stream
-from solomonov.batch import TokenBatch, empty_batch, to_tensors
+from solomonov import pictures
+from solomonov.batch import TokenBatch, to_tensors
 from solomonov.branch import branch_of, open_branch
 from solomonov.checkpoint.checkpointer import Checkpointer
 from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.config import Config
 from solomonov.devices import this_device
+from solomonov.diagnostics import Diagnostics, left_out
 from solomonov.distributed import Control, RankInfo
 from solomonov.engine import Engine
 from solomonov.engine_spec import EngineSpec, resolve_precision
@@ -27,6 +28,7 @@ from solomonov.errors import ConfigurationError, NumericalError, SolomonovError
 from solomonov.exits import AGAIN, DONE
 from solomonov.feed import ClusterPlace, Feed, idle_feed, open_feed
 from solomonov.heartbeat import Heartbeat
+from solomonov.held_out import held_out_loss
 from solomonov.layouts import batch_of
 from solomonov.memory import WORTH_FORESEEING, PeakMemory, describe
 from solomonov.model.counts import parameter_count
@@ -76,6 +78,7 @@ class Trainer:
     parallel: ParallelConfig
     """The layout, resolved."""
     memory: PeakMemory
+    diagnostics: Diagnostics
     state: TrainState = field(default_factory=TrainState)
     first_step: int = 0
     """Updates that were done before this attempt."""
@@ -110,6 +113,7 @@ def train(
             return AGAIN
         steps = iter(feed := stack.enter_context(_feed(trainer, place)))
         while state.step < plan.total_steps:
+            trainer.diagnostics.before(state.step + 1)
             line = StepLine(step=state.step + 1)
             heartbeat.beat("data", line.step)
             batches = [to_tensors(rows.cut(plan.attended_tokens(state.step)), device) for rows in next(steps)]
@@ -148,9 +152,8 @@ def train(
             _tell_memory(trainer)
 
             last = state.step == plan.total_steps
-            if not stopping and _due(state.step, trainer.config.evaluation.every_steps, last):
-                heartbeat.beat("evaluate")
-                evaluate_held_out(trainer)
+            if not stopping:
+                _measure_if_due(trainer, last)
             if stopping or _due(state.step, trainer.config.checkpoint.every_steps, last):
                 heartbeat.beat("save")
                 if not save(trainer) and (stopping or last):
@@ -196,6 +199,19 @@ def _means(control: Control, sums: Sequence[float], tokens: int) -> list[float]:
 def _due(step: int, every: int, last: bool) -> bool:
     """Whether something that happens every so many updates, and after the last one, is due; 0: never."""
     return bool(every) and (last or step % every == 0)
+
+
+def _measure_if_due(trainer: Trainer, last: bool) -> None:
+    """The held-out loss, and how depth and attention are used, each after so many updates."""
+    step = trainer.state.step
+    if _due(step, trainer.config.evaluation.every_steps, last):
+        trainer.heartbeat.beat("evaluate")
+        evaluate_held_out(trainer)
+    if trainer.diagnostics.due(step):
+        trainer.heartbeat.beat("diagnose")
+        started = time.monotonic()
+        found = trainer.diagnostics.measure()
+        trainer.record.diagnosed(step, found, time.monotonic() - started)
 
 
 def _finish(device: torch.device) -> None:
@@ -272,9 +288,10 @@ def build(
         keep_last=config.checkpoint.keep_last,
         on_event=lambda kind, fields: record.event(kind, **fields),
     )
+    rows = held_out if len(held_out) else None
     trainer = Trainer(
-        config, plan, device, control, engine, stream, held_out if len(held_out) else None,
-        checkpointer, record, heartbeat, stop, question, parallel, memory,
+        config, plan, device, control, engine, stream, rows, checkpointer, record, heartbeat, stop, question, parallel,
+        memory, Diagnostics(engine, control, rows, config.metrics.diagnostics_every_steps),
     )  # fmt: skip
     checkpointer.check_writable()
     resume(trainer)
@@ -309,6 +326,9 @@ def resume(trainer: Trainer) -> None:
     layout = trainer.engine.layout
     record.begin(trainer.state.step, layout, resumed=own is not None)
     _tell_signal(trainer)
+    if control.rank == 0 and trainer.config.metrics.diagnostics_every_steps:
+        for fields in left_out(trainer.held_out, pictures.problem()):
+            record.event("diagnostics_left_out", **fields)
     control.barrier()
     if branch is not None:
         save(trainer)  # the run can go on from here, whatever becomes of the other one
@@ -364,33 +384,12 @@ def evaluate_held_out(trainer: Trainer) -> None:
     if held_out is None:
         return
     rows = min(len(held_out), trainer.config.evaluation.rows)
-    loss, ema_loss = _held_out_loss(trainer, held_out, rows), None
+    loss, ema_loss = held_out_loss(trainer.engine, trainer.control, held_out, rows), None
     if trainer.engine.spec.ema_decay is not None:
         with trainer.engine.averaged():
-            ema_loss = _held_out_loss(trainer, held_out, rows)
+            ema_loss = held_out_loss(trainer.engine, trainer.control, held_out, rows)
     nats_to_bits_per_byte = held_out.tokens / max(1, held_out.text_bytes) / math.log(2)
     trainer.record.evaluated(trainer.state.step, loss, nats_to_bits_per_byte, rows, ema_loss)
-
-
-def _held_out_loss(trainer: Trainer, held_out: HeldOutRows, rows: int) -> float:
-    """Mean cross-entropy (nats a token) on so many held-out rows."""
-    plan = trainer.plan
-    chosen = [index * len(held_out) // rows for index in range(rows)]
-    mine = chosen[trainer.engine.data_rank :: plan.data_parallel]
-    forwards = math.ceil(math.ceil(rows / plan.data_parallel) / plan.micro_rows)
-    total, tokens = 0.0, 0
-    indices = iter(mine)
-    for _ in range(forwards):  # the same number on every rank: with ZeRO 3 each forward is a collective
-        part = list(islice(indices, plan.micro_rows))
-        batch = (
-            to_tensors(held_out.rows(part), trainer.device)
-            if part
-            else empty_batch(plan.sequence_tokens, trainer.device)
-        )
-        total += trainer.engine.evaluate(batch)
-        tokens += batch.valid_tokens * trainer.engine.counts_rows
-    tokens = trainer.control.sum_integers([tokens])[0]
-    return trainer.control.sum_floats([total])[0] / max(1, tokens)
 
 
 def _feed(trainer: Trainer, place: ClusterPlace | None) -> AbstractContextManager[Feed]:

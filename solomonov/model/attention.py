@@ -289,7 +289,13 @@ class Attention(Projections):
         config: the model's shape.
         layer: number of the layer in its stack, from 0, which decides of what kind it is.
         stack: which one; None: the last.
+
+    Attributes:
+        observer: called with each query (B, T, H, E) and key (B, S, K, E) as they meet, and the sink (H,), for as long
+            as somebody looks (see `watch`).
     """
+
+    observer: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
 
     def __init__(self, config: ModelConfig, layer: int = 0, stack: Stack | None = None) -> None:
         super().__init__(config)
@@ -314,6 +320,8 @@ class Attention(Projections):
             key, value = past.extend(key, value.transpose(1, 2))
             value = value.transpose(1, 2)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
+        if self.observer is not None:
+            self.observer(query, key, self.sink)
         if context.share is None:
             mixed = attend(query, key, value, mask=context.mask, block=context.block, flex=context.flex, sink=self.sink)
         else:

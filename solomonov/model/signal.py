@@ -7,7 +7,7 @@ an eighth of the blocks is passed by.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -104,21 +104,38 @@ def eighths(layers: int) -> list[range]:
 
 
 @contextmanager
-def bypassed(model: Transformer, layers: Sequence[int]) -> Iterator[None]:
-    """Blocks that hand on what they are given, as if they were not there.
+def as_written(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, blocks run as they are written: what torch.compile made of them knows nothing of hooks that come later,
+    and takes no notice of them. Afterwards the same compiled code runs again."""
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.callback(setattr, block, "_compiled_call_impl", block._compiled_call_impl)
+            block._compiled_call_impl = None
+        yield
 
-    Args:
-        layers: their numbers, counted through all stacks.
-    """
 
-    def hand_on(_: nn.Module, given: tuple[Any, ...], hidden: Tensor) -> Tensor:
-        handed_on: Tensor = given[0]
-        return handed_on
+@contextmanager
+def hooked(block: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """A forward hook on a block for a while, in which it runs as it is written."""
+    with as_written([block]):
+        handle = block.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
 
-    blocks = list(model.blocks())
+
+@contextmanager
+def bypassed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Blocks that hand on what they are given, as if they were not there; also those of a pipeline, see there."""
+
+    def hand_on(_: nn.Module, given: tuple[Any, ...], result: Tensor | tuple[Tensor, ...]) -> Any:
+        # The last block behind an encoder keeps back what it was given of the source.
+        return given[0] if isinstance(result, Tensor) else given[0][-len(result) :]
+
     with ExitStack() as hooks:
-        for layer in layers:
-            hooks.callback(blocks[layer].register_forward_hook(hand_on).remove)
+        for block in blocks:
+            hooks.enter_context(hooked(block, hand_on))
         yield
 
 
@@ -133,8 +150,9 @@ def skip_eighths(
     mean = partial(mean_loss, model, input_ids, document_ids, labels, source)
     whole = mean()
     rises = []
-    for part in eighths(sum(stack.layers for stack in model.config.stacks)):
-        with bypassed(model, part):
+    blocks = list(model.blocks())
+    for part in eighths(len(blocks)):
+        with bypassed(blocks[layer] for layer in part):
             rises.append(mean() - whole)
     return tuple(rises)
 

@@ -69,3 +69,15 @@ def block_number(name: str) -> int | None:
     """
     parts = name.removeprefix("encoder.").split(".")
     return int(parts[1]) if len(parts) > 1 and parts[0] == "layers" and parts[1].isdecimal() else None
+
+
+def block_place(config: ModelConfig, name: str) -> int | None:
+    """As `block_number`, counted through all stacks in the order in which they run.
+
+    Args:
+        name: canonical name.
+    """
+    number, stacks = block_number(name), stacks_of(config)
+    if number is None:
+        return None
+    return number + sum(stack.layers for stack in stacks[: stacks.index(stack_of(config, name))])

@@ -89,6 +89,13 @@ def test_bad_values_are_named(override: str, words: str) -> None:
     assert words in str(refusal(MINIMAL, override))
 
 
+def test_diagnostics_that_are_written_nowhere_are_refused() -> None:
+    message = str(refusal(MINIMAL, "metrics.diagnostics_every_steps=50", "metrics.tensorboard=false"))
+    assert "diagnostics_every_steps 50 with tensorboard false" in message
+    assert "Set tensorboard to true" in message
+    assert parse(MINIMAL, "metrics.diagnostics_every_steps=50").config.metrics.diagnostics_every_steps == 50
+
+
 @pytest.mark.parametrize(
     "text",
     [

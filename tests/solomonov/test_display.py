@@ -66,6 +66,8 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
         empty.journal.write("evaluated", step=14, loss=3.0, bits_per_byte=1.25, ema_loss=2.5, rows=8)
         empty.journal.write("ema_begun", step=10, decay=0.9, reason="there was none")
         empty.journal.write("ema_dropped", step=11, reason="it is not wanted")
+        empty.journal.write("diagnostics_left_out", what="the picture of all layers", reason="no matplotlib")
+        empty.journal.write("diagnosed", step=12, seconds=0.5)
         empty.journal.write("fallback", what="torch.compile", to="eager", reason="no compiler")
         empty.journal.write("checkpoint_failed", step=12, cause="ENOSPC", message="no space", path="step-12")
         empty.journal.write("metrics_failed", attempt=1, message="[Errno 28]")
@@ -88,6 +90,7 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
         "held-out loss 3.0000 (1.250 bits a byte), 2.5000 of the averaged weights at step 14",
         "average of the weights begins anew, as the weights at step 10: there was none",
         "average of the weights is dropped at step 11: it is not wanted",
+        "diagnostics without the picture of all layers: no matplotlib",
         "torch.compile: eager instead (no compiler)",
         "no checkpoint at step 12, training goes on: no space (step-12)",
         'metrics failed: {"message": "[Errno 28]"}',
@@ -105,6 +108,7 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
     assert "step 0" not in output
     assert "durable" not in output
     assert "served" not in output
+    assert "diagnosed" not in output
 
 
 def test_a_line_that_is_being_written_is_waited_for(empty: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,3 +179,19 @@ def test_the_signal_is_shown_eighth_by_eighth(config: str, capsys: pytest.Captur
     _, out, _ = plan(capsys, config, FULL, "--gpu", "h100", "--signal")
     assert "signal      even: " in out
     assert [line.split()[0] for line in out.splitlines()[-8:]] == [f"{4 * part}-{4 * part + 3}" for part in range(8)]
+
+
+def test_the_signal_is_drawn_on_request(config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Asked for the picture alone it looks at the signal too; a file that cannot be is refused before."""
+    picture = tmp_path / "signal.png"
+    code, out, _ = plan(capsys, config, FULL, "--gpu", "h100", "--signal", "--picture", str(picture))
+    assert code == DONE
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "signal      even: " in out
+    picture.unlink()
+    _, out, _ = plan(capsys, config, FULL, "--gpu", "h100", "--json", "--picture", str(picture))
+    assert picture.is_file()
+    assert json.loads(out)["signal"]["verdict"] == "even"
+    code, out, problem = plan(capsys, config, FULL, "--gpu", "h100", "--picture", str(tmp_path / "signal.doc"))
+    assert (code, out) == (CONFIGURATION, "")
+    assert "signal.png" in problem

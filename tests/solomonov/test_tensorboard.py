@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from solomonov.tensorboard import LAYOUT, QUEUE_LENGTH, TensorBoardLog
+from solomonov.tensorboard import DIAGNOSTICS_LAYOUT, LAYOUT, QUEUE_LENGTH, TensorBoardLog
 from tests.solomonov.checkpoint.common import small_disk
 from tests.support.events import read_events, read_scalars
 
@@ -48,8 +53,11 @@ def test_points_and_texts_come_back(tmp_path: Path) -> None:
     assert text.tensor_proto.string_val[0] == b"| key | value |"
 
 
-def test_the_layout_page_names_the_tags(tmp_path: Path) -> None:
-    write(tmp_path, 1, 1)
+@pytest.mark.parametrize("expected", [LAYOUT, LAYOUT | DIAGNOSTICS_LAYOUT])
+def test_the_layout_page_names_the_tags(expected: dict[str, dict[str, list[Any]]], tmp_path: Path) -> None:
+    log = TensorBoardLog(tmp_path, purge_step=1, on_failure=pytest.fail, layout=expected)
+    log.scalars(1, {"train/loss": value(1)})
+    log.close()
     from tensorboard.plugins.custom_scalar import layout_pb2
 
     [config] = read_events(tmp_path).Tensors(LAYOUT_TAG)
@@ -58,7 +66,28 @@ def test_the_layout_page_names_the_tags(tmp_path: Path) -> None:
         category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
         for category in page.category
     }
-    assert found == {title: {chart: tags for chart, (_, tags) in charts.items()} for title, charts in LAYOUT.items()}
+    assert found == {title: {chart: tags for chart, (_, tags) in charts.items()} for title, charts in expected.items()}
+
+
+def test_a_picture_is_drawn_by_the_writing_thread(tmp_path: Path) -> None:
+    threads: list[threading.Thread] = []
+    pixels = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+
+    def draw() -> NDArray[np.uint8]:
+        threads.append(threading.current_thread())
+        return pixels
+
+    log = TensorBoardLog(tmp_path, purge_step=1, on_failure=pytest.fail)
+    log.scalars(4, {"train/loss": value(4)})
+    log.picture(4, "depth/layers", draw)
+    log.close()
+    [image] = read_events(tmp_path).Images("depth/layers")
+    assert (image.step, image.width, image.height) == (4, 7, 5)
+    with Image.open(io.BytesIO(image.encoded_image_string)) as decoded:
+        assert np.array_equal(np.asarray(decoded), pixels)
+    assert threads
+    assert all(thread.name == "tensorboard" for thread in threads)
+    assert read_scalars(tmp_path) == {"train/loss": {4: value(4)}}
 
 
 def test_points_are_in_the_file_when_flush_returns(tmp_path: Path) -> None:

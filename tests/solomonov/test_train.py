@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from solomonov.proof import prove_record
 from solomonov.runfolder import RunFolder, write_atomically
 from solomonov.signals import StopRequest
 from tests.solomonov.checkpoint.common import small_disk
-from tests.support.events import read_scalars
+from tests.support.events import read_events, read_scalars
 from tests.support.ranks import run_ranks
 from tests.support.runs import model_state
 from tests.support.tiny import CPU
@@ -271,6 +272,71 @@ def test_evaluation_comes_when_it_is_due(every: int, tmp_path: Path) -> None:
     run = made(tmp_path, f"evaluation.every_steps={every}", ranks=1)
     assert train(run, 1) == [DONE]
     assert [event["step"] for event in run.journal.events("evaluated")] == ([4, 6] if every else [])
+
+
+DIAGNOSED = ("metrics.tensorboard=true", "metrics.diagnostics_every_steps=4")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("parallel.zero_stage=0",),
+        ("parallel.zero_stage=3", "training.activation_checkpointing=full"),
+        ("parallel.pipeline=2", "training.micro_batch_sequences=2"),
+        ("parallel.sequence=2",),
+    ],
+    ids=str,
+)
+def test_diagnostics_are_shown_and_training_is_the_same(layout: tuple[str, ...], tmp_path: Path) -> None:
+    """All that they draw and compute leaves the lines of metrics.jsonl as they are, to the bit."""
+    run, plain = made(tmp_path / "a", *layout, *DIAGNOSED), made(tmp_path / "b", *layout)
+    assert train(run) == train(plain) == [DONE, DONE]
+    assert free_of_time(run) == free_of_time(plain)
+    assert digest(run.checkpoints / "step-00000006") == digest(plain.checkpoints / "step-00000006")
+    assert [event["step"] for event in run.journal.events("diagnosed")] == [4], "not after the last update"
+    assert not list(plain.journal.events("diagnosed"))
+    assert not list(run.journal.events("diagnostics_left_out"))
+    assert not unexpected(list(run.journal.events()))
+    parts, words = ("0", "1"), ("least", "mean", "most", *map(str, range(4)))
+    expected = {f"depth/{kind}/{part}" for kind in ("update_to_weight", "growth", "skip_eighth") for part in parts}
+    expected |= {"depth/growth/embedding"}
+    expected |= {f"attention/{kind}/{p}/{word}" for kind in ("distance", "entropy") for p in parts for word in words}
+    scalars = read_scalars(run.path / "tensorboard")
+    assert {tag for tag in scalars if tag.startswith(("depth/", "attention/"))} == expected
+    assert all(list(scalars[tag]) == [4] and math.isfinite(scalars[tag][4]) for tag in expected)
+    # Of 32 positions in packed rows a query sees a few; of its own one alone the entropy would be 0.
+    assert 0.0 < scalars["attention/entropy/1/mean"][4] < math.log(32)
+    assert 0.0 < scalars["attention/distance/1/mean"][4] < 31.0
+    [image] = read_events(run.path / "tensorboard").Images("depth/layers")
+    assert (image.step, image.width, image.encoded_image_string[1:4]) == (4, 990, b"PNG")
+
+
+def train_without_pictures(path: Path) -> int:
+    """On a machine without matplotlib."""
+    from solomonov import pictures
+
+    sys.modules["matplotlib.figure"] = None  # type: ignore[assignment]
+    pictures.problem.cache_clear()
+    try:
+        return train_run(path)
+    finally:
+        del sys.modules["matplotlib.figure"]
+        pictures.problem.cache_clear()
+
+
+def test_what_is_left_out_is_told_once(tmp_path: Path) -> None:
+    """No matplotlib, and a data set that holds nothing out: updates are compared all the same."""
+    run = make_run(tmp_path, ranks=1, overrides=(*SHORT, *DIAGNOSED, "metrics.diagnostics_every_steps=2"), held_out=0)
+    assert run_ranks(train_without_pictures, 1, run.path) == [DONE]
+    first, second = run.journal.events("diagnostics_left_out")
+    assert (first["reason"], first["what"].split(", ")[0]) == ("the data set holds nothing out", "depth/growth")
+    assert second["what"] == "the picture of all layers"
+    assert second["reason"].endswith("pip install 'solomonov[science]'")
+    assert [event["step"] for event in run.journal.events("diagnosed")] == [2, 4, 6]
+    scalars = read_scalars(run.path / "tensorboard")
+    tags = {tag for tag in scalars if tag.startswith(("depth/", "attention/"))}
+    assert tags == {"depth/update_to_weight/0", "depth/update_to_weight/1"}
+    assert not read_events(run.path / "tensorboard").Tags()["images"]
 
 
 # --- stops and resumes ---------------------------------------------------------------------------------------

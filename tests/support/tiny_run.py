@@ -34,13 +34,11 @@ metrics: {{tensorboard: false}}
 """
 
 
-def make_run(folder: Path, *, ranks: int, overrides: tuple[str, ...] = ()) -> RunFolder:
-    """Write the data set and the run's folder; nothing is trained yet."""
+def make_run(folder: Path, *, ranks: int, overrides: tuple[str, ...] = (), held_out: int = 6) -> RunFolder:
+    """Write the data set, of which so many documents are held out, and the run's folder; nothing is trained yet."""
     documents = {"one": make_documents(1, 120, 30.0), "two": make_documents(2, 80, 60.0)}
-    held_out = {"one": make_documents(3, 6, 30.0)}
-    write_dataset(
-        folder / "dataset", documents, sequence_tokens=32, packing="best_fit", held_out=held_out, vocab_size=512
-    )
+    kept = {"one": make_documents(3, held_out, 30.0)} if held_out else {}
+    write_dataset(folder / "dataset", documents, sequence_tokens=32, packing="best_fit", held_out=kept, vocab_size=512)
     loaded = parse_config(CONFIG.format(folder=folder), overrides, where="tiny")
     prepared = prepare_run(loaded, ranks_per_node=ranks, launch={})
     prepared.write()

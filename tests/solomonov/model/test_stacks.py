@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from solomonov.model.config import ModelConfig
 from solomonov.model.naming import layer_names
-from solomonov.model.stacks import block_number, stack_of, stacks_of
+from solomonov.model.stacks import block_number, block_place, stack_of, stacks_of
 from tests.solomonov.model.common import tiny_config, two_stacks
 
 TWO, THREE = ("attention", "feed_forward"), ("attention", "cross_attention", "feed_forward")
@@ -31,6 +32,13 @@ def test_where_names_belong() -> None:
     assert [found[name] for name in ("embedding", "final_norm", "head")] == [(decoder, None)] * 3
     assert block_number("encoder.layers.10.attention.q.weight") == 10
     assert block_number("layers.7.cross_attention.k_norm.weight") == 7
+
+
+@pytest.mark.parametrize("config", [tiny_config(layers=5), two_stacks(layers=3, encoder_layers=12)])
+def test_places_count_the_blocks_as_they_run(config: ModelConfig) -> None:
+    places = [block_place(config, name) for name in layer_names(config)]
+    assert [place for place in places if place is not None] == list(range(sum(s.layers for s in stacks_of(config))))
+    assert block_place(config, "embedding.weight") is None
 
 
 @pytest.mark.parametrize("name", ["", "layers", "layers.x.y", "encoder.final_norm.weight", "player.0.weight"])
