@@ -51,7 +51,7 @@ def plan(options: argparse.Namespace, config: Config, nodes: int, ranks_per_node
         precision = "fp32" if device.name == CPU else "bf16"
     explanation = explain(Question(config, config.tokenizer.vocab_size, world, device, precision))
     signal = None
-    if options.signal or config.model.layers > signal_check.DEEP_LAYERS:
+    if options.signal or config.model.depth > signal_check.DEEP_LAYERS:
         signal = signal_check.check_signal(config.model)
     if options.json:
         print(json.dumps(facts(explanation) | ({"signal": signal_check.facts(signal)} if signal else {})))

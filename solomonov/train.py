@@ -14,7 +14,7 @@ import torch
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.stream import HeldOutRows, Stream
-from solomonov.batch import TokenBatch, empty_batch, to_tensors
+from solomonov.batch import TokenBatch, to_tensors
 from solomonov.branch import branch_of, open_branch
 from solomonov.checkpoint.checkpointer import Checkpointer
 from solomonov.checkpoint.reader import CheckpointReader
@@ -166,7 +166,7 @@ def train(
 def _tell_signal(trainer: Trainer) -> None:
     """Before the first update of a deep model: whether a signal comes through its layers, see `signal_check`."""
     model = trainer.config.model
-    if trainer.control.rank == 0 and trainer.state.step == 0 and model.layers > DEEP_LAYERS:
+    if trainer.control.rank == 0 and trainer.state.step == 0 and model.depth > DEEP_LAYERS:
         check = check_signal(model, seed=trainer.config.run.seed)
         trainer.record.event("signal", verdict=check.verdict, reading=check.reading, advice=check.advice)
 
@@ -382,11 +382,7 @@ def _held_out_loss(trainer: Trainer, held_out: HeldOutRows, rows: int) -> float:
     indices = iter(mine)
     for _ in range(forwards):  # the same number on every rank: with ZeRO 3 each forward is a collective
         part = list(islice(indices, plan.micro_rows))
-        batch = (
-            to_tensors(held_out.rows(part), trainer.device)
-            if part
-            else empty_batch(plan.sequence_tokens, trainer.device)
-        )
+        batch = to_tensors(held_out.rows(part), trainer.device) if part else trainer.engine.empty_batch()
         total += trainer.engine.evaluate(batch)
         tokens += batch.valid_tokens * trainer.engine.counts_rows
     tokens = trainer.control.sum_integers([tokens])[0]
