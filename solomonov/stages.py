@@ -12,6 +12,7 @@ import torch.distributed as dist
 from solomonov.engine_spec import EngineSpec
 from solomonov.model.pipeline import BlockStage, pipeline_layers
 from solomonov.model.recompute import in_groups, in_turn
+from solomonov.model.stacks import Stack
 from solomonov.model.transformer import compile_blocks
 from solomonov.topology import RankGrid, stage_bounds
 
@@ -38,12 +39,16 @@ def pipeline_module(spec: EngineSpec, grid: RankGrid | None, loss: Callable[...,
             self._set_bounds(start=bounds[stage], stop=bounds[stage + 1])
 
         def forward(self, forward_input: Any) -> Any:
-            """Groups begin with the first block of the stage; DeepSpeed's begin with the first layer, and a group
-            in which there is another layer than blocks it does not run again."""
+            """Groups are of one stack and begin with its first block on the stage; DeepSpeed's begin with the first
+            layer, and a group in which there is another layer than blocks it does not run again."""
             carry, again = forward_input, spec.recompute
-            for of_blocks, run in groupby(self.forward_funcs, lambda layer: isinstance(layer, BlockStage)):
+
+            def stack_of_block(layer: Any) -> Stack | None:
+                return layer.stack if isinstance(layer, BlockStage) else None
+
+            for stack, run in groupby(self.forward_funcs, stack_of_block):
                 layers = list(run)
-                if of_blocks and again.mode == "full":
+                if stack is not None and again.mode == "full":
                     carry = in_groups(layers, carry, again.every)
                 else:
                     carry = in_turn(layers, carry)

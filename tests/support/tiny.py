@@ -150,6 +150,13 @@ def model_of(layout: Layout) -> ModelConfig:
     return tiny_model(layout.tied, layers, layout.attention, layout.residual, layout.architecture)
 
 
+def optimizer_of(layout: Layout) -> OptimizerConfig:
+    """Its constants. An encoder_decoder's gradients are small: with the usual eps its first updates are rounding."""
+    if layout.muon:
+        return MUON
+    return OptimizerConfig(lr=LEARNING_RATE, eps=1e-5 if layout.architecture == "encoder_decoder" else 1e-8)
+
+
 def make_spec(layout: Layout, world: int) -> EngineSpec:
     """What an engine in a layout is built from, on so many ranks."""
     data_parallel = world // (layout.pipeline * layout.sequence)
@@ -163,7 +170,7 @@ def make_spec(layout: Layout, world: int) -> EngineSpec:
         plan=plan,
         precision=layout.precision,
         zero_stage=layout.zero_stage,
-        optimizer=MUON if layout.muon else OptimizerConfig(lr=LEARNING_RATE),
+        optimizer=optimizer_of(layout),
         gradient_clipping=CLIPPING,
         recompute=Recompute(layout.recompute, layout.every),
         compile=layout.compile,
