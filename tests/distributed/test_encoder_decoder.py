@@ -16,7 +16,7 @@ import torch
 from solomonov import engine as engine_module
 from solomonov.model.transformer import Transformer
 from solomonov.stages import instructions
-from tests.distributed.test_engine import TWO, reference
+from tests.distributed.test_engine import TIED_TWO, TWO, reference
 from tests.distributed.test_resharding import assert_same_rest
 from tests.support import tiny
 from tests.support.ranks import run_ranks
@@ -50,7 +50,7 @@ def gradients_by_deepspeed(layout: Layout) -> dict[str, int]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_stage_with_the_end_of_the_encoder_goes_back_through_it_once(precision: str) -> None:
     """Once a micro-batch; DeepSpeed goes once for what the decoder's blocks there look at, and once for what is handed
-    on. Only the embedding, of which two tensors come, is seen twice."""
+    on."""
     layout = replace(STAGES, precision=precision)
     ours = run_ranks(gradients_of_weights, 3, layout)
     assert {"encoder.layers.2.attention.q.weight", "layers.0.cross_attention.k.weight"} <= ours[1].keys()
@@ -60,11 +60,11 @@ def test_a_stage_with_the_end_of_the_encoder_goes_back_through_it_once(precision
     assert theirs[1].keys() == ours[1].keys()
 
 
-@pytest.mark.parametrize("layout", [STAGES, replace(TWO, zero_stage=1, accumulation=4, pipeline=2, tied=True)], ids=str)
+@pytest.mark.parametrize("layout", [STAGES, replace(TIED_TWO, zero_stage=1, accumulation=4, pipeline=2)], ids=str)
 def test_bf16_losses_stay_near_fp32(layout: Layout) -> None:
     for outcome in run_ranks(tiny.run, layout.pipeline, replace(layout, precision="bf16"), 5):
         assert outcome.layout["precision"] == "bf16"
-        expected = reference(layout.tied, architecture="encoder_decoder")
+        expected = reference(layout.tied, 0.0, layout.architecture, layout.attention)
         torch.testing.assert_close(torch.tensor(outcome.losses), torch.tensor(expected.losses), rtol=5e-3, atol=0)
 
 
@@ -92,8 +92,8 @@ def test_evaluation_sums_over_all_ranks(world: int, layout: Layout) -> None:
 RESHARDED = [
     (2, replace(TWO, zero_stage=1), 3, STAGES),
     (3, STAGES, 2, replace(TWO, zero_stage=3, accumulation=2)),
-    (2, replace(TWO, zero_stage=0, accumulation=2, pipeline=2, tied=True), 1, replace(TWO, zero_stage=1, tied=True)),
-    (1, replace(TWO, zero_stage=0, tied=True), 4, replace(TWO, zero_stage=1, accumulation=2, pipeline=2, tied=True)),
+    (2, replace(TIED_TWO, zero_stage=0, accumulation=2, pipeline=2), 1, replace(TIED_TWO, zero_stage=1)),
+    (1, replace(TIED_TWO, zero_stage=0), 4, replace(TIED_TWO, zero_stage=1, accumulation=2, pipeline=2)),
 ]
 
 

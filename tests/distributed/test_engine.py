@@ -34,6 +34,9 @@ pytestmark = pytest.mark.dist
 
 ENCODER, TWO = Layout(architecture="encoder"), Layout(architecture="encoder_decoder")
 """The second reads a source, in an encoder of three layers before two of its decoder."""
+TIED_TWO = replace(TWO, tied=True, attention="vanilla")
+"""Its embedding adds positions, to two tensors; with QK norm the gradients of its gains are mostly rounding here: two
+orders in which plain PyTorch adds up the rows differ by 6e-6."""
 
 CASES = [
     (1, Layout(zero_stage=0)),
@@ -50,18 +53,18 @@ CASES = [
     (2, Layout(zero_stage=1, accumulation=2, recompute="full")),
     (2, replace(TWO, zero_stage=3, accumulation=2, recompute="selective")),
     (1, replace(ENCODER, zero_stage=1, tied=True)),
-    (2, replace(TWO, zero_stage=3, accumulation=2, tied=True)),
+    (2, replace(TIED_TWO, zero_stage=3, accumulation=2)),
     (2, Layout(zero_stage=1, accumulation=2, pipeline=2, recompute="selective")),
     (2, replace(TWO, zero_stage=1, accumulation=2, pipeline=2)),
     (2, Layout(zero_stage=1, accumulation=4, pipeline=2, tied=True)),
-    (2, replace(TWO, zero_stage=1, accumulation=4, pipeline=2, tied=True)),
+    (2, replace(TIED_TWO, zero_stage=1, accumulation=4, pipeline=2)),
     (2, replace(TWO, zero_stage=1, accumulation=2, pipeline=2, recompute="full")),
     (3, replace(TWO, zero_stage=1, accumulation=2, pipeline=3, recompute="full", every=2)),
-    (3, replace(TWO, zero_stage=0, accumulation=2, pipeline=3, tied=True)),
+    (3, replace(TIED_TWO, zero_stage=0, accumulation=2, pipeline=3)),
     (4, Layout(zero_stage=1, accumulation=2, pipeline=2)),
     (4, replace(TWO, zero_stage=1, accumulation=2, pipeline=2)),
     (4, replace(ENCODER, zero_stage=1, pipeline=2, tied=True)),
-    (4, replace(TWO, zero_stage=1, pipeline=2, tied=True, shuffled=True)),
+    (4, replace(TIED_TWO, zero_stage=1, pipeline=2, shuffled=True)),
     (2, replace(TWO, zero_stage=0, accumulation=2, pipeline=2)),
     (2, replace(ENCODER, zero_stage=0, accumulation=4, pipeline=2, tied=True)),
     (4, replace(TWO, zero_stage=0, accumulation=2, pipeline=2, recompute="full")),
@@ -72,7 +75,7 @@ CASES = [
     (2, replace(ENCODER, zero_stage=2, tied=True, offload="optimizer")),
     (2, replace(ENCODER, zero_stage=3, tied=True, offload="parameters")),
     (2, Layout(zero_stage=3, accumulation=2, recompute="full", offload="parameters")),
-    (2, replace(TWO, zero_stage=1, accumulation=2, pipeline=2, tied=True, offload="optimizer")),
+    (2, replace(TIED_TWO, zero_stage=1, accumulation=2, pipeline=2, offload="optimizer")),
     (4, Layout(zero_stage=1, accumulation=2, pipeline=2, offload="optimizer")),
 ]
 OFFLOADED = [
@@ -88,10 +91,12 @@ OPTIMIZER_OF_STAGE = {
 
 
 @cache
-def reference(tied: bool, z_loss: float = 0.0, architecture: Architecture = "decoder") -> Outcome:
+def reference(
+    tied: bool, z_loss: float = 0.0, architecture: Architecture = "decoder", attention: str = "rope"
+) -> Outcome:
     """The same five steps in plain PyTorch, the whole batch at once; the z-loss on whole logits."""
     torch.manual_seed(0)
-    layout = Layout(tied=tied, architecture=architecture)
+    layout = Layout(tied=tied, architecture=architecture, attention=attention)
     model = Transformer(tiny.model_of(layout), tiny.VOCAB, seed=tiny.SEED)
     optimizer = make_optimizer(model.named_parameters(), tiny.optimizer_of(layout), model.config, fused=False)
     losses, norms = [], []
@@ -221,8 +226,9 @@ def test_ranks_stand_where_the_grid_says() -> None:
 def test_layout_equals_plain_pytorch(world: int, layout: Layout) -> None:
     outcomes = run_ranks(tiny.run, world, layout, STEPS)
     assert_layout_ran(outcomes, layout)
+    expected = reference(layout.tied, 0.0, layout.architecture, layout.attention)
     for outcome in outcomes:
-        assert_equal_within(outcome, reference(layout.tied, architecture=layout.architecture), 1e-5)
+        assert_equal_within(outcome, expected, 1e-5)
 
 
 @pytest.mark.parametrize("architecture", get_args(Architecture))
