@@ -20,11 +20,11 @@ from typing import Any, Final, Protocol
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from solomonov.activations import Allocated
 from solomonov.distributed import Control, RankInfo, meet, start_process_group, stop_process_group
 from solomonov.engine import Engine
 from solomonov.equivalence import Case, Trial, layout_problem
 from solomonov.equivalence_rank import CPU, rows_of, spec_of
-from solomonov.footprint import Allocated
 from solomonov.model.config import Recompute
 from solomonov.model.transformer import Transformer
 from solomonov.optim import make_optimizer

@@ -66,30 +66,37 @@ class RowBatch:
 
 
 def rows_digest(
-    row_ids: NDArray[Any], input_ids: NDArray[Any], labels: NDArray[Any], document_ids: NDArray[Any]
+    row_ids: NDArray[Any],
+    input_ids: NDArray[Any],
+    labels: NDArray[Any],
+    document_ids: NDArray[Any],
+    *source: NDArray[Any],
 ) -> int:
-    """Sum modulo 2^64 over rows of xxh3-64(row id, input ids, labels, document ids).
+    """Sum modulo 2^64 over rows of xxh3-64(row id, input ids, labels, document ids, source).
 
-    A row's bytes are its id as int64 and the three others as int32, all little-endian. A sum, so it does not
+    A row's bytes are its id as int64 and the others as int32, all little-endian. A sum, so it does not
     depend on the order of rows nor on how they were shared out; digests of parts add up (modulo 2^64).
 
     Args:
         row_ids: (B,) of any integer type; the others (B, T) of any integer type.
+        source: of rows that have one its ids and its document ids, (B, S) of any integer type; else nothing.
 
     Raises:
         ValueError: shapes differ, or a value is not an integer that fits its type above.
     """
     batch, length = input_ids.shape
-    if row_ids.shape != (batch,) or labels.shape != (batch, length) or document_ids.shape != (batch, length):
+    same = row_ids.shape == (batch,) and labels.shape == (batch, length) and document_ids.shape == (batch, length)
+    if not same or any(array.shape != (batch, source[0].shape[1]) for array in source):
+        shapes = [row_ids.shape, labels.shape, document_ids.shape, *(array.shape for array in source)]
         raise ValueError(
-            f"shapes {row_ids.shape}, {input_ids.shape}, {labels.shape}, {document_ids.shape}: "
-            "one row id a row, and three arrays of one shape"
+            f"shapes {input_ids.shape}, {', '.join(map(str, shapes))}: one row id a row, three arrays of one shape, "
+            "and those of a source of another"
         )
-    record = np.dtype([("row", "<i8"), ("ids", "<i4", (3, length))])
+    arrays = [input_ids, labels, document_ids, *source]
+    record = np.dtype([("row", "<i8"), ("ids", "<i4", (sum(array.shape[1] for array in arrays),))])
     rows = np.empty(batch, dtype=record)
     rows["row"] = _exact(row_ids, np.dtype("<i8"))
-    for field, array in enumerate((input_ids, labels, document_ids)):
-        rows["ids"][:, field] = _exact(array, np.dtype("<i4"))
+    np.concatenate([_exact(array, np.dtype("<i4")) for array in arrays], axis=1, out=rows["ids"])
     flat = memoryview(rows.tobytes())
     size = record.itemsize
     total = sum(xxhash.xxh3_64_intdigest(flat[row * size : (row + 1) * size]) for row in range(batch))

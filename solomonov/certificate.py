@@ -133,7 +133,8 @@ def _certificate(
         "holds": all(verdict.holds for verdict in verdicts),
         "config": {"name": config.run.name, "xxh3_128": config_digest(values)},
         "scaled": {key: {"from": before, "to": now} for key, (before, now) in trial.changed.items()},
-        "rows": "drawn at random from run.seed, two documents each",
+        "rows": "drawn at random from run.seed, two documents each"
+        + (f"; sources of {trial.source_tokens} tokens" if trial.source_tokens is not None else ""),
         "rate": f"optimizer.lr ({config.optimizer.lr:g}) from the first update on",
         "ranks": ranks,
         "reference": {"case": REFERENCE.model_dump(mode="json"), "losses": reference.losses, "norms": reference.norms},

@@ -52,7 +52,7 @@ def plan(options: argparse.Namespace, config: Config, nodes: int, ranks_per_node
         precision = "fp32" if device.name == CPU else "bf16"
     explanation = explain(Question(config, config.tokenizer.vocab_size, world, device, precision))
     signal = None
-    if options.signal or target is not None or config.model.layers > signal_check.DEEP_LAYERS:
+    if options.signal or target is not None or config.model.depth > signal_check.DEEP_LAYERS:
         signal = signal_check.check_signal(config.model)
         if target is not None:
             pictures.of_signal(signal, target)

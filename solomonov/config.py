@@ -18,7 +18,6 @@ from pydantic import (
     Field,
     ValidationError,
     field_serializer,
-    field_validator,
     model_validator,
 )
 
@@ -174,17 +173,6 @@ class Config(Section):
     """Held-out loss."""
     metrics: MetricsConfig = MetricsConfig()
     """Records."""
-
-    @field_validator("model")
-    @classmethod
-    def _has_an_objective(cls, model: ModelConfig) -> ModelConfig:
-        if model.architecture != "decoder":
-            raise ValueError(
-                f"architecture {model.architecture}, which cannot be trained yet: the one objective is clm, the next "
-                "token, and only a decoder predicts that from its rows. Set model.architecture to decoder, and "
-                "model.encoder_layers to null"
-            )
-        return model
 
     @model_validator(mode="before")
     @classmethod

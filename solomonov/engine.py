@@ -41,7 +41,7 @@ from solomonov.partition import (
     parameter_shape,
     refresh_parameters,
 )
-from solomonov.stages import pipeline_module, sum_tied_gradients
+from solomonov.stages import instructions, pipeline_module
 from solomonov.topology import Place, RankGrid, rank_grid
 
 
@@ -127,10 +127,9 @@ class Engine:
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(spec, device), dist_init_required=False
         )
-        if spec.pipeline > 1 and getattr(self._optimizer, "use_grad_accum_attribute", False):
-            from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
-
-            self._ds._INSTRUCTION_MAP = self._ds._INSTRUCTION_MAP | {ReduceTiedGrads: sum_tied_gradients}
+        if spec.pipeline > 1:
+            accumulates = getattr(self._optimizer, "use_grad_accum_attribute", False)
+            self._ds._INSTRUCTION_MAP = self._ds._INSTRUCTION_MAP | instructions(accumulates)
         self.names: dict[torch.nn.Parameter, str] = {
             p: canonical(name, self._layers) for name, p in self._ds.module.named_parameters() if p not in set(fillers)
         }
@@ -169,7 +168,7 @@ class Engine:
         full = len(batches) == wanted or micro_batches is not None
         assert full, f"{len(batches)} micro-batches, the plan says {wanted}"
         missing = wanted - len(batches)
-        batches = [*batches, *(empty_batch(plan.sequence_tokens, self.device) for _ in range(missing))]
+        batches = [*batches, *(self.empty_batch() for _ in range(missing))]
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._sums = self._no_sums()
@@ -181,7 +180,7 @@ class Engine:
         for number, batch in enumerate(batches, 1):
             # Not DeepSpeed's own count, which takes every update for as long as the first.
             self._ds.set_gradient_accumulation_boundary(number == forwards)
-            found = self._ds(*self._own_tokens(batch), with_z=self.spec.z_loss > 0.0)
+            found = self._ds(*self._own_tokens(batch), source=batch.source, with_z=self.spec.z_loss > 0.0)
             self._ds.backward(self._objective(found) * scale)
             if number < forwards:
                 self._ds.step()
@@ -228,11 +227,16 @@ class Engine:
             # The stages have agreed on the size of what travels between them: short micro-batches are filled up.
             full = padded(batch, self.spec.plan.micro_rows)
             one = torch.ones(1, dtype=torch.float32, device=self.device)
-            micro = [((full.input_ids, full.document_ids), (full.labels, one))] if self.needs_rows else []
+            micro = [(_carry(full), (full.labels, one))] if self.needs_rows else []
             mean = self._ds.eval_batch(iter(micro), num_micro_batches=1)  # over the data-parallel ranks
             return float(mean) / self.spec.pipeline
         self._ds.eval()
-        return float(self._ds(*self._own_tokens(batch)))
+        return float(self._ds(*self._own_tokens(batch), source=batch.source))
+
+    def empty_batch(self) -> TokenBatch:
+        """A micro-batch of padding, for where this rank has no rows and the others have."""
+        plan = self.spec.plan
+        return empty_batch(plan.sequence_tokens, self.device, source_tokens=plan.source_tokens)
 
     def blocks(self) -> dict[int, Block]:
         """This rank's blocks, by their number through all stacks: in a pipeline those of its stage, else all."""
@@ -361,7 +365,7 @@ class Engine:
         # The stages have agreed on the size of what travels between them: short micro-batches are filled up.
         batches = [padded(batch, plan.micro_rows) for batch in batches]
         factor = torch.full((1,), scale, dtype=torch.float32, device=self.device)
-        micro = (((b.input_ids, b.document_ids), (b.labels, factor)) for b in batches)
+        micro = ((_carry(batch), (batch.labels, factor)) for batch in batches)
         self._ds.train_batch(data_iter=iter(micro))
 
     @property
@@ -485,3 +489,8 @@ class Engine:
         if self._average is not None and without:
             self._average.begin()
         refresh_parameters(self._optimizer)
+
+
+def _carry(batch: TokenBatch) -> tuple[torch.Tensor, ...]:
+    """What the first stage of a pipeline gets of a micro-batch (see `model.pipeline`)."""
+    return *(batch.source or ()), batch.input_ids, batch.document_ids

@@ -25,7 +25,7 @@ from solomonov.layouts import one_copy
 from solomonov.metrics import LOSS_BOUND
 from solomonov.model.config import ModelConfig, RecomputeMode
 from solomonov.model.counts import parameter_count, parameter_shapes
-from solomonov.model.naming import layer_names
+from solomonov.model.naming import layer_names, layer_of
 from solomonov.model.residual import branch_form
 from solomonov.parallel import Offload, ParallelConfig, check_layout
 from solomonov.partition import EMA, MOMENTUM
@@ -35,7 +35,8 @@ from solomonov.topology import stage_bounds
 MOST_RANKS = 16
 """Each is a process with torch and DeepSpeed, about 0.5 GiB."""
 MOST_LAYERS, MOST_HEADS, MOST_WIDTH, MOST_TOKENS, MOST_PIECES, STEPS = 4, 4, 8, 16, 97, 4
-"""What is scaled down to: layers, heads, their width, tokens a row, pieces (odd: shares are uneven), updates."""
+"""What is scaled down to: layers of all stacks, heads, their width, tokens a row, pieces (odd: shares are uneven),
+updates."""
 MOST_WINDOW = 5
 """The same of a window: rows are longer, and no multiple of it."""
 LEAST_EPS = 1e-5
@@ -97,6 +98,8 @@ class Trial(Section):
     """Pieces."""
     sequence_tokens: int
     """Of a row."""
+    source_tokens: int | None = None
+    """Of a row of the source, a third longer; None: the model reads none."""
     rows: int
     """Of an update."""
     steps: int = STEPS
@@ -120,10 +123,12 @@ def scale_down(config: Config, ranks: int) -> Trial:
     model = config.model
     shared = model.heads // model.kv_head_count
     keys = min(model.kv_head_count, max(1, MOST_HEADS // shared))
-    layers, width = min(model.layers, MOST_LAYERS), min(model.head_width, MOST_WIDTH)
+    most = MOST_LAYERS // len(model.stacks)
+    layers, width = min(model.layers, most), min(model.head_width, MOST_WIDTH)
     d_model = shared * keys * width if model.head_dim is None else min(model.d_model, MOST_HEADS * MOST_WIDTH)
     changes: dict[str, Any] = {
         "layers": layers,
+        "encoder_layers": model.encoder_layers if model.encoder_layers is None else min(model.encoder_layers, most),
         "d_model": d_model,
         "heads": shared * keys,
         "kv_heads": model.kv_heads if model.kv_heads is None else keys,
@@ -134,7 +139,7 @@ def scale_down(config: Config, ranks: int) -> Trial:
         "base_layers": model.base_layers,
     }
     if model.residual_mode == "scaled":
-        changes["base_layers"] = max(1, int(layers * branch_form(model, 0).scale))
+        changes["base_layers"] = max(1, int(layers * min(branch_form(model, 0, stack).scale for stack in model.stacks)))
     if model.base_d_model is not None:
         changes["base_d_model"] = max(2, d_model * model.base_d_model // model.d_model)
     attention = model.attention
@@ -164,6 +169,7 @@ def scale_down(config: Config, ranks: int) -> Trial:
         model=small,
         vocab_size=vocab_size,
         sequence_tokens=tokens,
+        source_tokens=-(-4 * tokens // 3) if model.architecture == "encoder_decoder" else None,
         rows=rows,
         seed=config.run.seed,
         # In bf16 Muon's orthogonalisation differs by 1e-3 between layouts, for rounding alone.
@@ -186,7 +192,7 @@ def worlds(ranks: int) -> list[int]:
 def legal_cases(trial: Trial, ranks: int) -> Iterator[Case]:
     """All legal layouts in fp32 but the reference."""
     again: list[tuple[str, int]] = [("none", 1), ("selective", 1), ("full", 1)]
-    again += [("full", 2)] * (trial.model.layers > 1)
+    again += [("full", 2)] * (trial.model.depth > 1)
     cuts = [(stages, 1) for stages in range(1, ranks + 1)] + [(1, sharing) for sharing in range(2, ranks + 1)]
     for world, stage, (stages, sharing), offload, accumulation, (mode, every) in product(
         worlds(ranks), (0, 1, 2, 3), cuts, get_args(Offload), ACCUMULATIONS, again
@@ -296,10 +302,10 @@ def parameters_held(case: Case, trial: Trial) -> list[int]:
     if case.pipeline == 1:
         return [parameter_count(model, vocab_size)] * case.ranks
     layers = layer_names(model)
-    by_layer = {layer: sum(size for name, size in sizes.items() if layer_of(name) == layer) for layer in layers}
+    by_layer = {layer: sum(size for name, size in sizes.items() if layer_of(name, layers) == layer) for layer in layers}
     if model.tie_embeddings:
         by_layer["head"] = by_layer["embedding"]  # its copy on the last stage
-    bounds = stage_bounds(model, vocab_size, trial.sequence_tokens, case.pipeline)
+    bounds = stage_bounds(model, vocab_size, trial.sequence_tokens, case.pipeline, trial.source_tokens)
     held = [sum(by_layer[layer] for layer in layers[begin:end]) for begin, end in pairwise(bounds)]
     return sorted(held * case.data_parallel)
 
@@ -417,22 +423,17 @@ def first_difference(
     """
     bound = LOSS_BOUND["fp32"]
     gradients = {name: value for (name, kind), value in tensors.items() if kind == "gradient" and value > bound}
-    for layer in reversed(layer_names(model)):
-        inside = {name: value for name, value in gradients.items() if layer_of(name) == layer}
+    layers = layer_names(model)
+    for layer in reversed(layers):
+        inside = {name: value for name, value in gradients.items() if layer_of(name, layers) == layer}
         if inside:
             name = max(inside, key=lambda key: inside[key])
             return f"{layer}, by the gradient of {name} in step 1: {inside[name]:.1e}"
     (name, kind), value = max(tensors.items(), key=lambda item: item[1])
     if value > bound:
-        return f"{layer_of(name)}, by {kind} of {name} after step {len(expected.losses)}: {value:.1e}"
+        return f"{layer_of(name, layers)}, by {kind} of {name} after step {len(expected.losses)}: {value:.1e}"
     steps = [_first_step(found.losses, expected.losses, bound), _first_step(found.norms, expected.norms, bound)]
     return f"no layer; loss or gradient norm in step {min(step for step in steps if step)}"
-
-
-def layer_of(name: str) -> str:
-    """The layer of a parameter, by its canonical name."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
 
 
 def _differences(found: Sequence[float], expected: Sequence[float]) -> list[float]:

@@ -27,6 +27,7 @@ from solomonov.engine import Engine
 from solomonov.engine_spec import EngineSpec
 from solomonov.equivalence import Case, Outcome, State, Trial
 from solomonov.model.config import Recompute
+from solomonov.model.cross import Source
 from solomonov.partition import EMA, MOMENTUM
 from solomonov.plan import BatchPlan
 
@@ -90,7 +91,15 @@ def run_case(
 def spec_of(trial: Trial, case: Case) -> EngineSpec:
     """What the engine of a layout is built from."""
     micro = trial.rows // (case.data_parallel * case.accumulation)
-    plan = BatchPlan(trial.sequence_tokens, trial.rows, micro, case.accumulation, case.data_parallel, trial.steps)
+    plan = BatchPlan(
+        trial.sequence_tokens,
+        trial.rows,
+        micro,
+        case.accumulation,
+        case.data_parallel,
+        trial.steps,
+        source_tokens=trial.source_tokens,
+    )
     return EngineSpec(
         model=trial.model,
         vocab_size=trial.vocab_size,
@@ -110,17 +119,33 @@ def spec_of(trial: Trial, case: Case) -> EngineSpec:
 
 
 def rows_of(trial: Trial, step: int, rows: Sequence[int]) -> TokenBatch:
-    """Rows of a step, the same wherever they are drawn: two documents each, and a number of predicted tokens that
-    differs by row, so that a token weighs the same only where the whole update's are counted."""
+    """Rows of a step, the same wherever they are drawn: two documents each, in two rows of three padding behind them,
+    and a number of predicted tokens that differs by row, so that a token weighs the same only where the whole update's
+    are counted.
+
+    Sources are padded too. In one row of three the first document has none, in another the second.
+    """
     generator = torch.Generator().manual_seed((trial.seed * 1009 + step) % 2**63)
-    shape = (trial.rows, trial.sequence_tokens)
-    ids = torch.randint(0, trial.vocab_size, shape, generator=generator)
-    labels = torch.randint(0, trial.vocab_size, shape, generator=generator)
-    position, row = torch.arange(trial.sequence_tokens)[None, :], torch.arange(trial.rows)[:, None]
-    labels[position < (row * 3 + step) % trial.sequence_tokens] = -100
-    documents = (position >= row % trial.sequence_tokens).long()
+    tokens, row = trial.sequence_tokens, torch.arange(trial.rows)[:, None]
     index = torch.tensor(list(rows))
-    return TokenBatch(step * trial.rows + index, ids[index], labels[index], documents[index])
+
+    def drawn(length: int) -> torch.Tensor:
+        return torch.randint(0, trial.vocab_size, (trial.rows, length), generator=generator)
+
+    def documents(length: int, begin: torch.Tensor) -> torch.Tensor:
+        position = torch.arange(length)[None, :]
+        return (position >= begin).long().masked_fill(position >= length - row % 3, -1)
+
+    ids, labels = drawn(tokens), drawn(tokens)
+    of_rows = documents(tokens, row % tokens)
+    labels[torch.arange(tokens)[None, :] < (row * 3 + step) % tokens] = -100
+    labels[of_rows == -1] = -100
+    source = None
+    if trial.source_tokens is not None:
+        length = trial.source_tokens
+        begin = torch.where(row % 3 == 0, length, torch.where(row % 3 == 1, 0, 1 + 2 * row % (length - 1)))
+        source = Source(drawn(length)[index], documents(length, begin)[index])
+    return TokenBatch(step * trial.rows + index, ids[index], labels[index], of_rows[index], source)
 
 
 def whole_state(engine: Engine, control: Control) -> State:

@@ -15,6 +15,7 @@ import torch
 from data_pipeline.dataset import Dataset
 from data_pipeline.stream import HeldOutRows
 from data_pipeline.tokenizer import Tokenizer
+from solomonov.architectures import require_decoder
 from solomonov.errors import ConfigurationError
 from solomonov.loading import LoadedModel
 
@@ -47,8 +48,10 @@ def evaluate(model: LoadedModel, data_folder: Path, device: torch.device, *, max
     training; every token is predicted exactly once.
 
     Raises:
-        ConfigurationError: the data set has no held-out documents, or another tokenizer than the model.
+        ConfigurationError: the model is no decoder; the data set has no held-out documents, or another tokenizer than
+            the model.
     """
+    require_decoder(model.config, "evaluate")
     module = model.module(device)
     tokenizer = Tokenizer.load(model.tokenizer_model)
     with Dataset.open(data_folder) as dataset:

@@ -86,8 +86,9 @@ def facts(explanation: Explanation) -> dict[str, Any]:
     parameters = parameter_count(model, question.vocab_size)
     tokens = plan.batch_rows * plan.sequence_tokens
     updates = plan.trained_tokens(plan.total_steps) / tokens  # of whole batches
-    flops = flops_per_token(model, question.vocab_size, plan.sequence_tokens)
-    bounds = stage_bounds(model, question.vocab_size, plan.sequence_tokens, taken.parallel.pipeline)
+    lengths = plan.sequence_tokens, plan.source_tokens
+    flops = flops_per_token(model, question.vocab_size, *lengths)
+    bounds = stage_bounds(model, question.vocab_size, lengths[0], taken.parallel.pipeline, lengths[1])
     names = layer_names(model)
     return {
         "parameters": parameters,
@@ -139,7 +140,8 @@ def lines(explanation: Explanation) -> Iterator[str]:
     model, plan, device = question.config.model, taken.plan, explanation.device
     peak = device.fp32_flops if question.precision == "fp32" else device.bf16_flops
     yield (
-        f"model       {model.layers} layers of {model.d_model}, {known['parameters']:,} parameters,"
+        f"model       {' + '.join(str(stack.layers) for stack in model.stacks)} layers of {model.d_model},"
+        f" {known['parameters']:,} parameters,"
         f" {known['flops_per_token'] / 1e9:.4g} GFLOP a token"
     )
     yield f"batch       {plan.describe()}"

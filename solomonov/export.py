@@ -20,6 +20,7 @@ from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
 from solomonov import bundled
+from solomonov.architectures import require_decoder
 from solomonov.errors import ConfigurationError, NumericalError
 from solomonov.fast_tokenizer import build_tokenizer
 from solomonov.hf_folder import EXPORT_MARKER, load_hf
@@ -95,9 +96,11 @@ def export_hf(
         shard_bytes: most bytes of one weight file (a larger tensor gets a file of its own).
 
     Raises:
-        ConfigurationError: the state is not the model's, or `folder` holds something else than an export.
+        ConfigurationError: the model is no decoder, the state is not the model's, or `folder` holds something else than
+            an export.
         NumericalError: the loaded export does not give the same logits.
     """
+    require_decoder(model, "export")
     target = Path(folder)
     tokenizer = Tokenizer.load(tokenizer_model_path)
     shapes = parameter_shapes(model, tokenizer.vocab_size)

@@ -1,37 +1,20 @@
 """How much memory a rank needs in a layout, worked out without allocating any of it.
 
-Weights, gradients and optimizer state follow from how DeepSpeed lays them out; what a block and the head keep for the
-backward pass is counted by running them on tensors that have shapes and no data, so that the count is that of the
-code which trains. The tests hold the sum against all that was really allocated.
+Weights, gradients and optimizer state follow from how DeepSpeed lays them out; what is kept for the backward pass is
+counted (see `activations`). The tests hold the sum against all that was really allocated.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import pairwise
 from math import prod
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-from solomonov.model.attention import SequenceShare, attend, attention_context, layer_contexts
-from solomonov.model.attention_config import LayerAttention
+from solomonov.activations import Held, activations
 from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.counts import parameter_count, parameter_shapes
-from solomonov.model.front import Front, example
-from solomonov.model.layers import Block
-from solomonov.model.loss import cross_entropy_sum
-from solomonov.model.naming import is_hidden_matrix, layer_names
-from solomonov.model.pipeline import BlockStage
-from solomonov.model.residual import BranchForm, branch_form
+from solomonov.model.naming import is_hidden_matrix, layer_names, layer_of
 from solomonov.parallel import LIVE_PARAMETERS, ParallelConfig, bucket_elements, overlaps
 from solomonov.plan import BatchPlan
 from solomonov.topology import stage_bounds
@@ -65,150 +48,6 @@ class Footprint:
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
 
 
-class Allocated(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that are made while it is active: now, and at most."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now, self.peak = 0, 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
-                self._add(leaf.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or not size:
-            return
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-@dataclass(frozen=True)
-class Working:
-    """Bytes that a piece of the model needs for one micro-batch."""
-
-    kept: int
-    """From its forward pass until its backward pass has come."""
-    backward: int
-    """Beyond these, at most, while its backward pass runs."""
-
-
-def _working(precision: str, make: Callable[[torch.dtype], Callable[[], Tensor]]) -> Working:
-    """Forward and backward of what is made, on tensors without data."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    with FakeTensorMode(), Allocated() as allocated:
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            forward = make(dtype)
-        finally:
-            torch.set_default_dtype(default)
-        before = allocated.now
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16_autocast"):
-            output = forward()
-        kept = allocated.now - before
-        gradient = torch.ones_like(output)
-        allocated.peak = allocated.now
-        output.backward(gradient)  # type: ignore[no-untyped-call]
-        return Working(kept, allocated.peak - before - kept)
-
-
-@cache
-def block_working(
-    config: ModelConfig,
-    rows: int,
-    sequence_tokens: int,
-    precision: str,
-    *,
-    layer: int = 0,
-    selective: bool = False,
-    staged: bool = False,
-    ranks: int = 1,
-) -> Working:
-    """Of one block on `rows` rows, gradients of its parameters included.
-
-    Args:
-        layer: number of the block.
-        selective: whether it keeps only products (see `model.recompute`).
-        staged: whether it is one of a pipeline, where each makes masks and tables for itself.
-        ranks: that share each row, of which this is one.
-    """
-
-    def make(dtype: torch.dtype) -> Callable[[], Tensor]:
-        documents = torch.zeros(rows, sequence_tokens, dtype=torch.int32)
-        hidden = torch.zeros(rows, sequence_tokens // ranks, config.d_model, dtype=dtype, requires_grad=True)
-        if staged:
-            stage = BlockStage(config, layer, f"layers.{layer}", 0, selective)
-            return lambda: stage((hidden, documents))[0]
-        block = Block(config, layer, selective=selective)
-        context = attention_context(documents, config, layer, share=_share(ranks))
-        return lambda: block(hidden, context)
-
-    return _working(precision, make)
-
-
-def _share(ranks: int) -> SequenceShare | None:
-    """A share of rows by whose exchange there are as many numbers as after a real one."""
-
-    def exchanged(query: Tensor, key: Tensor, value: Tensor, _: int, **options: Any) -> Tensor:
-        def here(x: Tensor) -> Tensor:
-            return x.reshape(x.shape[0], x.shape[1] * ranks, x.shape[2] // ranks, x.shape[3])
-
-        return attend(here(query), here(key), here(value), **options).reshape(query.shape)
-
-    return SequenceShare(0, ranks, exchanged) if ranks > 1 else None
-
-
-@cache
-def contexts_bytes(config: ModelConfig, rows: int, sequence_tokens: int, ranks: int) -> int:
-    """Of the masks and tables that all blocks of a model share."""
-    with FakeTensorMode(), Allocated() as allocated:
-        documents = torch.zeros(rows, sequence_tokens, dtype=torch.int32)
-        before = allocated.now
-        contexts = layer_contexts(documents, config, share=_share(ranks))
-        size: int = allocated.now - before
-        assert contexts, "a model has a layer"
-        return size
-
-
-@cache
-def front_working(config: ModelConfig, rows: int, sequence_tokens: int, precision: str) -> Working:
-    """Of what stands before a stack that reads no tokens, for `sequence_tokens` of these a row; what it reads itself,
-    like token ids, is not counted."""
-
-    def make(dtype: torch.dtype) -> Callable[[], Tensor]:
-        front, read = Front(config), example(config.front, rows, sequence_tokens, torch.Generator())
-        return lambda: front(*read)[0]
-
-    return _working(precision, make)
-
-
-@cache
-def head_working(width: int, vocab_size: int, tokens: int, precision: str) -> Working:
-    """Of head and loss on `tokens` tokens, the gradient of the head included."""
-
-    def make(dtype: torch.dtype) -> Callable[[], Tensor]:
-        hidden = torch.zeros(tokens, width, dtype=dtype, requires_grad=True)
-        weight = torch.zeros(vocab_size, width, dtype=dtype, requires_grad=True)
-        labels = torch.zeros(tokens, dtype=torch.int64)
-        return lambda: cross_entropy_sum(hidden, weight, labels)
-
-    return _working(precision, make)
-
-
 @dataclass(frozen=True)
 class Training:
     """What else decides how much memory is needed."""
@@ -240,12 +79,12 @@ def footprint(
         parallel: a legal layout.
     """
     precision, recompute = training.precision, training.recompute
-    bounds = stage_bounds(model, vocab_size, plan.sequence_tokens, parallel.pipeline)
+    bounds = stage_bounds(model, vocab_size, plan.sequence_tokens, parallel.pipeline, plan.source_tokens)
     names = layer_names(model)
     bucket = 4 * bucket_elements(parameter_count(model, vocab_size))
     sizes, of_muon, largest_matrix = dict.fromkeys(names, 0), dict.fromkeys(names, 0), 0
     for name, shape in parameter_shapes(model, vocab_size).items():
-        layer = next(layer for layer in names if name.startswith(f"{layer}."))
+        layer = layer_of(name, names)
         sizes[layer] += prod(shape)
         if training.muon and is_hidden_matrix(name, shape):
             of_muon[layer] += prod(shape)
@@ -254,17 +93,16 @@ def footprint(
         sizes["head"] = sizes["embedding"]  # a copy on the last stage
     moments = []
     for stage, (begin, end) in enumerate(pairwise(bounds)):
-        held = names[begin:end]
-        held_parameters = sum(sizes[name] for name in held)
-        matrices = sum(of_muon[name] for name in held)
+        held_parameters = sum(sizes[name] for name in names[begin:end])
+        matrices = sum(of_muon[name] for name in names[begin:end])
         state = _state(
             _Numbers(held_parameters, matrices, largest_matrix, 16 if training.ema else 12), parallel, plan, precision
         )
         if parallel.offload != "none":
             state = _offloaded(state, held_parameters, max(sizes.values()), parallel, plan, precision)
         in_flight = min(plan.accumulation, parallel.pipeline - stage)
-        head, last_block, first_block = _activations(
-            model, vocab_size, plan, parallel, held, in_flight, precision, recompute
+        head, last_block, first_block = activations(
+            Held(model, vocab_size, plan, parallel, names, begin, end, in_flight, precision, recompute)
         )
         # Gradients come one by one; where they are accumulated, or have a place of their own, all are there before.
         early = state.gradients if state.early or plan.accumulation > 1 else 0
@@ -384,60 +222,3 @@ def _offloaded(
         else:
             passage += whole_tensors  # of the reduction before, beside those that are accumulated
     return replace(state, early=False, optimizer=0, update=state.exchange, passage=passage, host=host)
-
-
-def _activations(
-    model: ModelConfig,
-    vocab_size: int,
-    plan: BatchPlan,
-    parallel: ParallelConfig,
-    layers: Sequence[str],
-    in_flight: int,
-    precision: str,
-    recompute: Recompute,
-) -> tuple[int, int, int]:
-    """While the backward pass of the head runs, that of a stage's last group of blocks, and that of its first.
-
-    A group is what one input is kept for: a single block, but where several are computed again together.
-    """
-    ranks, staged = parallel.sequence, parallel.pipeline > 1
-    blocks = [int(name.partition(".")[2]) for name in layers if name.startswith("layers.")]
-    tokens = plan.micro_rows * plan.sequence_tokens // ranks
-    size = recompute.every if recompute.mode == "full" else 1
-    stream = tokens * model.d_model * (2 if precision == "bf16" else 4)
-    groups = []
-    for begin in range(0, len(blocks), size):
-        workings = [
-            block_working(
-                model,
-                plan.micro_rows,
-                plan.sequence_tokens,
-                precision,
-                layer=_first_alike(model, block),
-                selective=recompute.mode == "selective",
-                staged=staged,
-                ranks=ranks,
-            )
-            for block in blocks[begin : begin + size]
-        ]
-        # Run again, they keep what they would have kept without.
-        kept, backward = sum(block.kept for block in workings), max(block.backward for block in workings)
-        groups.append(Working(stream, kept + backward) if recompute.mode == "full" else Working(kept, backward))
-    of_one_micro_batch = sum(group.kept for group in groups)
-    if "front" in layers:
-        of_one_micro_batch += front_working(model, plan.micro_rows, plan.sequence_tokens, precision).kept
-    first, last = (groups[0], groups[-1]) if groups else (Working(0, 0), Working(0, 0))
-    head = head_working(model.d_model, vocab_size, tokens, precision) if "head" in layers else Working(0, 0)
-    shared = 0 if staged else contexts_bytes(model, plan.micro_rows, plan.sequence_tokens, ranks)
-    all_kept = in_flight * of_one_micro_batch + shared
-    of_others = all_kept - of_one_micro_batch
-    return all_kept + head.kept + head.backward, all_kept + last.backward, of_others + first.kept + first.backward
-
-
-def _first_alike(model: ModelConfig, layer: int) -> int:
-    """The first layer whose block is of the same kind; the factor c apart, of which nothing is kept."""
-
-    def kind(of: int) -> tuple[LayerAttention, BranchForm]:
-        return model.layer_attention(of), replace(branch_form(model, of), inner=0.0)
-
-    return next(other for other in range(model.layers) if kind(other) == kind(layer))

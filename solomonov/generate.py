@@ -9,6 +9,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from solomonov.architectures import require_decoder
 from solomonov.errors import ConfigurationError
 from solomonov.model.cache import KeyValueCache
 from solomonov.model.transformer import Transformer
@@ -57,7 +58,8 @@ def generate(
         eos_id: ends the text; None: it has the full length.
 
     Raises:
-        ConfigurationError: a setting is out of range, or the prompt is empty or not of this vocabulary.
+        ConfigurationError: the model is no decoder, a setting is out of range, or the prompt is empty or not of this
+            vocabulary.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     return list(stream(model, prompt_ids, sampling, max_new_tokens=max_new_tokens, eos_id=eos_id))
@@ -72,6 +74,7 @@ def stream(
     eos_id: int | None = None,
 ) -> Iterator[int]:
     """`generate`, each token as soon as it is known."""
+    require_decoder(model.config, "generate")
     if not prompt_ids:
         raise _refused("prompt", "no tokens", "at least one token; the begin-of-text token will do")
     if not 0 <= min(prompt_ids) <= max(prompt_ids) < model.vocab_size:

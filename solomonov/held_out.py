@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import islice
 
 from data_pipeline.stream import HeldOutRows
-from solomonov.batch import TokenBatch, empty_batch, to_tensors
+from solomonov.batch import TokenBatch, to_tensors
 from solomonov.distributed import Control
 from solomonov.engine import Engine
 
@@ -32,9 +32,7 @@ def held_out_loss(
     indices = iter(mine)
     for _ in range(forwards):  # the same number on every rank: with ZeRO 3 each forward is a collective
         part = list(islice(indices, plan.micro_rows))
-        batch = (
-            to_tensors(held_out.rows(part), engine.device) if part else empty_batch(plan.sequence_tokens, engine.device)
-        )
+        batch = to_tensors(held_out.rows(part), engine.device) if part else engine.empty_batch()
         if before is not None:
             before(batch)
         total += engine.evaluate(batch)

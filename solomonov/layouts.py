@@ -13,7 +13,7 @@ from solomonov.plan import BatchPlan, plan_batch
 
 def candidates(config: Config, world: int) -> Iterator[ParallelConfig]:
     """What `parallel: auto` considers, legal or not, plainest first: ZeRO stages, pipelines that divide the ranks."""
-    for stages in range(1, min(world, config.model.layers) + 1):
+    for stages in range(1, min(world, config.model.block_count) + 1):
         if world % stages == 0:
             for zero_stage in (0, 1, 2, 3):
                 yield ParallelConfig.model_validate({"zero_stage": zero_stage, "pipeline": stages})
@@ -45,8 +45,9 @@ def batch_of(config: Config, parallel: ParallelConfig, *, precision: str, world:
         ConfigurationError: layout or batch is illegal on so many ranks.
     """
     tokens = config.data.sequence_tokens
-    copies = check_layout(parallel, precision=precision, world=world, model=config.model, sequence_tokens=tokens)
-    return plan_batch(config.training, config.schedule, sequence_tokens=tokens, data_parallel=copies)
+    return _plan(
+        config, check_layout(parallel, precision=precision, world=world, model=config.model, sequence_tokens=tokens)
+    )
 
 
 def one_copy(config: Config) -> BatchPlan:
@@ -55,7 +56,15 @@ def one_copy(config: Config) -> BatchPlan:
     Raises:
         ConfigurationError: it is illegal in every layout.
     """
-    return plan_batch(config.training, config.schedule, sequence_tokens=config.data.sequence_tokens, data_parallel=1)
+    return _plan(config, 1)
+
+
+def _plan(config: Config, copies: int) -> BatchPlan:
+    """The batch for so many copies of the model; rows of the source are as long as those of the target."""
+    tokens = config.data.sequence_tokens
+    source = tokens if config.model.architecture == "encoder_decoder" else None
+    training, schedule = config.training, config.schedule
+    return plan_batch(training, schedule, sequence_tokens=tokens, data_parallel=copies, source_tokens=source)
 
 
 def legal_batch(config: Config, *, precision: str, world: int) -> BatchPlan:

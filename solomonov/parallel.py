@@ -64,20 +64,20 @@ def check_layout(
     Args:
         precision: the resolved precision: fp32, bf16 or bf16_autocast.
         world: number of ranks.
-        model: its layers, embedding and head not counted, are spread over a pipeline, its heads over ranks that
-            share rows.
+        model: its layers, of all stacks, embedding and head not counted, are spread over a pipeline, its heads over
+            ranks that share rows.
         sequence_tokens: of a row.
 
     Raises:
         ConfigurationError: the layout is illegal; the message names the nearest legal one.
     """
     if parallel.sequence > 1:
-        _check_sequence(parallel, world=world, heads=model.heads, sequence_tokens=sequence_tokens)
+        _check_sequence(parallel, world=world, model=model, sequence_tokens=sequence_tokens)
     refusal = offload_refusal(parallel)
     if refusal is not None:
         raise refusal
     if parallel.pipeline > 1:
-        _check_pipeline(parallel, precision=precision, world=world, layers=model.layers)
+        _check_pipeline(parallel, precision=precision, world=world, layers=model.block_count)
     if precision == "bf16" and parallel.zero_stage == 0:
         raise ConfigurationError(
             "bf16 parameters need ZeRO stage 1 or higher",
@@ -89,8 +89,17 @@ def check_layout(
     return world // (parallel.pipeline * parallel.sequence)
 
 
-def _check_sequence(parallel: ParallelConfig, *, world: int, heads: int, sequence_tokens: int) -> None:
-    ranks = parallel.sequence
+def _check_sequence(parallel: ParallelConfig, *, world: int, model: ModelConfig, sequence_tokens: int) -> None:
+    ranks, heads = parallel.sequence, model.heads
+    if model.architecture == "encoder_decoder":
+        raise ConfigurationError(
+            "rows with a source are not shared",
+            got=f"parallel.sequence: {ranks} with model.architecture: {model.architecture}",
+            rule="ranks that share a row have a run of its tokens each, which attend to one another; those of a decoder"
+            " behind an encoder also attend to a row of another length",
+            remedy="set parallel.sequence to 1; where rows do not fit, parallel.pipeline to as many as it was, or"
+            " training.activation_checkpointing to full",
+        )
     if parallel.pipeline > 1:
         raise ConfigurationError(
             "a pipeline does not share rows",
@@ -157,7 +166,7 @@ def _check_pipeline(parallel: ParallelConfig, *, precision: str, world: int, lay
     if stages > layers:
         raise ConfigurationError(
             "there are more pipeline stages than layers",
-            got=f"parallel.pipeline: {stages}, model.layers: {layers}",
+            got=f"parallel.pipeline: {stages}, layers of all stacks: {layers}",
             rule="each stage holds at least one layer",
             remedy=f"set parallel.pipeline to at most {layers}",
         )

@@ -84,6 +84,8 @@ class BatchPlan:
     data_parallel: int
     """Ranks that see different rows."""
     total_steps: int
+    source_tokens: int | None = None
+    """Of a row of the source, S; None: rows have no source."""
     lengths: SequenceLengths | None = None
     """How far attention reaches; None: over whole rows, always."""
     warmup: BatchRows | None = None
@@ -140,7 +142,12 @@ class BatchPlan:
 
 
 def plan_batch(
-    training: TrainingConfig, schedule: ScheduleConfig, *, sequence_tokens: int, data_parallel: int
+    training: TrainingConfig,
+    schedule: ScheduleConfig,
+    *,
+    sequence_tokens: int,
+    data_parallel: int,
+    source_tokens: int | None = None,
 ) -> BatchPlan:
     """Derive the batch plan, or say why the batch does not divide.
 
@@ -186,6 +193,7 @@ def plan_batch(
         accumulation=batch_rows // (micro * data_parallel),
         data_parallel=data_parallel,
         total_steps=total_steps(training, batches, sequence_tokens),
+        source_tokens=source_tokens,
         lengths=sequence_lengths(schedule.sequence_warmup, sequence_tokens),
         warmup=batches if batches.warmup_steps else None,
     )

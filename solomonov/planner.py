@@ -169,20 +169,21 @@ def _bus_bytes(question: Question, plan: BatchPlan, parallel: ParallelConfig) ->
 def _compute_seconds(question: Question, plan: BatchPlan, parallel: ParallelConfig) -> float:
     device, config = question.device, question.config
     peak = device.fp32_flops if question.precision == "fp32" else device.bf16_flops
-    flops = flops_per_token(config.model, question.vocab_size, plan.sequence_tokens)
+    flops = flops_per_token(config.model, question.vocab_size, plan.sequence_tokens, plan.source_tokens)
     tokens = plan.batch_rows * plan.sequence_tokens / question.world
     idle = 1.0 + (parallel.pipeline - 1) / plan.accumulation  # 1F1B: arXiv 2104.04473, section 2.2.1
-    slowest = _dearest_stage(question, parallel.pipeline) * parallel.pipeline
+    slowest = _dearest_stage(question, plan, parallel.pipeline) * parallel.pipeline
     # Products are what counts: `selective` computes none again, `full` the forward third.
     again = 4 / 3 if config.training.recompute.mode == "full" else 1.0
     return flops * tokens * slowest * again * idle / (peak * UTILISATION)
 
 
-def _dearest_stage(question: Question, stages: int) -> float:
+def _dearest_stage(question: Question, plan: BatchPlan, stages: int) -> float:
     """Its share of all operations."""
-    model, tokens = question.config.model, question.config.data.sequence_tokens
-    costs = list(layer_flops(model, question.vocab_size, tokens).values())
-    bounds = stage_bounds(model, question.vocab_size, tokens, stages)
+    model, vocab_size = question.config.model, question.vocab_size
+    tokens, source = plan.sequence_tokens, plan.source_tokens
+    costs = list(layer_flops(model, vocab_size, tokens, source).values())
+    bounds = stage_bounds(model, vocab_size, tokens, stages, source)
     return max(sum(costs[begin:end]) for begin, end in pairwise(bounds)) / sum(costs)
 
 
@@ -215,7 +216,7 @@ def _row_exchange_seconds(question: Question, plan: BatchPlan, parallel: Paralle
     passes = 3 if question.config.training.recompute.mode == "full" else 2
     tokens = plan.micro_rows * plan.accumulation * plan.sequence_tokens / ranks
     width = 4 if question.precision == "fp32" else 2
-    moved = passes * model.layers * tokens * channels * width * (ranks - 1) / ranks
+    moved = passes * model.block_count * tokens * channels * width * (ranks - 1) / ranks
     one_machine = ranks <= device.per_machine
     return moved / (device.link_bytes_per_second if one_machine else device.network_bytes_per_second)
 

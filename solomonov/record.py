@@ -273,5 +273,6 @@ class RunRecord:
     def _flops_per_token(self) -> float:
         if not self._flops:
             vocabulary = self._config.tokenizer.vocab_size
-            self._flops = flops_per_token(self._config.model, vocabulary, self._plan.sequence_tokens)
+            lengths = self._plan.sequence_tokens, self._plan.source_tokens
+            self._flops = flops_per_token(self._config.model, vocabulary, *lengths)
         return self._flops

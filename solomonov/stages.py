@@ -1,8 +1,8 @@
-"""A model as DeepSpeed's pipeline: its stages, and the sum of a tied weight's gradients over them."""
+"""A model as DeepSpeed's pipeline: its stages, and what is done otherwise than by DeepSpeed in their backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from solomonov.engine_spec import EngineSpec
 from solomonov.model.pipeline import BlockStage, pipeline_layers
 from solomonov.model.recompute import in_groups, in_turn
+from solomonov.model.stacks import Stack
 from solomonov.model.transformer import compile_blocks
 from solomonov.topology import RankGrid, stage_bounds
 
@@ -26,7 +27,8 @@ def pipeline_module(spec: EngineSpec, grid: RankGrid | None, loss: Callable[...,
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
-    bounds = stage_bounds(spec.model, spec.vocab_size, spec.plan.sequence_tokens, spec.pipeline)
+    plan = spec.plan
+    bounds = stage_bounds(spec.model, spec.vocab_size, plan.sequence_tokens, spec.pipeline, plan.source_tokens)
 
     class Stages(PipelineModule):  # type: ignore[misc]
         """Cut where we say: DeepSpeed balances parameters, of which the embedding has many that cost nothing."""
@@ -37,18 +39,22 @@ def pipeline_module(spec: EngineSpec, grid: RankGrid | None, loss: Callable[...,
             self._set_bounds(start=bounds[stage], stop=bounds[stage + 1])
 
         def forward(self, forward_input: Any) -> Any:
-            """Groups begin with the first block of the stage; DeepSpeed's begin with the first layer, and a group
-            in which there is another layer than blocks it does not run again."""
+            """Groups are of one stack and begin with its first block on the stage; DeepSpeed's begin with the first
+            layer, and a group in which there is another layer than blocks it does not run again."""
             carry, again = forward_input, spec.recompute
-            for of_blocks, run in groupby(self.forward_funcs, lambda layer: isinstance(layer, BlockStage)):
+
+            def stack_of_block(layer: Any) -> Stack | None:
+                return layer.stack if isinstance(layer, BlockStage) else None
+
+            for stack, run in groupby(self.forward_funcs, stack_of_block):
                 layers = list(run)
-                if of_blocks and again.mode == "full":
+                if stack is not None and again.mode == "full":
                     carry = in_groups(layers, carry, again.every)
                 else:
                     carry = in_turn(layers, carry)
             return carry
 
-    topology = PipeDataParallelTopology(num_pp=spec.pipeline, num_dp=spec.plan.data_parallel)
+    topology = PipeDataParallelTopology(num_pp=spec.pipeline, num_dp=plan.data_parallel)
     if grid is not None:
         topology.mapping = {
             topology.ProcessCoord(pipe=stage, data=replica): rank
@@ -72,6 +78,18 @@ def pipeline_module(spec: EngineSpec, grid: RankGrid | None, loss: Callable[...,
     return module
 
 
+def instructions(accumulates: bool) -> dict[type, Callable[..., None]]:
+    """What of DeepSpeed's schedule is done otherwise.
+
+    Args:
+        accumulates: whether the optimizer keeps the gradients of micro-batches in an attribute of its own.
+    """
+    from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
+
+    ours: dict[type, Callable[..., None]] = {BackwardPass: backward_together}
+    return ours | ({ReduceTiedGrads: sum_tied_gradients} if accumulates else {})
+
+
 def sum_tied_gradients(pipeline: Any) -> None:
     """Add up the gradients of a tied weight over the stages that hold it, once all micro-batches are done.
 
@@ -83,3 +101,36 @@ def sum_tied_gradients(pipeline: Any) -> None:
         gradient = weight.grad if accumulated is None else accumulated
         assert gradient is not None, "a tied weight has no gradient after all micro-batches"
         dist.all_reduce(gradient, group=group)
+
+
+class _Together(torch.autograd.Function):
+    """One tensor in the place of several: its backward pass is that of all of them, with the gradients they have."""
+
+    @staticmethod
+    def forward(context: Any, gradients: Sequence[torch.Tensor], *outputs: torch.Tensor) -> torch.Tensor:
+        """Nothing is computed from the outputs."""
+        context.gradients = gradients
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(context: Any, _: torch.Tensor) -> tuple[Any, ...]:
+        """The gradients of the outputs."""
+        return None, *context.gradients
+
+
+def backward_together(pipeline: Any, buffer_id: int) -> None:
+    """The backward pass of a stage before the last one, from all that it handed on at once.
+
+    DeepSpeed goes through the stage once for each tensor: where the encoder ends and the decoder begins on one stage,
+    twice through the encoder, for what is made of it there and for what is handed on.
+    """
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    outputs, gradients = pipeline.pipe_buffers["outputs"][buffer_id], pipeline.grad_layer
+    if not pipeline.is_last_stage() and len(gradients) > 1:
+        floating = [output for output in outputs if output.is_floating_point()]
+        together = _Together.apply(gradients, *floating)  # type: ignore[no-untyped-call]
+        pipeline.pipe_buffers["outputs"][buffer_id] = together
+        pipeline.grad_layer = torch.ones_like(together)
+    PipelineEngine._exec_backward_pass(pipeline, buffer_id)
+    pipeline.grad_layer = gradients

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipeline.dataset import Dataset
 from data_pipeline.stream import Stream
+from solomonov.architectures import require_objective
 from solomonov.branch import check_branch
 from solomonov.config import Config, Loaded
 from solomonov.errors import ConfigurationError
@@ -68,6 +69,7 @@ def prepare_run(
         DataError: the prepared data is missing or damaged.
     """
     config = loaded.config
+    require_objective(config.model)
     ranks, precision = nodes * ranks_per_node, config.training.precision
     gpus = visible_gpus() if gpus_per_node is None else gpus_per_node
     if precision == "auto" and gpus:

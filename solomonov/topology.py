@@ -9,12 +9,17 @@ from solomonov.model.config import ModelConfig
 from solomonov.model.counts import layer_flops
 
 
-def stage_bounds(model: ModelConfig, vocab_size: int, sequence_tokens: int, stages: int) -> tuple[int, ...]:
+def stage_bounds(
+    model: ModelConfig, vocab_size: int, sequence_tokens: int, stages: int, source_tokens: int | None = None
+) -> tuple[int, ...]:
     """Which of the named layers each pipeline stage holds: `balanced_cut` by the operations that a token costs.
 
     Counted, not timed: two attempts of a run cut alike.
+
+    Args:
+        source_tokens: of a row of the source, if there is one.
     """
-    return balanced_cut(list(layer_flops(model, vocab_size, sequence_tokens).values()), stages)
+    return balanced_cut(list(layer_flops(model, vocab_size, sequence_tokens, source_tokens).values()), stages)
 
 
 def balanced_cut(costs: Sequence[int], stages: int) -> tuple[int, ...]:

@@ -169,7 +169,7 @@ def train(
 def _tell_signal(trainer: Trainer) -> None:
     """Before the first update of a deep model: whether a signal comes through its layers, see `signal_check`."""
     model = trainer.config.model
-    if trainer.control.rank == 0 and trainer.state.step == 0 and model.layers > DEEP_LAYERS:
+    if trainer.control.rank == 0 and trainer.state.step == 0 and model.depth > DEEP_LAYERS:
         check = check_signal(model, seed=trainer.config.run.seed)
         trainer.record.event("signal", verdict=check.verdict, reading=check.reading, advice=check.advice)
 

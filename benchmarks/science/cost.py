@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import provenance, run, spread, table
+from solomonov.activations import Allocated
 from solomonov.config import OptimizerConfig
-from solomonov.footprint import Allocated
 from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.residual import MODES
 from solomonov.model.transformer import Transformer

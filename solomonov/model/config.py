@@ -201,6 +201,16 @@ class ModelConfig(Section):
         return self.layers if self.encoder_layers is None else self.encoder_layers
 
     @property
+    def depth(self) -> int:
+        """Blocks of the deepest stack."""
+        return max(stack.layers for stack in self.stacks)
+
+    @property
+    def block_count(self) -> int:
+        """Blocks of all stacks."""
+        return sum(stack.layers for stack in self.stacks)
+
+    @property
     def stacks(self) -> tuple[Stack, ...]:
         """The stacks of blocks in the order in which they run."""
         return stacks_of(self)
@@ -239,7 +249,6 @@ class ModelConfig(Section):
             return "scaled"
         if self.residual != "auto":
             return self.residual
-        depth = max(stack.layers for stack in self.stacks)
-        if depth <= self.base_layers:
+        if self.depth <= self.base_layers:
             return "prenorm"
-        return "deepnorm" if self.architecture == "encoder_decoder" and depth >= DEEPNORM_LAYERS else "scaled"
+        return "deepnorm" if self.architecture == "encoder_decoder" and self.depth >= DEEPNORM_LAYERS else "scaled"

@@ -49,7 +49,7 @@ def canonical(name: str, layers: Sequence[str]) -> str:
         index, _, rest = bare.partition(".")
         if index.isdecimal() and int(index) < len(layers):
             bare = f"{layers[int(index)]}.{rest}"
-    _layer_of(bare, layers)
+    layer_of(bare, layers)
     return bare
 
 
@@ -64,7 +64,7 @@ def pipeline_name(name: str, layers: Sequence[str], *, tied: bool) -> str:
     Raises:
         ValueError: no layer has such a parameter, or it is the head's name of a tied matrix.
     """
-    layer = _layer_of(name, layers)
+    layer = layer_of(name, layers)
     if tied and layer in TIED_LAYERS:
         if layer != TIED_LAYERS[0]:
             raise ValueError(f"{name!r} is tied: its name is that of {TIED_LAYERS[0]!r}")
@@ -72,8 +72,15 @@ def pipeline_name(name: str, layers: Sequence[str], *, tied: bool) -> str:
     return f"{layers.index(layer)}.{name[len(layer) + 1 :]}"
 
 
-def _layer_of(name: str, layers: Sequence[str]) -> str:
-    """The layer that the canonical parameter `name` belongs to."""
+def layer_of(name: str, layers: Sequence[str]) -> str:
+    """The layer that the canonical parameter `name` belongs to.
+
+    Args:
+        layers: the names of all layers.
+
+    Raises:
+        ValueError: no layer has such a parameter.
+    """
     parts = name.split(".")
     for size in (1, 2, 3):
         layer = ".".join(parts[:size])

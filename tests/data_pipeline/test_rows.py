@@ -72,6 +72,18 @@ def test_one_altered_number_changes_it(field: str) -> None:
     assert rows.digest() != before
 
 
+def test_a_source_is_a_part_of_its_row() -> None:
+    """By hand: its ids and its document ids behind the row's own arrays."""
+    row = [np.array([[1, 5]]), np.array([[5, 2]]), np.array([[0, 0]])]
+    source = [np.array([[7, 8, 9]]), np.array([[0, 0, -1]])]
+    data = struct.pack("<q6i6i", 42, 1, 5, 5, 2, 0, 0, 7, 8, 9, 0, 0, -1)
+    assert rows_digest(np.array([42]), *row, *source) == xxhash.xxh3_64_intdigest(data)
+    for array in source:
+        array[0, 1] += 1
+        assert rows_digest(np.array([42]), *row, *source) != xxhash.xxh3_64_intdigest(data)
+        array[0, 1] -= 1
+
+
 def test_exchanged_contents_of_two_rows_change_it() -> None:
     rows = make_rows()
     swapped = RowBatch(rows.row_ids[[1, 0, 2, 3, 4]], rows.input_ids, rows.labels, rows.document_ids)
@@ -98,6 +110,11 @@ def test_shapes_must_agree() -> None:
         rows_digest(rows.row_ids[:-1], rows.input_ids, rows.labels, rows.document_ids)
     with pytest.raises(ValueError, match="shape"):
         rows_digest(rows.row_ids, rows.input_ids, rows.labels[:, :-1], rows.document_ids)
+    arrays = rows.row_ids, rows.input_ids, rows.labels, rows.document_ids
+    with pytest.raises(ValueError, match="shape"):
+        rows_digest(*arrays, rows.labels, rows.labels[:, :-1])
+    with pytest.raises(ValueError, match="shape"):
+        rows_digest(*arrays, rows.labels[:-1], rows.labels[:-1])
 
 
 def test_cut_documents_are_pieces_of_their_own_and_nothing_else_changes() -> None:

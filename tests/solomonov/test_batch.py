@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.rows import RowBatch
 from solomonov.batch import TokenBatch, empty_batch, padded, to_tensors
+from solomonov.model.cross import Source
 
 CPU = torch.device("cpu")
 FIRST_ROW, ROWS, LENGTH = 2**40 + 5, 3, 7
@@ -66,6 +68,31 @@ def test_a_change_in_the_tensors_changes_the_digest(field: str) -> None:
     assert batch.digest() == before
 
 
+def with_source() -> TokenBatch:
+    """The rows with a source of two tokens more, documents and padding."""
+    draw = np.random.default_rng(5)
+    documents = np.sort(draw.integers(0, 3, (ROWS, LENGTH + 2)), axis=1)
+    documents[0, 5:] = -1
+    arrays = draw.integers(0, 300, (ROWS, LENGTH + 2)), documents
+    return replace(to_tensors(rows(), CPU), source=Source(*(torch.from_numpy(array) for array in arrays)))
+
+
+def test_the_digest_is_of_the_source_too() -> None:
+    batch = with_source()
+    before = batch.digest()
+    parts = [batch.row_ids, batch.input_ids, batch.labels, batch.document_ids, *(batch.source or ())]
+    expected = 0
+    for row in range(ROWS):
+        row_id, *values = [int(value) for part in parts for value in part[row].reshape(-1)]
+        expected += xxhash.xxh3_64_intdigest(struct.pack(f"<q{len(values)}i", row_id, *values))
+    assert before == expected % 2**64
+    for tensor in batch.source or ():
+        tensor[1, 2] += 1
+        assert batch.digest() != before
+        tensor[1, 2] -= 1
+    assert replace(batch, source=None).digest() == to_tensors(rows(), CPU).digest() != before
+
+
 def test_an_exchange_of_two_rows_under_their_numbers_changes_the_digest() -> None:
     batch = to_tensors(rows(), CPU)
     order = torch.tensor([1, 0, 2])
@@ -78,6 +105,11 @@ def test_an_empty_batch_weighs_nothing() -> None:
     assert batch.valid_tokens == 0
     assert batch.input_ids.shape == batch.labels.shape == batch.document_ids.shape == (1, LENGTH)
     assert set(batch.document_ids.view(-1).tolist()) == {-1}, "all of it is padding"
+    assert batch.source is None
+    source = empty_batch(LENGTH, CPU, 2, source_tokens=LENGTH + 2).source
+    assert source is not None
+    assert source.input_ids.shape == source.document_ids.shape == (2, LENGTH + 2)
+    assert source.document_ids.unique().tolist() == [-1]
 
 
 @pytest.mark.gpu
@@ -102,3 +134,14 @@ def test_a_short_micro_batch_is_filled_up_with_padding() -> None:
     assert full.valid_tokens == short.valid_tokens
     assert padded(short, ROWS) is short
     assert padded(short, 1) is short
+
+
+def test_a_short_micro_batch_s_source_is_filled_up_with_it() -> None:
+    short = with_source()
+    full = padded(short, ROWS + 2)
+    assert short.source is not None
+    assert full.source is not None
+    for found, given, value in zip(full.source, short.source, (0, -1), strict=True):
+        assert torch.equal(found[:ROWS], given)
+        assert found[ROWS:].tolist() == [[value] * (LENGTH + 2)] * 2
+    assert padded(to_tensors(rows(), CPU), ROWS + 2).source is None

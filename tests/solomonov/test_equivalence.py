@@ -65,6 +65,24 @@ def test_a_window_is_scaled_down_with_the_rows_that_it_moves_over() -> None:
     assert "model.attention.window" not in trial().changed
 
 
+TWO = "architecture: encoder_decoder, layers: 24, encoder_layers: 6, d_model: 256, heads: 8, kv_heads: 2"
+
+
+def test_two_stacks_are_scaled_down_to_as_many_layers_and_read_a_longer_source() -> None:
+    found = trial(model=TWO)
+    assert (found.model.architecture, found.model.layers, found.model.encoder_layers) == ("encoder_decoder", 2, 2)
+    assert (found.sequence_tokens, found.source_tokens) == (16, 22)
+    assert found.model.residual == "scaled"
+    assert branch_form(found.model, 0).scale == branch_form(config(TWO).model, 0).scale == 0.5
+    assert found.changed["model.encoder_layers"] == (6, 2)
+    deep = trial(model="architecture: encoder_decoder, layers: 100, d_model: 32, heads: 4").model
+    assert (deep.residual, deep.encoder_layers) == ("deepnorm", None)
+    assert [trial(model=f"architecture: {kind}, {MODEL}").source_tokens for kind in ("encoder", "decoder")] == [
+        None
+    ] * 2
+    assert Trial.model_validate_json(found.model_dump_json()) == found
+
+
 @settings(max_examples=60)
 @given(
     layers=st.integers(1, 200),
@@ -107,6 +125,19 @@ def test_each_two_values_that_may_meet_do(ranks: int) -> None:
     pairs = {pair for case in legal_cases(trial(ranks), ranks) for pair in combinations(enumerate(axes(case)), 2)}
     assert pairs == {pair for case in drawn for pair in combinations(enumerate(axes(case)), 2)}
     assert len(drawn) < 45
+
+
+@pytest.mark.parametrize(("architecture", "shares"), [("encoder", True), ("encoder_decoder", False)])
+def test_other_architectures_are_drawn_in_every_layout_but_shared_rows_with_a_source(
+    architecture: str, shares: bool
+) -> None:
+    of = trial(model=f"architecture: {architecture}, layers: 6, d_model: 64, heads: 4")
+    drawn = draw_cases(of, 4, "fp32")
+    cuts = {(case.pipeline, case.sequence) for case in drawn}
+    assert cuts == {*((stages, 1) for stages in (1, 2, 3, 4)), *(((1, 2), (1, 4)) if shares else ())}
+    pairs = {pair for case in legal_cases(of, 4) for pair in combinations(enumerate(axes(case)), 2)}
+    assert pairs == {pair for case in drawn for pair in combinations(enumerate(axes(case)), 2)}
+    assert max(case.every for case in drawn) == 2
 
 
 def test_four_ranks_see_every_kind_of_layout_in_about_thirty() -> None:
@@ -212,6 +243,30 @@ def test_the_first_layer_that_parts_is_the_one_that_the_backward_pass_comes_to_f
     assert verdict.parts == "layers.3, by exp_avg of layers.3.feed_forward.up.weight after step 3: 1.0e-03"
     verdict = compare(CASE, of, replace(expected, norms=[1.0, 2.1, 3.1]), expected)
     assert verdict.parts == "no layer; loss or gradient norm in step 2"
+
+
+def test_the_encoder_s_layers_come_last_in_the_backward_pass_and_have_names_of_their_own() -> None:
+    of = trial(model=TWO)
+    expected = outcome(CASE, of)
+    wrong = [(f"encoder.{name}", "gradient") for name in ("layers.0.attention.v.weight", "layers.1.attention.v.weight")]
+    wrong += [key for key in expected.state if key[1] == "master"]
+    verdict = compare(CASE, of, changed(expected, *wrong), expected)
+    assert str(verdict.parts).startswith("encoder.layers.1, by the gradient of encoder.layers.1.attention.v.weight")
+    verdict = compare(CASE, of, changed(expected, *wrong, ("layers.0.cross_attention.k.weight", "gradient")), expected)
+    assert str(verdict.parts).startswith("layers.0, by the gradient of layers.0.cross_attention.k.weight in step 1")
+    verdict = compare(CASE, of, changed(expected, ("encoder.final_norm.weight", "exp_avg")), expected)
+    assert str(verdict.parts).startswith("encoder.final_norm, by exp_avg of encoder.final_norm.weight after step 3")
+
+
+@pytest.mark.parametrize("tied", ["false", "true"])
+def test_stages_of_two_stacks_hold_all_parameters_once(tied: str) -> None:
+    """But for the head's copy of a tied matrix."""
+    of = trial(model=f"{TWO}, tie_embeddings: {tied}")
+    again = parameter_shapes(of.model, of.vocab_size)["embedding.weight"] if tied == "true" else (0, 0)
+    for stages in (2, 3, 4):
+        held = parameters_held(Case(ranks=stages, zero_stage=1, pipeline=stages), of)
+        assert sum(held) == parameter_count(of.model, of.vocab_size) + math.prod(again)
+        assert len(held) == stages
 
 
 def test_bf16_is_held_to_its_loss_alone() -> None:

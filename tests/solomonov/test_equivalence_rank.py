@@ -64,6 +64,36 @@ def test_layouts_hold(reference: Outcome) -> None:
     assert [found.losses for found in outcomes[0]] == [found.losses for found in outcomes[1]]
 
 
+OTHERS = {
+    "encoder": [
+        Case(ranks=2, zero_stage=1, sequence=2, accumulation=2, recompute="full"),
+        Case(ranks=2, zero_stage=0, pipeline=2, accumulation=2),
+        Case(ranks=2, zero_stage=3, offload="parameters", recompute="selective"),
+    ],
+    "encoder_decoder": [
+        Case(ranks=2, zero_stage=0, pipeline=2, accumulation=4, recompute="full", every=2),
+        Case(ranks=2, zero_stage=1, pipeline=2, accumulation=2, offload="optimizer"),
+        Case(ranks=2, zero_stage=2, accumulation=2, recompute="full"),
+        Case(ranks=2, zero_stage=3, recompute="selective", accumulation=2),
+        Case(ranks=2, zero_stage=1, pipeline=2, precision="bf16"),
+    ],
+}
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+@pytest.mark.parametrize("tied", ["false", "true"])
+def test_layouts_of_other_architectures_hold_and_a_fault_is_found_in_its_layer(architecture: str, tied: str) -> None:
+    of = trial(f"model.architecture={architecture}", f"model.tie_embeddings={tied}")
+    [[reference]] = run_ranks(run_cases, 1, of, [REFERENCE], False)
+    cases = OTHERS[architecture]
+    for case, found in zip(cases, run_ranks(run_cases, 2, of, cases, False, timeout=180)[0], strict=True):
+        verdict = compare(case, of, found, reference)
+        assert verdict.holds, verdict
+    for case, found in zip(cases, run_ranks(run_cases, 2, of, cases[:2], True, timeout=180)[0], strict=False):
+        verdict = compare(case, of, found, reference)
+        assert str(verdict.parts).startswith(f"layers.1, by the gradient of {FAULTY} in step 1: 1.0e-03"), case
+
+
 def test_layouts_hold_with_muon() -> None:
     """The first stage of a pipeline has no head, which AdamW updates with decay: its groups of parameters differ."""
     of = trial("optimizer.kind=muon", "model.tie_embeddings=false")
@@ -104,6 +134,24 @@ def test_rows_are_those_of_the_step_wherever_they_are_drawn() -> None:
     assert torch.equal(part.labels, whole.labels[[5, 1]])
     assert len({int((row != -100).sum()) for row in whole.labels}) > 3, "rows predict as many tokens as each other"
     assert not torch.equal(rows_of(of, 3, range(of.rows)).input_ids, whole.input_ids)
+    assert whole.source is None
+
+
+def test_sources_are_those_of_the_step_and_some_documents_have_none() -> None:
+    of = trial("model.architecture=encoder_decoder")
+    whole, part = rows_of(of, 2, range(of.rows)), rows_of(of, 2, [5, 1])
+    assert whole.source is not None
+    assert part.source is not None
+    for some, every in zip(part.source, whole.source, strict=True):
+        assert torch.equal(some, every[[5, 1]])
+    assert whole.source.input_ids.shape[1] > whole.input_ids.shape[1]
+    having = [set(row.tolist()) for row in whole.source.document_ids]
+    assert having[0] == {0}, "the second document has none"
+    assert having[1] == {1, -1}, "the first one has none, and there is padding"
+    assert having[2] == {0, 1, -1}
+    assert {-1, 0, 1} == set(whole.document_ids[2].tolist())
+    decoder = rows_of(trial(), 2, range(of.rows))
+    assert torch.equal(decoder.input_ids, whole.input_ids), "the source is drawn behind the rest"
 
 
 def test_an_outcome_survives_its_files(reference: Outcome, tmp_path: Path) -> None:

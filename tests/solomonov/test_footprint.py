@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from solomonov.activations import Allocated, Working, front_working
 from solomonov.batch import TokenBatch
 from solomonov.engine import Engine
-from solomonov.footprint import Allocated, Footprint, Training, Working, footprint, front_working
+from solomonov.footprint import Footprint, Training, footprint
 from solomonov.model.config import ModelConfig, Recompute
 from solomonov.model.counts import parameter_count
+from solomonov.model.cross import Source
 from solomonov.model.front import Front, example
 from solomonov.model.init import initialise
 from solomonov.parallel import ParallelConfig
@@ -25,22 +27,27 @@ VOCAB, SEQUENCE, ROWS = 2000, 64, 8
 MODEL = ModelConfig(layers=6, d_model=192, heads=4)
 
 
-def plan_of(layout: Layout, world: int, sequence: int = SEQUENCE) -> BatchPlan:
+def plan_of(layout: Layout, world: int, sequence: int = SEQUENCE, source: int | None = None) -> BatchPlan:
     copies = world // (layout.pipeline * layout.sequence)
-    return BatchPlan(sequence, ROWS, ROWS // copies // layout.accumulation, layout.accumulation, copies, 10)
+    micro = ROWS // copies // layout.accumulation
+    return BatchPlan(sequence, ROWS, micro, layout.accumulation, copies, 10, source_tokens=source)
 
 
-def measured_peak(layout: Layout, model: ModelConfig, vocab: int, sequence: int) -> int:
+def measured_peak(layout: Layout, model: ModelConfig, vocab: int, sequence: int, source: int | None) -> int:
     """Most bytes of tensors that this rank had at once in its third step."""
     spec = tiny.make_engine(layout).spec
-    plan = plan_of(layout, dist.get_world_size(), sequence)
+    plan = plan_of(layout, dist.get_world_size(), sequence, source)
     with Allocated() as allocated:
         engine = Engine(replace(spec, model=model, vocab_size=vocab, plan=plan), tiny.CPU)
         for step in range(3):
             if step == 2:
                 allocated.peak = allocated.now
             ids = torch.randint(0, vocab, (plan.micro_rows, sequence))
-            batch = TokenBatch(torch.arange(plan.micro_rows), ids, ids.clone(), torch.zeros_like(ids))
+            read = None
+            if source is not None:
+                of_source = torch.randint(0, vocab, (plan.micro_rows, source))
+                read = Source(of_source, torch.zeros_like(of_source))
+            batch = TokenBatch(torch.arange(plan.micro_rows), ids, ids.clone(), torch.zeros_like(ids), read)
             engine.forward_backward([batch] * plan.accumulation if engine.needs_rows else [], ROWS * sequence, 1e-3)
             engine.update()
     return allocated.peak
@@ -138,16 +145,41 @@ def test_what_is_foreseen_of_other_blocks_is_what_is_there(
     hold(world, layout, ModelConfig.model_validate({**NARROW, **changes}), 200, 256)
 
 
-def hold(world: int, layout: Layout, model: ModelConfig, vocab: int, sequence: int) -> None:
+@pytest.mark.dist
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize(
+    ("world", "layout", "changes"),
+    [
+        (1, Layout(zero_stage=0), {}),
+        (1, Layout(zero_stage=0), {"architecture": "encoder", "encoder_layers": None}),
+        (1, Layout(zero_stage=0, recompute="full", every=2), {"norm": "layernorm"}),
+        (1, Layout(zero_stage=0, recompute="selective"), {}),
+        (2, Layout(zero_stage=3), {"encoder_layers": 1}),
+        (2, Layout(zero_stage=1, accumulation=4, pipeline=2), {"attention": {"preset": "vanilla"}}),
+        (2, Layout(zero_stage=1, accumulation=4, pipeline=2), {"encoder_layers": 1}),
+        (2, Layout(zero_stage=1, accumulation=2, pipeline=2, recompute="full"), {}),
+        (3, Layout(zero_stage=0, accumulation=4, pipeline=3), {}),
+    ],
+    ids=str,
+)
+def test_what_is_foreseen_of_an_encoder_is_what_is_there(
+    world: int, layout: Layout, changes: dict[str, object]
+) -> None:
+    """Also before a decoder, whose blocks have a branch more and keep what they look at of a source, here longer."""
+    model = ModelConfig.model_validate({**NARROW, "architecture": "encoder_decoder", "encoder_layers": 4, **changes})
+    hold(world, layout, model, 200, 128, 192 if model.architecture == "encoder_decoder" else None)
+
+
+def hold(world: int, layout: Layout, model: ModelConfig, vocab: int, sequence: int, source: int | None = None) -> None:
     keys = {name: getattr(layout, name) for name in ("zero_stage", "pipeline", "sequence", "offload")}
     parallel = ParallelConfig.model_validate(keys)
     recompute = Recompute(layout.recompute, layout.every)
-    plan = plan_of(layout, world, sequence)
+    plan = plan_of(layout, world, sequence, source)
     ema = layout.ema is not None
     training = Training(layout.precision, recompute, ema=ema, muon=layout.muon)
     found = footprint(model, vocab, plan, parallel, training)
     foreseen = found.total + found.host
-    measured = max(run_ranks(measured_peak, world, layout, model, vocab, sequence))
+    measured = max(run_ranks(measured_peak, world, layout, model, vocab, sequence, source))
     assert 0.95 * measured <= foreseen <= 1.15 * measured, f"{foreseen / measured:.3f} of what was measured"
 
 
@@ -188,7 +220,7 @@ def test_what_a_front_keeps_is_there_with_the_rest(monkeypatch: pytest.MonkeyPat
 
     whole = foreseen()
     assert whole.moment == "head", "when all is kept"
-    monkeypatch.setattr("solomonov.footprint.front_working", lambda *_: Working(0, 0))
+    monkeypatch.setattr("solomonov.activations.front_working", lambda *_: Working(0, 0))
     kept = front_working(model, ROWS, SEQUENCE, "fp32").kept
     assert kept > ROWS * SEQUENCE * 4 * 64
     assert whole.total - foreseen().total == kept

@@ -6,7 +6,7 @@ import pytest
 
 from solomonov.config import Config, parse_config
 from solomonov.errors import ConfigurationError
-from solomonov.layouts import candidates, legal_batch, offloaded_candidates
+from solomonov.layouts import candidates, legal_batch, offloaded_candidates, one_copy
 from solomonov.parallel import check_layout
 
 TEXT = """\
@@ -58,3 +58,15 @@ def test_auto_finds_the_plainest_legal_one() -> None:
     assert legal_batch(auto, precision="bf16", world=24).data_parallel == 12
     with pytest.raises(ConfigurationError, match="the batch does not divide over the ranks"):
         legal_batch(auto, precision="fp32", world=7)
+
+
+def test_rows_have_a_source_where_the_model_reads_one() -> None:
+    two = ("model.architecture=encoder_decoder", "model.encoder_layers=2")
+    for overrides, expected in (((), None), (("model.architecture=encoder",), None), (two, 32)):
+        assert legal_batch(config(*overrides), precision="fp32", world=2).source_tokens == expected
+        assert one_copy(config(*overrides)).source_tokens == expected
+
+
+def test_the_layers_of_both_stacks_are_pipeline_stages() -> None:
+    found = {parallel.pipeline for parallel in candidates(config("model.architecture=encoder_decoder"), 12)}
+    assert found == {1, 2, 3, 4, 6, 12}, "6 and 6 layers"

@@ -53,6 +53,24 @@ def test_what_cannot_share_rows_is_told_what_can(keys: dict[str, Any], what: str
     assert caught.value.remedy.startswith(remedy)
 
 
+def test_a_row_with_a_source_is_not_shared_and_an_encoder_s_is() -> None:
+    """The remedy's layouts, taken at their word, are legal."""
+    two = ModelConfig(architecture="encoder_decoder", layers=2, encoder_layers=3, heads=4, d_model=64)
+    encoder = ModelConfig(architecture="encoder", layers=2, heads=4, d_model=64)
+
+    def copies(model: ModelConfig, world: int = 4, **keys: Any) -> int:
+        parallel = ParallelConfig.model_validate(keys)
+        return check_layout(parallel, precision="fp32", world=world, model=model, sequence_tokens=64)
+
+    assert copies(encoder, sequence=4) == 1
+    with pytest.raises(ConfigurationError, match="rows with a source are not shared") as caught:
+        copies(two, sequence=4)
+    assert "set parallel.sequence to 1; where rows do not fit, parallel.pipeline to as many" in caught.value.remedy
+    assert (copies(two), copies(two, pipeline=4), copies(two, world=5, pipeline=5)) == (4, 1, 1)
+    with pytest.raises(ConfigurationError, match="there are more pipeline stages than layers"):
+        copies(two, world=6, pipeline=6)
+
+
 @pytest.mark.parametrize(("world", "stages", "copies"), [(2, 2, 1), (4, 2, 2), (12, 4, 3), (12, 12, 1)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
 def test_the_ranks_of_a_stage_are_data_parallel(world: int, stages: int, copies: int, precision: str) -> None:

@@ -45,6 +45,19 @@ def test_a_large_vocabulary_weighs_at_the_end_and_not_at_the_start() -> None:
     assert stage_bounds(model, vocab_size, 128, 4) == (0, 5, 9, 13, 15), "4 + 4 + 4 blocks, then norm and head"
 
 
+@pytest.mark.parametrize(("source", "cut"), [(8, 8), (128, 7), (1280, 3)])
+def test_a_long_source_moves_the_cut_into_the_encoder(source: int, cut: int) -> None:
+    """Costs by hand, without a head to speak of: of few tokens of a source the encoder costs next to nothing."""
+    width, inner, tokens = 64, 128, 128
+    model = ModelConfig(architecture="encoder_decoder", layers=4, encoder_layers=4, d_model=width, heads=4, d_ff=inner)
+    share, square = source / tokens, 2 * width**2
+    of_encoder = share * (4 * square + 6 * width * inner + 4 * width * source)
+    seen = (tokens + 1) / 2 + source
+    of_decoder = (6 + 2 * share) * square + 6 * width * inner + 4 * width * seen
+    costs = [0, *[round(of_encoder)] * 4, 0, *[round(of_decoder)] * 4, 0, 4 * width]
+    assert stage_bounds(model, 2, tokens, 2, source) == balanced_cut(costs, 2) == (0, cut, 12)
+
+
 def places(nodes: int, devices: int) -> list[Place]:
     return [Place(node, device) for node in range(nodes) for device in range(devices)]
 

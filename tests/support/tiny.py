@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from solomonov.batch import TokenBatch, empty_batch
+from solomonov.batch import TokenBatch
 from solomonov.checkpoint.checkpointer import Checkpointer
 from solomonov.checkpoint.reader import digest
 from solomonov.config import OptimizerConfig
@@ -20,12 +20,14 @@ from solomonov.distributed import Control
 from solomonov.engine import Engine
 from solomonov.engine_spec import EngineSpec
 from solomonov.model.config import ModelConfig, Recompute, RecomputeMode
+from solomonov.model.cross import Source
 from solomonov.model.residual import ResidualMode
+from solomonov.model.stacks import Architecture
 from solomonov.parallel import Offload
 from solomonov.plan import BatchPlan
 from solomonov.topology import RankGrid
 
-VOCAB, SEQUENCE, ROWS = 97, 16, 8
+VOCAB, SEQUENCE, SOURCE, ROWS = 97, 16, 22, 8
 LEARNING_RATE, CLIPPING, SEED = 1e-2, 0.5, 1
 EVALUATED_ROWS = 7
 """No whole number of micro-batches: the last one is short, or there is none for a rank."""
@@ -70,9 +72,12 @@ class Layout:
     """Which of ATTENTION; it changes the numbers as well."""
     residual: ResidualMode = "prenorm"
     """Likewise; other forms than the plain one also have LayerNorm and GELU."""
+    architecture: Architecture = "decoder"
+    """Likewise; an encoder_decoder has one layer more in its encoder."""
 
     def __str__(self) -> str:
-        parts = [f"zero{self.zero_stage}", f"acc{self.accumulation}", f"pipe{self.pipeline}", self.precision]
+        parts = [self.architecture] * (self.architecture != "decoder")
+        parts += [f"zero{self.zero_stage}", f"acc{self.accumulation}", f"pipe{self.pipeline}", self.precision]
         parts += [f"rows-on{self.sequence}"] * (self.sequence > 1)
         parts += ["tied"] * self.tied + [self.recompute] * (self.recompute != "none")
         parts += ["muon"] * self.muon + ["top-heavy"] * self.top_heavy
@@ -95,7 +100,11 @@ class Outcome:
 
 
 def tiny_model(
-    tied: bool = False, layers: int = 2, attention: str = "rope", residual: ResidualMode = "prenorm"
+    tied: bool = False,
+    layers: int = 2,
+    attention: str = "rope",
+    residual: ResidualMode = "prenorm",
+    architecture: Architecture = "decoder",
 ) -> ModelConfig:
     """Two layers with grouped queries: 24,832 parameters untied."""
     shape: dict[str, Any] = {
@@ -105,14 +114,19 @@ def tiny_model(
         "kv_heads": 2,
         "d_ff": 64,
         "tie_embeddings": tied,
+        "architecture": architecture,
+        "encoder_layers": layers + 1 if architecture == "encoder_decoder" else None,
     }
     if residual != "prenorm":
         shape |= {"residual": residual, "norm": "layernorm", "feed_forward": "gelu"}
     return ModelConfig.model_validate({**shape, "attention": ATTENTION[attention]})
 
 
-def batch(step: int, rows: list[int]) -> TokenBatch:
-    """Rows of a step: random ids, two documents a row, and a number of predicted tokens that differs by row."""
+def batch(step: int, rows: list[int], *, source: bool = False) -> TokenBatch:
+    """Rows of a step: random ids, two documents a row, and a number of predicted tokens that differs by row.
+
+    A source is longer than a row, and is padded; of every third row the second document has none.
+    """
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, VOCAB, (ROWS, SEQUENCE), generator=generator)
     labels = torch.randint(0, VOCAB, (ROWS, SEQUENCE), generator=generator)
@@ -120,22 +134,43 @@ def batch(step: int, rows: list[int]) -> TokenBatch:
         labels[row, : (row * 3 + step) % SEQUENCE] = -100
     documents = (torch.arange(SEQUENCE)[None, :] >= torch.arange(ROWS)[:, None]).long()
     index = torch.tensor(rows)
-    return TokenBatch(step * ROWS + index, ids[index], labels[index], documents[index])
+    read = None
+    if source:
+        of_source = torch.randint(0, VOCAB, (ROWS, SOURCE), generator=generator)
+        position, row = torch.arange(SOURCE)[None, :], torch.arange(ROWS)[:, None]
+        belongs = ((position >= 2 * row + 1) & (row % 3 > 0)).long()
+        belongs[position >= SOURCE - 1 - row] = -1
+        read = Source(of_source[index], belongs[index])
+    return TokenBatch(step * ROWS + index, ids[index], labels[index], documents[index], read)
+
+
+def model_of(layout: Layout) -> ModelConfig:
+    """The model that a layout's numbers are of."""
+    layers = 3 if layout.top_heavy else 2
+    return tiny_model(layout.tied, layers, layout.attention, layout.residual, layout.architecture)
+
+
+def optimizer_of(layout: Layout) -> OptimizerConfig:
+    """Its constants. An encoder_decoder's gradients are small: with the usual eps its first updates are rounding."""
+    if layout.muon:
+        return MUON
+    return OptimizerConfig(lr=LEARNING_RATE, eps=1e-5 if layout.architecture == "encoder_decoder" else 1e-8)
 
 
 def make_spec(layout: Layout, world: int) -> EngineSpec:
     """What an engine in a layout is built from, on so many ranks."""
     data_parallel = world // (layout.pipeline * layout.sequence)
     micro = ROWS // (data_parallel * layout.accumulation)
-    plan = BatchPlan(SEQUENCE, ROWS, micro, layout.accumulation, data_parallel, total_steps=100)
+    source = SOURCE if layout.architecture == "encoder_decoder" else None
+    plan = BatchPlan(SEQUENCE, ROWS, micro, layout.accumulation, data_parallel, total_steps=100, source_tokens=source)
     return EngineSpec(
-        model=tiny_model(layout.tied, 3 if layout.top_heavy else 2, layout.attention, layout.residual),
+        model=model_of(layout),
         vocab_size=2000 if layout.top_heavy else VOCAB,
         seed=SEED,
         plan=plan,
         precision=layout.precision,
         zero_stage=layout.zero_stage,
-        optimizer=MUON if layout.muon else OptimizerConfig(lr=LEARNING_RATE),
+        optimizer=optimizer_of(layout),
         gradient_clipping=CLIPPING,
         recompute=Recompute(layout.recompute, layout.every),
         compile=layout.compile,
@@ -156,11 +191,11 @@ def train(engine: Engine, first: int, last: int) -> tuple[list[float], list[floa
     """Losses and gradient norms of the steps first .. last-1."""
     plan = engine.spec.plan
     mine = list(range(engine.data_rank, ROWS, plan.data_parallel))
-    losses, norms = [], []
+    losses, norms, source = [], [], plan.source_tokens is not None
     for step in range(first, last):
         valid = batch(step, list(range(ROWS))).valid_tokens
         micro = [mine[i : i + plan.micro_rows] for i in range(0, len(mine), plan.micro_rows)]
-        mine_now = [batch(step, rows) for rows in micro] if engine.needs_rows else []
+        mine_now = [batch(step, rows, source=source) for rows in micro] if engine.needs_rows else []
         total = engine.forward_backward(mine_now, valid, LEARNING_RATE)
         update = engine.update()
         summed = total.double().reshape(1)
@@ -207,7 +242,8 @@ def evaluate(engine: Engine) -> float:
     total = 0.0
     for first in range(0, EVALUATED_ROWS, plan.micro_rows * plan.data_parallel):
         part = mine[first // plan.data_parallel :][: plan.micro_rows]
-        total += engine.evaluate(batch(3, part) if part else empty_batch(SEQUENCE, CPU))
+        source = plan.source_tokens is not None
+        total += engine.evaluate(batch(3, part, source=source) if part else engine.empty_batch())
     return Control().sum_floats([total])[0]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from solomonov.footprint import Allocated
+from solomonov.activations import Allocated
 from solomonov.model.attention import attention_context
 from solomonov.model.config import NOTHING_AGAIN, Recompute
 from solomonov.model.cross import Source

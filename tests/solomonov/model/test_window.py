@@ -8,7 +8,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from solomonov.footprint import Allocated
+from solomonov.activations import Allocated
 from solomonov.model import window as windows
 from solomonov.model.attention import attend
 
