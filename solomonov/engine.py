@@ -23,6 +23,7 @@ from solomonov.ema import WeightAverage
 from solomonov.engine_spec import EngineSpec, deepspeed_config
 from solomonov.host import cpu_model
 from solomonov.model.attention import SequenceShare, attend
+from solomonov.model.layers import Block
 from solomonov.model.loss import pipeline_loss
 from solomonov.model.naming import canonical, layer_names
 from solomonov.model.transformer import Transformer, compile_blocks
@@ -33,6 +34,7 @@ from solomonov.partition import (
     Piece,
     base_optimizer,
     create_state,
+    forget_gradients,
     kinds,
     local_pieces,
     offloaded,
@@ -128,6 +130,8 @@ class Engine:
             from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 
             self._ds._INSTRUCTION_MAP = self._ds._INSTRUCTION_MAP | {ReduceTiedGrads: sum_tied_gradients}
+        drops = spec.model.stochastic_depth > 0.0
+        self._dropping = [m for m in self._ds.module.modules() if isinstance(m, Block)] if drops else []
         self.names: dict[torch.nn.Parameter, str] = {
             p: canonical(name, self._layers) for name, p in self._ds.module.named_parameters() if p not in set(fillers)
         }
@@ -139,7 +143,13 @@ class Engine:
     # ----------------------------------------------------------------------------------------------- training
 
     def forward_backward(
-        self, batches: Sequence[TokenBatch], valid_tokens: int, lr: float, micro_batches: int | None = None
+        self,
+        batches: Sequence[TokenBatch],
+        valid_tokens: int,
+        lr: float,
+        micro_batches: int | None = None,
+        *,
+        update: int,
     ) -> torch.Tensor:
         """Forward and backward of all micro-batches of one update.
 
@@ -149,6 +159,7 @@ class Engine:
             lr: learning rate of this update.
             micro_batches: forwards of every rank; those that it has no rows for are padding. None:
                 `plan.accumulation`, and at most so many.
+            update: how many updates the run has made before this one, skipped ones among them: the same on all ranks.
 
         Returns:
             this rank's sum of cross-entropy over its predicted tokens (nats), float64, detached.
@@ -170,6 +181,7 @@ class Engine:
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._sums = self._no_sums()
+        self._draw(update)
         if self.spec.pipeline > 1:
             self._pipeline_batch(batches, forwards, forwards * plan.data_parallel / max(1, valid_tokens))
             return self._sums[0]
@@ -183,6 +195,13 @@ class Engine:
             if number < forwards:
                 self._ds.step()
         return self._sums[0]
+
+    def _draw(self, update: int) -> None:
+        """Tell the blocks of which update the next forward passes are, where some of them drop out in some updates."""
+        for block in self._dropping:
+            block.draw(self.spec.seed, update)
+        if self._dropping:
+            forget_gradients(self._optimizer)
 
     @property
     def z_sum(self) -> float:

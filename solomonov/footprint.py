@@ -30,7 +30,7 @@ from solomonov.model.layers import Block
 from solomonov.model.loss import cross_entropy_sum
 from solomonov.model.naming import is_hidden_matrix, layer_names
 from solomonov.model.pipeline import BlockStage
-from solomonov.model.residual import BranchForm, branch_form
+from solomonov.model.residual import BranchForm, branch_form, mixes_values
 from solomonov.parallel import LIVE_PARAMETERS, ParallelConfig, bucket_elements, overlaps
 from solomonov.plan import BatchPlan
 from solomonov.topology import stage_bounds
@@ -149,12 +149,16 @@ def block_working(
     def make(dtype: torch.dtype) -> Callable[[], Tensor]:
         documents = torch.zeros(rows, sequence_tokens, dtype=torch.int32)
         hidden = torch.zeros(rows, sequence_tokens // ranks, config.d_model, dtype=dtype, requires_grad=True)
+        stream = [hidden]
+        if mixes_values(config, layer):
+            values = config.kv_head_count * config.head_width
+            stream.append(torch.zeros(*hidden.shape[:2], values, dtype=dtype, requires_grad=True))
         if staged:
             stage = BlockStage(config, layer, f"layers.{layer}", 0, selective)
-            return lambda: stage((hidden, documents))[0]
+            return lambda: stage((*stream, documents))[0]
         block = Block(config, layer, selective=selective)
         context = attention_context(documents, config, layer, share=_share(ranks))
-        return lambda: block(hidden, context)
+        return lambda: block(tuple(stream), context)[0]
 
     return _working(precision, make)
 
@@ -391,7 +395,8 @@ def _activations(
     blocks = [int(name.partition(".")[2]) for name in layers if name.startswith("layers.")]
     tokens = plan.micro_rows * plan.sequence_tokens // ranks
     size = recompute.every if recompute.mode == "full" else 1
-    stream = tokens * model.d_model * (2 if precision == "bf16" else 4)
+    width = 2 if precision == "bf16" else 4
+    stream = tokens * model.d_model * width
     groups = []
     for begin in range(0, len(blocks), size):
         workings = [
@@ -411,6 +416,9 @@ def _activations(
         kept, backward = sum(block.kept for block in workings), max(block.backward for block in workings)
         groups.append(Working(stream, kept + backward) if recompute.mode == "full" else Working(kept, backward))
     of_one_micro_batch = sum(group.kept for group in groups)
+    if model.value_residual and blocks and (recompute.mode == "full" or blocks[0] > 0):
+        # The values of the first block, beyond what it keeps of itself: its product, or what came from another stage.
+        of_one_micro_batch += tokens * model.kv_head_count * model.head_width * width
     first, last = (groups[0], groups[-1]) if groups else (Working(0, 0), Working(0, 0))
     head = head_working(model.d_model, vocab_size, tokens, precision) if "head" in layers else Working(0, 0)
     shared = 0 if staged else contexts_bytes(model, plan.micro_rows, plan.sequence_tokens, ranks)
@@ -422,7 +430,7 @@ def _activations(
 def _first_alike(model: ModelConfig, layer: int) -> int:
     """The first layer whose block is of the same kind; the factor c apart, of which nothing is kept."""
 
-    def kind(of: int) -> tuple[LayerAttention, BranchForm]:
-        return model.layer_attention(of), replace(branch_form(model, of), inner=0.0)
+    def kind(of: int) -> tuple[LayerAttention, BranchForm, bool]:
+        return model.layer_attention(of), replace(branch_form(model, of), inner=0.0), mixes_values(model, of)
 
     return next(other for other in range(model.layers) if kind(other) == kind(layer))

@@ -19,6 +19,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from solomonov.model.cross import Source
+from solomonov.model.layers import Stream
 from solomonov.model.transformer import Transformer
 
 EIGHTHS = 8
@@ -75,8 +76,8 @@ def measure_signal(
     rms: list[float] = []
     cosines: list[float] = []
 
-    def look(_: nn.Module, given: tuple[Any, ...], hidden: Tensor) -> None:
-        before, after = given[0].detach().float(), hidden.detach().float()
+    def look(_: nn.Module, given: tuple[Any, ...], stream: Stream) -> None:
+        before, after = given[0][0].detach().float(), stream[0].detach().float()
         if not rms:
             rms.append(float(before.square().mean().sqrt()))
         rms.append(float(after.square().mean().sqrt()))
@@ -105,15 +106,15 @@ def eighths(layers: int) -> list[range]:
 
 @contextmanager
 def bypassed(model: Transformer, layers: Sequence[int]) -> Iterator[None]:
-    """Blocks that hand on what they are given, as if they were not there.
+    """Blocks that hand on the stream they are given, as if they were not there; a first block's values as well, where
+    those behind it add them to their own.
 
     Args:
         layers: their numbers, counted through all stacks.
     """
 
-    def hand_on(_: nn.Module, given: tuple[Any, ...], hidden: Tensor) -> Tensor:
-        handed_on: Tensor = given[0]
-        return handed_on
+    def hand_on(_: nn.Module, given: tuple[Any, ...], stream: Stream) -> Stream:
+        return given[0][0], *stream[1:]
 
     blocks = list(model.blocks())
     with ExitStack() as hooks:

@@ -70,6 +70,8 @@ class Layout:
     """Which of ATTENTION; it changes the numbers as well."""
     residual: ResidualMode = "prenorm"
     """Likewise; other forms than the plain one also have LayerNorm and GELU."""
+    switched: bool = False
+    """Value residual and stochastic depth, over four layers; it changes the numbers as well."""
 
     def __str__(self) -> str:
         parts = [f"zero{self.zero_stage}", f"acc{self.accumulation}", f"pipe{self.pipeline}", self.precision]
@@ -79,6 +81,7 @@ class Layout:
         parts += [f"offload_{self.offload}"] * (self.offload != "none")
         parts += [f"ema{self.ema:g}"] if self.ema is not None else []
         parts += [self.attention] * (self.attention != "rope") + [self.residual] * (self.residual != "prenorm")
+        parts += ["switched"] * self.switched
         parts += [f"every{self.every}"] * (self.every > 1) + [f"z{self.z_loss:g}"] * (self.z_loss > 0)
         return "-".join(parts + ["compiled"] * self.compile + ["shuffled"] * self.shuffled)
 
@@ -95,7 +98,11 @@ class Outcome:
 
 
 def tiny_model(
-    tied: bool = False, layers: int = 2, attention: str = "rope", residual: ResidualMode = "prenorm"
+    tied: bool = False,
+    layers: int = 2,
+    attention: str = "rope",
+    residual: ResidualMode = "prenorm",
+    switched: bool = False,
 ) -> ModelConfig:
     """Two layers with grouped queries: 24,832 parameters untied."""
     shape: dict[str, Any] = {
@@ -106,6 +113,8 @@ def tiny_model(
         "d_ff": 64,
         "tie_embeddings": tied,
     }
+    if switched:
+        shape |= {"layers": 4, "value_residual": True, "stochastic_depth": 0.9}
     if residual != "prenorm":
         shape |= {"residual": residual, "norm": "layernorm", "feed_forward": "gelu"}
     return ModelConfig.model_validate({**shape, "attention": ATTENTION[attention]})
@@ -129,7 +138,7 @@ def make_spec(layout: Layout, world: int) -> EngineSpec:
     micro = ROWS // (data_parallel * layout.accumulation)
     plan = BatchPlan(SEQUENCE, ROWS, micro, layout.accumulation, data_parallel, total_steps=100)
     return EngineSpec(
-        model=tiny_model(layout.tied, 3 if layout.top_heavy else 2, layout.attention, layout.residual),
+        model=tiny_model(layout.tied, 3 if layout.top_heavy else 2, layout.attention, layout.residual, layout.switched),
         vocab_size=2000 if layout.top_heavy else VOCAB,
         seed=SEED,
         plan=plan,
@@ -161,7 +170,7 @@ def train(engine: Engine, first: int, last: int) -> tuple[list[float], list[floa
         valid = batch(step, list(range(ROWS))).valid_tokens
         micro = [mine[i : i + plan.micro_rows] for i in range(0, len(mine), plan.micro_rows)]
         mine_now = [batch(step, rows) for rows in micro] if engine.needs_rows else []
-        total = engine.forward_backward(mine_now, valid, LEARNING_RATE)
+        total = engine.forward_backward(mine_now, valid, LEARNING_RATE, update=step)
         update = engine.update()
         summed = total.double().reshape(1)
         dist.all_reduce(summed)
