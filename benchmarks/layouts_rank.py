@@ -115,7 +115,7 @@ class EngineLoop:
         mine = range(engine.data_rank, trial.rows, plan.data_parallel)
         cuts = range(0, len(mine), plan.micro_rows) if engine.needs_rows else ()
         batches = [rows_of(trial, number, mine[cut : cut + plan.micro_rows]) for cut in cuts]
-        loss = engine.forward_backward(batches, valid, trial.optimizer.lr)
+        loss = engine.forward_backward(batches, valid, trial.optimizer.lr, update=number)
         engine.update()
         return float(loss)
 

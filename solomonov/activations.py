@@ -20,10 +20,10 @@ from solomonov.model.attention_config import LayerAttention
 from solomonov.model.config import ModelConfig, Recompute
 from solomonov.model.cross import Memory, memory_of
 from solomonov.model.front import Front, example
-from solomonov.model.layers import Block, FinalNorm
+from solomonov.model.layers import Block, FinalNorm, Stream
 from solomonov.model.loss import cross_entropy_sum
 from solomonov.model.pipeline import BlockStage, Carry
-from solomonov.model.residual import BranchForm, branch_form
+from solomonov.model.residual import BranchForm, branch_form, mixes_values
 from solomonov.model.stacks import Stack, block_number, stack_of
 from solomonov.parallel import ParallelConfig
 from solomonov.plan import BatchPlan
@@ -142,17 +142,20 @@ def block_working(
     def make(dtype: torch.dtype) -> Callable[[], Tensor]:
         documents = torch.zeros(rows.count, tokens, dtype=torch.int32)
         hidden = torch.zeros(rows.count, tokens // ranks, config.d_model, dtype=dtype, requires_grad=True)
+        stream: Stream = (hidden,)
+        if mixes_values(config, index):
+            values = config.kv_head_count * config.head_width
+            stream += (torch.zeros(*hidden.shape[:2], values, dtype=dtype, requires_grad=True),)
         memory = _memory(config, rows, documents, dtype) if stack.crossed else None
         if staged:
             stage = BlockStage(config, index, name, 0, selective)
-            carry: Carry = (hidden, documents)
+            carry: Carry = (*stream, documents)
             if memory is not None and memory.hidden is not None:
                 carry = (memory.hidden, documents.new_zeros(memory.hidden.shape[:2]), *carry)
-            at = 0 if stack.prefix else -2
-            return lambda: stage(carry)[at]
+            return lambda: stage.hidden_of(stage(carry))
         block = Block(config, index, stack, selective=selective)
         context = attention_context(documents, config, index, share=_share(ranks), stack=stack)
-        return lambda: block(hidden, context, None, memory)
+        return lambda: block.hidden_of(block(stream, context, None, memory))
 
     return _working(precision, make)
 
@@ -253,9 +256,16 @@ class Held:
         """Of a micro-batch that this rank has in a stack."""
         return self.rows.count * self.rows.read_by(stack) // self.parallel.sequence
 
+    def _bytes(self, stack: Stack, width: int) -> int:
+        return self.tokens(stack) * width * (2 if self.precision == "bf16" else 4)
+
     def stream(self, stack: Stack) -> int:
-        """Bytes of the stream of a stack."""
-        return self.tokens(stack) * self.model.d_model * (2 if self.precision == "bf16" else 4)
+        """Bytes of the hidden of a stack."""
+        return self._bytes(stack, self.model.d_model)
+
+    def values(self, stack: Stack) -> int:
+        """Bytes of the values of a stack's first block, where those behind it add them to their own."""
+        return self._bytes(stack, self.model.kv_head_count * self.model.head_width) if self.model.value_residual else 0
 
     def blocks(self, stack: Stack) -> list[str]:
         """Those of a stack."""
@@ -301,6 +311,8 @@ def _groups(held: Held, stack: Stack) -> list[Working]:
         # Run again, they keep what they would have kept without.
         kept, backward = sum(block.kept for block in workings), max(block.backward for block in workings)
         groups.append(Working(held.stream(stack), kept + backward) if full else Working(kept, backward))
+    if full and blocks and block_number(blocks[0]) == 0:
+        groups[0] = replace(groups[0], kept=groups[0].kept + held.values(stack))
     return groups
 
 
@@ -334,15 +346,21 @@ def _carried(held: Held, layer: int) -> list[int]:
         return []
     *of_source, stack = held.model.stacks
     is_behind = not any(block_number(name) is not None for name in held.names[layer:])
-    return [held.stream(each) for each in ([] if is_behind else of_source)] + [held.stream(stack)]
+    streams = [held.stream(each) for each in ([] if is_behind else of_source)] + [held.stream(stack)]
+    for each in held.model.stacks:
+        before = [name for name in held.names[:layer] if block_number(name) is not None]
+        if 0 < sum(stack_of(held.model, name) == each for name in before) < each.layers:
+            streams.append(held.values(each))
+    return streams
 
 
 def _first_alike(model: ModelConfig, name: str) -> str:
     """The first block of the same stack and kind as one; the factor c apart, of which nothing is kept."""
     stack, index = stack_of(model, name), block_number(name)
 
-    def kind(of: int) -> tuple[LayerAttention, BranchForm]:
-        return model.layer_attention(of, stack), replace(branch_form(model, of, stack), inner=0.0)
+    def kind(of: int) -> tuple[LayerAttention, BranchForm, bool]:
+        form = replace(branch_form(model, of, stack), inner=0.0)
+        return model.layer_attention(of, stack), form, mixes_values(model, of)
 
     assert index is not None, f"{name} is no block"
     return f"{stack.prefix}layers.{next(other for other in range(stack.layers) if kind(other) == kind(index))}"

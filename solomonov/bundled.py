@@ -68,6 +68,7 @@ def bundled_config(model: ModelConfig, sequence_tokens: int) -> dict[str, Any]:
         "qk_norm": flags.qk_norm_over if flags.qk_norm else "none",
         "gate": flags.gate,
         "sink": flags.sink,
+        "value_residual": model.value_residual,
         "sinusoidal": sinusoidal,
         "embedding_scale": math.sqrt(model.d_model) if sinusoidal and model.tie_embeddings else 1.0,
         "final_norm": has_final_norm(model),

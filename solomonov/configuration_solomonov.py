@@ -20,6 +20,7 @@ class SolomonovConfig(PreTrainedConfig):  # type: ignore[misc]
         qk_norm: none, head, or all heads together.
         gate: of what attention found: none, one a head, or one an element.
         sink: whether a learned logit a head takes part in the softmax.
+        value_residual: whether the values behind the first layer are lam1 * V + lam2 * V_1, of the first one.
         sinusoidal: whether sinusoids are added to the embedding, which is multiplied by `embedding_scale` before.
         final_norm: whether a norm stands before the head.
     """
@@ -47,6 +48,7 @@ class SolomonovConfig(PreTrainedConfig):  # type: ignore[misc]
         self.qk_norm = rest.pop("qk_norm", "none")
         self.gate = rest.pop("gate", "none")
         self.sink = rest.pop("sink", False)
+        self.value_residual = rest.pop("value_residual", False)
         self.sinusoidal = rest.pop("sinusoidal", False)
         self.embedding_scale = rest.pop("embedding_scale", 1.0)
         self.final_norm = rest.pop("final_norm", True)

@@ -35,6 +35,7 @@ from solomonov.partition import (
     Piece,
     base_optimizer,
     create_state,
+    forget_gradients,
     kinds,
     local_pieces,
     offloaded,
@@ -130,6 +131,8 @@ class Engine:
         if spec.pipeline > 1:
             accumulates = getattr(self._optimizer, "use_grad_accum_attribute", False)
             self._ds._INSTRUCTION_MAP = self._ds._INSTRUCTION_MAP | instructions(accumulates)
+        drops = spec.model.stochastic_depth > 0.0
+        self._dropping = [m for m in self._ds.module.modules() if isinstance(m, Block)] if drops else []
         self.names: dict[torch.nn.Parameter, str] = {
             p: canonical(name, self._layers) for name, p in self._ds.module.named_parameters() if p not in set(fillers)
         }
@@ -141,7 +144,13 @@ class Engine:
     # ----------------------------------------------------------------------------------------------- training
 
     def forward_backward(
-        self, batches: Sequence[TokenBatch], valid_tokens: int, lr: float, micro_batches: int | None = None
+        self,
+        batches: Sequence[TokenBatch],
+        valid_tokens: int,
+        lr: float,
+        micro_batches: int | None = None,
+        *,
+        update: int,
     ) -> torch.Tensor:
         """Forward and backward of all micro-batches of one update.
 
@@ -151,6 +160,7 @@ class Engine:
             lr: learning rate of this update.
             micro_batches: forwards of every rank; those that it has no rows for are padding. None:
                 `plan.accumulation`, and at most so many.
+            update: how many updates the run has made before this one, skipped ones among them: the same on all ranks.
 
         Returns:
             this rank's sum of cross-entropy over its predicted tokens (nats), float64, detached.
@@ -172,6 +182,7 @@ class Engine:
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._sums = self._no_sums()
+        self._draw(update)
         if self.spec.pipeline > 1:
             self._pipeline_batch(batches, forwards, forwards * plan.data_parallel / max(1, valid_tokens))
             return self._sums[0]
@@ -185,6 +196,13 @@ class Engine:
             if number < forwards:
                 self._ds.step()
         return self._sums[0]
+
+    def _draw(self, update: int) -> None:
+        """Tell the blocks of which update the next forward passes are, where some of them drop out in some updates."""
+        for block in self._dropping:
+            block.draw(self.spec.seed, update)
+        if self._dropping:
+            forget_gradients(self._optimizer)
 
     @property
     def z_sum(self) -> float:

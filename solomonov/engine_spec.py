@@ -69,6 +69,12 @@ def deepspeed_config(spec: EngineSpec, device: torch.device) -> dict[str, Any]:
         },
         "steps_per_print": 2**31,
     }
+    if spec.model.stochastic_depth:
+        # At stage 3 DeepSpeed gathers ahead, and keeps what is needed again soon, by the order of the pass before,
+        # which computed other layers: it finds out half-way through, and of a layer before that the parameters then
+        # come and go otherwise when it is computed again, which selective recomputation refuses.
+        ahead = ("stage3_prefetch_bucket_size", "stage3_max_reuse_distance", "stage3_param_persistence_threshold")
+        config["zero_optimization"] |= dict.fromkeys(ahead, 0)
     if spec.precision == "bf16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -75,7 +75,7 @@ def run_case(
         mine = range(engine.data_rank, trial.rows, plan.data_parallel)
         cuts = range(0, len(mine), plan.micro_rows) if engine.needs_rows else ()
         batches = [rows_of(trial, step, mine[cut : cut + plan.micro_rows]) for cut in cuts]
-        loss = engine.forward_backward(batches, valid, trial.optimizer.lr)
+        loss = engine.forward_backward(batches, valid, trial.optimizer.lr, update=step)
         norms.append(engine.update().grad_norm)
         losses.append(control.sum_floats([float(loss)])[0] / valid)
         if step == 0 and case.precision == "fp32":

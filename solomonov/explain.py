@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ from solomonov.config import Config
 from solomonov.devices import GIB, Device, measured_speed
 from solomonov.layouts import legal_batch
 from solomonov.memory import describe
+from solomonov.model.config import ModelConfig
 from solomonov.model.counts import flops_per_token, parameter_count, parameter_shapes
 from solomonov.model.naming import is_hidden_matrix, layer_names
 from solomonov.planner import (
@@ -93,6 +94,9 @@ def facts(explanation: Explanation) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "flops_per_token": flops,
+        "flops_per_token_undropped": flops_per_token(
+            model.model_copy(update={"stochastic_depth": 0.0}), question.vocab_size, plan.sequence_tokens
+        ),
         "batch": dataclasses.asdict(plan),
         "tokens": plan.trained_tokens(plan.total_steps),
         "batch_warmup_steps": plan.batches.warmup_steps,
@@ -142,7 +146,7 @@ def lines(explanation: Explanation) -> Iterator[str]:
     yield (
         f"model       {' + '.join(str(stack.layers) for stack in model.stacks)} layers of {model.d_model},"
         f" {known['parameters']:,} parameters,"
-        f" {known['flops_per_token'] / 1e9:.4g} GFLOP a token"
+        f" {known['flops_per_token'] / 1e9:.4g} GFLOP a token{_undropped(model, known)}"
     )
     yield f"batch       {plan.describe()}"
     yield (
@@ -188,6 +192,15 @@ def _table(explanation: Explanation) -> Iterator[str]:
     for why, items in groupby(refused, key=lambda item: item.reason):
         first, *others = [layout_name(item.parallel) for item in items]
         yield f"refused: {first}{f' and {len(others)} more' if others else ''}: {why}"
+
+
+def _undropped(model: ModelConfig, known: Mapping[str, Any]) -> str:
+    """What stochastic depth saves, if anything."""
+    if not model.stochastic_depth:
+        return ""
+    whole = known["flops_per_token_undropped"]
+    saved = 1.0 - known["flops_per_token"] / whole
+    return f" expected (stochastic depth saves {saved:.1%} of {whole / 1e9:.4g})"
 
 
 def _host(taken: Estimate, device: Device) -> str:

@@ -253,6 +253,8 @@ def misfits(model: ModelConfig, family: Family) -> dict[str, Any]:
         odd["feed_forward"] = model.feed_forward
     if PLAIN_FORM.get(model.residual_mode) != family.residual:
         odd["residual"] = model.residual_mode
+    if model.value_residual:
+        odd["value_residual"] = True
     if family.whole_heads and model.d_model % model.heads:
         odd["heads"] = model.heads
     return odd

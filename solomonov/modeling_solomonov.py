@@ -87,17 +87,18 @@ class Attention(nn.Module):
         self.log_scale = nn.Parameter(torch.ones(self.heads)) if self.kind["log_n"] else None
         self.sink = nn.Parameter(torch.zeros(self.heads)) if config.sink else None
 
-    def forward(self, x: Tensor, positions: Tensor, seen: Tensor, cache: Any | None) -> Tensor:
+    def forward(self, x: Tensor, value: Tensor, positions: Tensor, seen: Tensor, cache: Any | None) -> Tensor:
         """(B, T, D) -> (B, T, D).
 
         Args:
+            value: (B, T, K * E), of these tokens.
             positions: (B, T).
             seen: (B, T, S) bool, earlier tokens that are none of the padding.
         """
         rows, tokens, _ = x.shape
         query = self._normed(self.q(x).view(rows, tokens, self.heads, self.head_dim), self.q_norm).transpose(1, 2)
         key = self._normed(self.k(x).view(rows, tokens, self.kv_heads, self.head_dim), self.k_norm).transpose(1, 2)
-        value = self.v(x).view(rows, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
+        value = value.view(rows, tokens, self.kv_heads, self.head_dim).transpose(1, 2)
         if self.kind["position"] == "rope":
             query = rotate(query, positions, self.kind["rope_theta"])
             key = rotate(key, positions, self.kind["rope_theta"])
@@ -183,17 +184,26 @@ class Block(nn.Module):
         self.feed_forward_norm, self.feed_forward_out_norm = norm(form["pre"]), norm(form["out"])
         self.feed_forward_post_norm, self.feed_forward_scale = norm(form["post"]), scale()
         self.feed_forward = FeedForward(config)
+        mixes = config.value_residual and layer > 0
+        self.attention_value_mix = nn.Parameter(torch.full((2,), 0.5)) if mixes else None
 
-    def forward(self, hidden: Tensor, positions: Tensor, seen: Tensor, cache: Any | None) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(
+        self, hidden: Tensor, first: Tensor | None, positions: Tensor, seen: Tensor, cache: Any | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, D) -> (B, T, D), and the values of the first layer, (B, T, K * E), which that one is not given."""
         read = hidden if self.attention_norm is None else self.attention_norm(hidden)
-        branch = self.attention(self.form["inner"] * read, positions, seen, cache)
+        read = self.form["inner"] * read
+        value = self.attention.v(read)
+        first = value if first is None else first
+        if self.attention_value_mix is not None:
+            mix = self.attention_value_mix.to(value.dtype)
+            value = mix[0] * value + mix[1] * first
+        branch = self.attention(read, value, positions, seen, cache)
         hidden = self._add(hidden, branch, self.attention_out_norm, self.attention_scale, self.attention_post_norm)
         read = hidden if self.feed_forward_norm is None else self.feed_forward_norm(hidden)
         branch = self.feed_forward(self.form["inner"] * read)
-        return self._add(
-            hidden, branch, self.feed_forward_out_norm, self.feed_forward_scale, self.feed_forward_post_norm
-        )
+        norms = self.feed_forward_out_norm, self.feed_forward_post_norm
+        return self._add(hidden, branch, norms[0], self.feed_forward_scale, norms[1]), first
 
     def _add(
         self,
@@ -272,8 +282,9 @@ class SolomonovForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         if self.config.sinusoidal:
             places = sinusoids(positions, hidden.shape[-1])
             hidden = (hidden.float() * self.config.embedding_scale + places).to(hidden.dtype)
+        first = None
         for block in self.layers:
-            hidden = block(hidden, positions, seen, past_key_values)
+            hidden, first = block(hidden, first, positions, seen, past_key_values)
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
         logits = self.head(hidden)

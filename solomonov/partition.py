@@ -126,6 +126,17 @@ def _stage3_pieces(optimizer: Any, names: Mapping[torch.nn.Parameter, str]) -> I
                 yield Piece(names[p], tuple(p.ds_shape), start, flat, offset, numel)
 
 
+def forget_gradients(optimizer: Any) -> None:
+    """Set to 0 what DeepSpeed keeps of the last update's gradients where it overwrites those alone that a parameter has
+    a new one for: at stage 3, and with an offloaded optimizer. Elsewhere it takes 0 for a gradient that is missing."""
+    if hasattr(optimizer, "grad_partitions_flat_buffer"):
+        optimizer.grad_partitions_flat_buffer.zero_()
+    if offloaded(optimizer) != "none":
+        for flat, _ in master_flats(optimizer):
+            if flat.grad is not None:
+                flat.grad.zero_()
+
+
 def refresh_parameters(optimizer: Any) -> None:
     """After masters were overwritten: make the parameters that the forward uses equal to them (a collective)."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):

@@ -107,7 +107,7 @@ def train(
     """
     with ExitStack() as stack:
         trainer = build(run, control, device, stop, heartbeat, stack, attempt)
-        state, plan, record = trainer.state, trainer.plan, trainer.record
+        engine, state, plan, record = trainer.engine, trainer.state, trainer.plan, trainer.record
         if control.sum_integers([int(stop.requested)])[0]:
             record.event("preempted", step=state.step, signal=stop.received)
             return AGAIN
@@ -117,28 +117,28 @@ def train(
             line = StepLine(step=state.step + 1)
             heartbeat.beat("data", line.step)
             batches = [to_tensors(rows.cut(plan.attended_tokens(state.step)), device) for rows in next(steps)]
-            line.tokens = control.sum_integers([_tokens(trainer.engine, batches)])[0]
+            line.tokens = control.sum_integers([_tokens(engine, batches)])[0]
             line.lap("data_wait")
 
             heartbeat.beat("forward_backward")
             line.lr = trainer.config.optimizer.lr * lr_factor(trainer.config.schedule, state.step, plan.total_steps)
-            loss_sum = trainer.engine.forward_backward(batches, line.tokens, line.lr, plan.micro_batches(line.step - 1))
+            forwards = plan.micro_batches(state.step)
+            loss_sum = engine.forward_backward(batches, line.tokens, line.lr, forwards, update=state.step)
             _finish(device)
             line.lap("forward_backward")
 
             heartbeat.beat("update")
-            update = trainer.engine.update()
+            update = engine.update()
             _finish(device)
             line.lap("update")
 
             heartbeat.beat("log")
             state.step, state.tokens = line.step, state.tokens + line.tokens
             state.skipped = state.skipped + 1 if update.skipped else 0
-            line.loss, line.log_z_squared = _means(control, (float(loss_sum), trainer.engine.z_sum), line.tokens)
+            line.loss, line.log_z_squared = _means(control, (float(loss_sum), engine.z_sum), line.tokens)
             line.grad_norm, line.skipped = update.grad_norm, update.skipped
-            flags = [int(stop.requested), int(record.superseded())]
-            digests = _digests(trainer.engine, batches)
-            digest, of_losses, stopping, superseded, *faults = control.sum_integers([*digests, *flags, *feed.faults()])
+            told = [*_digests(engine, batches), int(stop.requested), int(record.superseded()), *feed.faults()]
+            digest, of_losses, stopping, superseded, *faults = control.sum_integers(told)
             if superseded:  # its files are another attempt's now
                 record.event("superseded", step=state.step)
                 return AGAIN

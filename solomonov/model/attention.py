@@ -303,10 +303,17 @@ class Attention(Projections):
         self.log_scale = nn.Parameter(torch.empty(self.heads)) if kind.log_n else None
         self.sink = nn.Parameter(torch.empty(self.heads)) if kind.sink else None
 
-    def forward(self, x: Tensor, context: AttentionContext, past: LayerCache | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); with `past`, the new tokens also see the cached ones."""
-        query = self.split(self.q(x), self.heads)
-        key, value = self.split(self.k(x), self.kv_heads), self.split(self.v(x), self.kv_heads)
+    def forward(
+        self, x: Tensor, context: AttentionContext, past: LayerCache | None = None, value: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            past: of the tokens before these, which the new ones see as well.
+            value: (B, T, K * E), the values of these tokens; None: v(x).
+        """
+        query, key = self.split(self.q(x), self.heads), self.split(self.k(x), self.kv_heads)
+        value = self.split(self.v(x) if value is None else value, self.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.normed(query, self.q_norm), self.normed(key, self.k_norm)
         query, key = query.transpose(1, 2), key.transpose(1, 2)

@@ -79,6 +79,14 @@ class ModelConfig(Section):
     block's own stack.
     """
 
+    value_residual: bool = False
+    """Whether the values of self-attention behind the first block of a stack are lam1 * V + lam2 * V_1, with V_1 those
+    of the stack's first block and both numbers learned (ResFormer, arXiv 2410.17897)."""
+
+    stochastic_depth: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """In which share of the updates the last block of a stack is passed by; the first never is, and those between them
+    in proportion (`solomonov/model/stochastic_depth.py`)."""
+
     base_layers: int = Field(default=12, ge=1)
     """Depth at which `scaled` has s = 1: the depth at which the learning rate was found."""
 

@@ -6,8 +6,9 @@ from math import prod
 
 from solomonov.model.config import ModelConfig
 from solomonov.model.naming import layer_names
-from solomonov.model.residual import branch_form
+from solomonov.model.residual import branch_form, mixes_values
 from solomonov.model.stacks import Stack, block_number, stack_of
+from solomonov.model.stochastic_depth import drop_rate
 
 
 def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
@@ -49,6 +50,7 @@ def _block_shapes(config: ModelConfig, layer: int, stack: Stack) -> dict[str, tu
     }
     size = {"none": 0, "scalar": 1, "channel": width}[form.learned]
     shapes: dict[str, tuple[int, ...]] = {f"{branch}_scale": (size,) for branch in stack.branches if size}
+    shapes |= {"attention_value_mix": (2,)} if mixes_values(config, layer) else {}
     for branch in stack.branches:
         for place, wanted in (("norm", form.pre), ("out_norm", form.out), ("post_norm", form.post)):
             shapes |= _norm_shapes(config, f"{branch}_{place}") if wanted else {}
@@ -94,7 +96,8 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> int:
 def layer_flops(
     config: ModelConfig, vocab_size: int, sequence_tokens: int, source_tokens: int | None = None
 ) -> dict[str, int]:
-    """Layer -> floating-point operations of its forward pass on one token, in the order of the stack.
+    """Layer -> floating-point operations of its forward pass on one token, in the order of the stack; of blocks that
+    stochastic depth passes by in some updates those that are expected of an update.
 
     Two a value of each matrix that multiplies (the head, tied or not, and the front as often as it does so for a token;
     not the embedding look-up, not the norms), and in a block the two attention products, each 2 * H * E operations per
@@ -133,12 +136,12 @@ def _block_flops(config: ModelConfig, layer: int, stack: Stack, sequence_tokens:
         if len(shape) == 2:
             of_source = reads_source or name in ("cross_attention.k.weight", "cross_attention.v.weight")
             cost += 2 * prod(shape) * (share if of_source else 1.0)
-    return round(cost)
+    return round(cost * (1.0 - drop_rate(config, layer, stack)))
 
 
 def flops_per_token(
     config: ModelConfig, vocab_size: int, sequence_tokens: int, source_tokens: int | None = None
 ) -> float:
     """Floating-point operations to train on one token: those of `layer_flops` forward, twice as many backward, none
-    computed again."""
+    computed again; expected ones with stochastic depth."""
     return 3.0 * sum(layer_flops(config, vocab_size, sequence_tokens, source_tokens).values())

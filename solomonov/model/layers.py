@@ -18,8 +18,9 @@ from solomonov.model.loss import cross_entropy_and_z_sums, cross_entropy_sum
 from solomonov.model.norms import StreamNorm
 from solomonov.model.positions import sinusoids
 from solomonov.model.recompute import keeping_products
-from solomonov.model.residual import branch_form
+from solomonov.model.residual import branch_form, mixes_values
 from solomonov.model.stacks import Stack
+from solomonov.model.stochastic_depth import drawn_factor
 
 
 class Embedding(nn.Module):
@@ -77,9 +78,15 @@ def _gelu_by_tanh(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
+Stream = tuple[Tensor, ...]
+"""What travels from block to block of a stack: hidden (B, T, D), and with value residual, behind the first block, the
+values that this had in its attention, (B, T, K * E)."""
+
+
 class Block(nn.Module):
     """Attention, in a decoder behind an encoder cross-attention, and feed-forward, each added to the stream in the
-    general form of `residual`: x' = norm_post(alpha * x + s * norm_out(f(c * norm_pre(x)))).
+    general form of `residual`: x' = norm_post(alpha * x + g * s * norm_out(f(c * norm_pre(x)))), with g = b / p of
+    `stochastic_depth`.
 
     Args:
         config: its shape.
@@ -92,6 +99,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int, stack: Stack | None = None, *, selective: bool = False) -> None:
         super().__init__()
         stack = config.stacks[-1] if stack is None else stack
+        self.config, self.index, self.stack = config, index, stack
         self.form = branch_form(config, index, stack)
 
         def norm(wanted: bool) -> nn.Module | None:
@@ -112,67 +120,112 @@ class Block(nn.Module):
         self.feed_forward_norm, self.feed_forward_out_norm = norm(self.form.pre), norm(self.form.out)
         self.feed_forward_post_norm, self.feed_forward_scale = norm(self.form.post), scale()
         self.feed_forward = FeedForward(config)
+        self.attention_value_mix = nn.Parameter(torch.empty(2)) if mixes_values(config, index) else None
         self.selective = selective
+        self._with_values = config.value_residual
+        self._factor: float | None = None
         self._products = sum(isinstance(module, Linear) for module in self.modules())
+
+    def draw(self, seed: int, update: int) -> None:
+        """Say of which update the next forward passes are, which decides whether they pass this block by; see
+        `stochastic_depth.drawn_factor`. A block that was never told drops nothing."""
+        self._factor = drawn_factor(self.config, self.index, self.stack, seed=seed, update=update)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`; in training, in an update that passes this block by, `passed_by`. Decided out here, since what
+        torch.compile made of the block, and what DeepSpeed gathers for it, are then not called at all."""
+        if not self.training or self._factor is None:
+            return super().__call__(*args, **kwargs)
+        if self._factor == 0.0:
+            return self.passed_by(*args)
+        # A tensor: of a number torch.compile would make one graph for each block.
+        gain = torch.full((), self._factor, dtype=torch.float32, device=args[0][0].device)
+        return super().__call__(*args, gain=gain, **kwargs)
 
     def forward(
         self,
-        hidden: Tensor,
+        stream: Stream,
         context: AttentionContext,
         past: LayerCache | None = None,
         memory: Memory | None = None,
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D).
+        gain: Tensor | None = None,
+    ) -> Stream:
+        """The stream behind this block.
 
         Args:
             memory: of the source, where there is cross-attention.
+            gain: () fp32, what the branches are multiplied by; None: 1.
         """
         if past is not None:
-            return self._branches(hidden, context, past, memory)
-        return self._kept_of(self._branches, hidden, context, None, memory)
+            return self._branches(stream, context, past, memory, gain)
+        return self._kept_of(self._branches, stream, context, None, memory, gain)
 
-    def _kept_of(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    def hidden_of(self, stream: Stream) -> Tensor:
+        """(B, T, D) in what this block is given, or hands on."""
+        return stream[0]
+
+    def with_hidden(self, stream: Stream, hidden: Tensor) -> Stream:
+        """The same with another hidden."""
+        return hidden, *stream[1:]
+
+    def passed_by(self, stream: Stream, *_: Any) -> Stream:
+        """The stream behind this block where its branches are 0; takes what `forward` takes."""
+        hidden = stream[0]
+        for branch in self.stack.branches:
+            hidden = self._add(hidden, branch, None)
+        return hidden, *stream[1:]
+
+    def _kept_of(self, function: Callable[..., Stream], *args: Any) -> Stream:
         """function(*args), which has all products of the block, and keeps what it is to keep."""
         if self.selective and self.training:
             return keeping_products(function, *args, products=self._products)
         return function(*args)
 
     def _branches(
-        self, hidden: Tensor, context: AttentionContext, past: LayerCache | None, memory: Memory | None
-    ) -> Tensor:
-        branch = self.attention(self._read(hidden, self.attention_norm), context, past)
-        hidden = self._add(hidden, branch, self.attention_out_norm, self.attention_scale, self.attention_post_norm)
+        self,
+        stream: Stream,
+        context: AttentionContext,
+        past: LayerCache | None,
+        memory: Memory | None,
+        gain: Tensor | None,
+    ) -> Stream:
+        hidden, values = stream[0], stream[1:]
+        read, value = self._read(hidden, "attention"), None
+        if self._with_values:
+            value = self.attention.v(read)
+            if self.attention_value_mix is None:
+                values = (value,)
+            else:
+                mix = self.attention_value_mix.to(value.dtype)
+                value = mix[0] * value + mix[1] * values[0]
+        hidden = self._add(hidden, "attention", self.attention(read, context, past, value), gain)
         if self.cross_attention is not None:
             assert memory is not None, "cross-attention looks at a source, and none came"
-            branch = self.cross_attention(self._read(hidden, self.cross_attention_norm), memory, past)
-            norms = self.cross_attention_out_norm, self.cross_attention_post_norm
-            hidden = self._add(hidden, branch, norms[0], self.cross_attention_scale, norms[1])
-        branch = self.feed_forward(self._read(hidden, self.feed_forward_norm))
-        return self._add(
-            hidden, branch, self.feed_forward_out_norm, self.feed_forward_scale, self.feed_forward_post_norm
-        )
+            branch = self.cross_attention(self._read(hidden, "cross_attention"), memory, past)
+            hidden = self._add(hidden, "cross_attention", branch, gain)
+        branch = self.feed_forward(self._read(hidden, "feed_forward"))
+        return self._add(hidden, "feed_forward", branch, gain), *values
 
-    def _read(self, hidden: Tensor, pre: nn.Module | None) -> Tensor:
+    def _read(self, hidden: Tensor, branch: str) -> Tensor:
         """c * norm_pre(x)."""
+        pre = getattr(self, f"{branch}_norm")
         read: Tensor = hidden if pre is None else pre(hidden)
         return read if self.form.inner == 1.0 else self.form.inner * read
 
-    def _add(
-        self,
-        hidden: Tensor,
-        branch: Tensor,
-        out: nn.Module | None,
-        learned: nn.Parameter | None,
-        post: nn.Module | None,
-    ) -> Tensor:
-        """norm_post(alpha * x + s * norm_out(branch))."""
-        if out is not None:
-            branch = out(branch)
-        if learned is not None:
-            branch = learned.to(branch.dtype) * branch
-        elif self.form.scale != 1.0:
-            branch = self.form.scale * branch
-        total = (hidden if self.form.alpha == 1.0 else self.form.alpha * hidden) + branch
+    def _add(self, hidden: Tensor, branch: str, found: Tensor | None, gain: Tensor | None = None) -> Tensor:
+        """norm_post(alpha * x + gain * s * norm_out(found)); None: nothing was computed."""
+        out, learned, post = (getattr(self, f"{branch}_{part}") for part in ("out_norm", "scale", "post_norm"))
+        total = hidden if self.form.alpha == 1.0 else self.form.alpha * hidden
+        if found is not None:
+            if out is not None:
+                found = out(found)
+            if learned is not None:
+                found = learned.to(found.dtype) * found
+            elif self.form.scale != 1.0:
+                found = self.form.scale * found
+            if gain is not None:
+                found = gain * found
+            total = total + found
         return total if post is None else post(total)
 
 

@@ -36,7 +36,7 @@ from math import sqrt
 from typing import TYPE_CHECKING, Literal
 
 from solomonov.model.positions import log_scale_start
-from solomonov.model.residual import branch_gain, learned_scale_start
+from solomonov.model.residual import VALUE_MIX_START, branch_gain, learned_scale_start
 from solomonov.model.stacks import Stack, stack_of
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ TABLE: tuple[Row, ...] = (
     Row(_BLOCK + _NORM + r"\.weight", "vector", None),
     Row(_BLOCK + _NORM + r"\.bias", "vector", None, lambda config, stack: 0.0),
     Row(_BLOCK + _BRANCH + r"_scale", "vector", None, learned_scale_start),
+    Row(_BLOCK + r"attention_value_mix", "vector", None, lambda config, stack: VALUE_MIX_START),
     Row(_BLOCK + _ATTENTION + r"\.[qk]_norm\.weight", "vector", None),
     # A gate starts at sigmoid(2) = 0.88 for every token, near to none; a sink weighs as much as one key of logit 0.
     Row(_BLOCK + _ATTENTION + r"\.gate\.weight", "hidden", None, lambda config, stack: 0.0),

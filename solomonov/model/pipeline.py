@@ -5,7 +5,8 @@ gets (input_ids, document_ids). Of an encoder_decoder it is (source (B, S, D), s
 T, D), document_ids (B, T)); the first layer gets the ids of both and embeds both, the encoder's layers change the
 first, and the decoder's the third: the embedded target rides along while the encoder runs, and what the encoder made
 of the source while the decoder does, up to its last block: a stage behind that has no gradient to send back for it. So
-there is one embedding, on one stage.
+there is one embedding, on one stage. With value residual the values of a stack's first block travel behind its
+hidden, from that block to the last one.
 
 Where the first stack reads no token ids the carry begins with what its front reads, and the documents of that. The
 front is a layer before the embedding, which then embeds the target alone.
@@ -27,13 +28,13 @@ from solomonov.model.config import ModelConfig
 from solomonov.model.cross import memory_of
 from solomonov.model.front import Front
 from solomonov.model.init import initialise
-from solomonov.model.layers import Block, Embedding, FinalNorm, Head
+from solomonov.model.layers import Block, Embedding, FinalNorm, Head, Stream
 from solomonov.model.naming import TIED_LAYERS, layer_names
 from solomonov.model.stacks import Stack, block_number, stack_of
 
 Carry = tuple[Tensor, ...]
-"""Pairs of what is computed, or at the first layer token ids or what a front reads, and its document ids: of the
-source, where there is one, and of what is predicted."""
+"""What is computed, or at the first layer token ids or what a front reads, and its document ids: of the source, where
+there is one, and of what is predicted."""
 
 
 class FrontStage(Front):
@@ -69,22 +70,48 @@ class BlockStage(Block):
     """`Block` on the carry."""
 
     def __init__(self, config: ModelConfig, index: int, name: str, seed: int, selective: bool) -> None:
-        stack = stack_of(config, name)
-        super().__init__(config, index, stack, selective=selective)
-        self.config, self.index, self.stack = config, index, stack
+        super().__init__(config, index, stack_of(config, name), selective=selective)
         initialise(self, config, seed, prefix=f"{name}.")
 
-    def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
-        """Changes the hidden of its stack; the last one of all hands on nothing else."""
-        before, (hidden, document_ids), behind = _split(carry, self.stack)
-        hidden = self._kept_of(self._on_documents, hidden, document_ids, *before)
-        is_last = self.stack.crossed and self.index == self.stack.layers - 1
-        return *(() if is_last else before), hidden, document_ids, *behind
+    def forward(self, carry: Carry, gain: Tensor | None = None) -> Carry:  # type: ignore[override]
+        """Changes the stream of its stack; `gain` as of `Block`."""
+        before, (*stream, document_ids), behind = _split(carry, self.stack)
+        behind_block = self._kept_of(self._on_documents, tuple(stream), document_ids, gain, *before)
+        return *self._handed_on(before, behind_block), document_ids, *behind
 
-    def _on_documents(self, hidden: Tensor, document_ids: Tensor, *source: Tensor) -> Tensor:
+    def hidden_of(self, stream: Carry) -> Tensor:
+        """As of `Block`."""
+        return _split(stream, self.stack)[1][0]
+
+    def with_hidden(self, stream: Carry, hidden: Tensor) -> Carry:
+        """As of `Block`."""
+        before, (_, *rest), behind = _split(stream, self.stack)
+        return *before, hidden, *rest, *behind
+
+    def passed_by(self, carry: Carry, *_: Any) -> Carry:
+        """As of `Block`."""
+        before, (*stream, document_ids), behind = _split(carry, self.stack)
+        hidden, *values = super().passed_by(tuple(stream))
+        if self._is_last:
+            # Perhaps nothing on this stage has used them, which has gradients to send back for them: of 0.
+            ending = [each for each in (*before, *values) if each.is_floating_point()]
+            hidden = sum((each.flatten()[:0].sum() for each in ending), start=hidden)
+        return *self._handed_on(before, (hidden, *values)), document_ids, *behind
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether no block of its stack is behind this one."""
+        return self.index == self.stack.layers - 1
+
+    def _handed_on(self, before: Carry, stream: Stream) -> Carry:
+        """What the layers behind this one get of what it was given and made, but for document ids: of the last block of
+        a stack hidden alone."""
+        return stream[:1] if self._is_last else (*before, *stream)
+
+    def _on_documents(self, stream: Stream, document_ids: Tensor, gain: Tensor | None, *source: Tensor) -> Stream:
         context = attention_context(document_ids, self.config, self.index, stack=self.stack)
         memory = memory_of(source[0], source[1], document_ids) if source else None
-        return self._branches(hidden, context, None, memory)
+        return self._branches(stream, context, None, memory, gain)
 
 
 class FinalNormStage(FinalNorm):
@@ -102,9 +129,11 @@ class FinalNormStage(FinalNorm):
 
 
 def _split(carry: Carry, stack: Stack) -> tuple[Carry, Carry, Carry]:
-    """What stands before a stack's own pair in the carry, that pair, and what stands behind it."""
-    at = 0 if stack.prefix else len(carry) - 2
-    return carry[:at], carry[at : at + 2], carry[at + 2 :]
+    """What stands before a stack's own part in the carry, that part, and what stands behind it. Each part ends with its
+    document ids, which are all in it that is not of floats."""
+    ends = [place + 1 for place, each in enumerate(carry) if not each.is_floating_point()]
+    begin, end = (0, ends[0]) if stack.prefix else ([0, *ends][-2], ends[-1])
+    return carry[:begin], carry[begin:end], carry[end:]
 
 
 class HeadStage(Head):

@@ -17,7 +17,8 @@
 
 A stack of L layers, of which l is the number from 1, has N branches: 2L, with cross-attention 3L. `plain` is a standard
 deviation of 1/sqrt(inputs), beta (4N)^(-1/4). DeepNorm's encoder before a decoder has constants of its own, see
-`deepnorm_constants`.
+`deepnorm_constants`. Two switches stack on each mode: `model.value_residual`, within attention, and
+`model.stochastic_depth`, one more factor of s (`stochastic_depth`).
 """
 
 from __future__ import annotations
@@ -110,6 +111,16 @@ def learned_scale_start(config: ModelConfig, stack: Stack) -> float:
     if stack.layers <= 18:
         return 0.1
     return 1e-5 if stack.layers <= 24 else 1e-6
+
+
+VALUE_MIX_START = 0.5
+"""With which value lam1 and lam2 of a value residual start, as ResFormer's with learned ones do (arXiv 2410.17897):
+the mean of the two. V and V_1, of size 1 and drawn independently, make values of size 0.7 of it."""
+
+
+def mixes_values(config: ModelConfig, layer: int) -> bool:
+    """Whether a block, by its number from 0 in its stack, adds the values of the first one to its own."""
+    return config.value_residual and layer > 0
 
 
 def branch_gain(config: ModelConfig, stack: Stack) -> float:

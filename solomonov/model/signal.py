@@ -19,6 +19,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from solomonov.model.cross import Source
+from solomonov.model.layers import Block, Stream
 from solomonov.model.transformer import Transformer
 
 EIGHTHS = 8
@@ -75,8 +76,8 @@ def measure_signal(
     rms: list[float] = []
     cosines: list[float] = []
 
-    def look(_: nn.Module, given: tuple[Any, ...], hidden: Tensor) -> None:
-        before, after = given[0].detach().float(), hidden.detach().float()
+    def look(_: nn.Module, given: tuple[Any, ...], stream: Stream) -> None:
+        before, after = given[0][0].detach().float(), stream[0].detach().float()
         if not rms:
             rms.append(float(before.square().mean().sqrt()))
         rms.append(float(after.square().mean().sqrt()))
@@ -127,11 +128,12 @@ def hooked(block: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def bypassed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Blocks that hand on what they are given, as if they were not there; also those of a pipeline, see there."""
+    """Blocks that hand on the hidden that they are given, as if they were not there; a first block's values as well,
+    where those behind it add them to their own."""
 
-    def hand_on(_: nn.Module, given: tuple[Any, ...], result: Tensor | tuple[Tensor, ...]) -> Any:
-        # The last block behind an encoder keeps back what it was given of the source.
-        return given[0] if isinstance(result, Tensor) else given[0][-len(result) :]
+    def hand_on(block: nn.Module, given: tuple[Any, ...], stream: Stream) -> Stream:
+        assert isinstance(block, Block)
+        return block.with_hidden(stream, block.hidden_of(given[0]))
 
     with ExitStack() as hooks:
         for block in blocks:

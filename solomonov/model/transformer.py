@@ -13,7 +13,7 @@ from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.cross import Memory, Source, memory_of
 from solomonov.model.front import Front
 from solomonov.model.init import initialise
-from solomonov.model.layers import Block, Embedding, FinalNorm, Head
+from solomonov.model.layers import Block, Embedding, FinalNorm, Head, Stream
 from solomonov.model.recompute import in_groups
 from solomonov.model.residual import has_final_norm
 from solomonov.model.stacks import Stack
@@ -177,14 +177,15 @@ def _through(
     cache: KeyValueCache | None = None,
 ) -> Tensor:
     """What the blocks of a stack make of (B, T, D), one after the other."""
+    stream: Stream = (hidden,)
     if again.mode == "full":
         layers = [
             partial(block, context=context, memory=memory) for block, context in zip(blocks, contexts, strict=True)
         ]
-        return in_groups(layers, hidden, again.every)
+        return in_groups(layers, stream, again.every)[0]
     for index, block in enumerate(blocks):
-        hidden = block(hidden, contexts[index], None if cache is None else cache.layers[index], memory)
-    return hidden
+        stream = block(stream, contexts[index], None if cache is None else cache.layers[index], memory)
+    return stream[0]
 
 
 def compile_blocks(model: nn.Module) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from solomonov.model.attention import SequenceShare
 from solomonov.model.attention_config import LayerAttention
 from solomonov.model.config import ModelConfig
-from solomonov.model.layers import Block
+from solomonov.model.layers import Block, Stream
 from solomonov.model.positions import alibi_slopes
 from solomonov.model.signal import hooked
 
@@ -77,18 +77,18 @@ class Watch:
                 block.attention.observer = partial(self._attended, number)
             yield
 
-    def _passed(self, number: int, _: nn.Module, given: tuple[Any, ...], result: Tensor | tuple[Tensor, ...]) -> None:
+    def _passed(self, number: int, block: nn.Module, given: tuple[Any, ...], result: Stream) -> None:
+        assert isinstance(block, Block)
         if number == 0:
-            self._measure(number, given[0])
-        self._measure(number + 1, result)
+            self._measure(number, block.hidden_of(given[0]))
+        self._measure(number + 1, block.hidden_of(result))
 
-    def _measure(self, at: int, stream: Tensor | tuple[Tensor, ...]) -> None:
-        """Take in the stream behind a block, or the embedding: (B, T, D), or the carry of a pipeline with it."""
+    def _measure(self, at: int, hidden: Tensor) -> None:
+        """Take in the stream (B, T, D) behind a block, or the embedding."""
         prefix = self._places[max(0, at - 1)][0].prefix
         if prefix not in self._documents:
             return
         documents = self._documents[prefix]
-        hidden = stream if isinstance(stream, Tensor) else stream[0 if prefix else -2]
         mine = documents if self._share is None else documents[:, self._share.tokens(documents.shape[1])]
         norms = torch.linalg.vector_norm(hidden[: len(mine)], dim=-1, dtype=torch.float32)
         self.streams[at, 0] += torch.where(mine >= 0, norms.double().square(), 0.0).sum()

@@ -431,7 +431,7 @@ def poisoned_step(layout: Layout) -> tuple[bool, bool, bool]:
     poison = float("nan") if dist.get_rank() == 1 else 1.0
     hook = engine._ds.module.register_forward_hook(lambda module, inputs, loss: loss * poison)
     valid = tiny.batch(2, list(range(tiny.ROWS))).valid_tokens
-    engine.forward_backward([tiny.batch(2, mine)], valid, tiny.LEARNING_RATE)
+    engine.forward_backward([tiny.batch(2, mine)], valid, tiny.LEARNING_RATE, update=2)
     update = engine.update()
     hook.remove()
     after = tiny.whole_state(engine)

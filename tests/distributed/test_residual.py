@@ -4,14 +4,21 @@ all of them: the bounds are those of `test_engine`."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import pytest
+import torch
 
+from solomonov.config import OptimizerConfig
 from solomonov.model.residual import MODES, ResidualMode
+from solomonov.model.transformer import Transformer
+from solomonov.optim import make_optimizer
 from tests.distributed.test_engine import assert_equal_within
+from tests.solomonov.model.test_stochastic_depth import factors_of, multiplied
 from tests.support import tiny
 from tests.support.ranks import run_ranks
-from tests.support.tiny import Layout
+from tests.support.tiny import Layout, Outcome
 
 STEPS = 4
 pytestmark = pytest.mark.dist
@@ -34,3 +41,129 @@ def test_every_form_is_the_same_in_every_layout(world: int, layout: Layout, mode
     for outcome in run_ranks(tiny.run, world, replace(layout, residual=mode), STEPS):
         assert (outcome.layout["pipeline"], outcome.layout["zero_stage"]) == (layout.pipeline, layout.zero_stage)
         assert_equal_within(outcome, expected, 1e-5)
+
+
+SWITCHED = Layout(zero_stage=0, switched=True)
+SWITCHED_LAYOUTS = [
+    *[(1, replace(SWITCHED, zero_stage=stage)) for stage in (0, 1, 2, 3)],
+    (1, replace(SWITCHED, zero_stage=3, accumulation=4, recompute="full", every=2)),
+    *[(2, replace(SWITCHED, zero_stage=stage, accumulation=2)) for stage in (0, 1, 2, 3)],
+    (2, replace(SWITCHED, zero_stage=1, accumulation=2, pipeline=2)),
+    (2, replace(SWITCHED, zero_stage=0, accumulation=2, pipeline=2, recompute="full", every=2)),
+    (2, replace(SWITCHED, zero_stage=1, accumulation=2, pipeline=2, recompute="selective", residual="keel")),
+    (3, replace(SWITCHED, zero_stage=1, accumulation=2, pipeline=3)),
+    (2, replace(SWITCHED, zero_stage=2, sequence=2, recompute="full")),
+    (1, replace(SWITCHED, zero_stage=3, residual="deepnorm", recompute="selective")),
+    (2, replace(SWITCHED, zero_stage=3, residual="peri")),
+    *[(2, replace(SWITCHED, zero_stage=stage, accumulation=2, offload="optimizer")) for stage in (1, 2, 3)],
+    (2, replace(SWITCHED, zero_stage=3, offload="parameters")),
+]
+SWITCHED_STEPS = 7
+"""Of which the last one passes all blocks by but the first."""
+
+
+@cache
+def in_plain_pytorch(residual: ResidualMode) -> Outcome:
+    """The same updates without DeepSpeed and without a branch that is left out: each is computed, and multiplied by
+    b / p, so that its parameters have the gradient 0 where b is."""
+    model = Transformer(tiny.make_spec(replace(SWITCHED, residual=residual), 1).model, tiny.VOCAB, seed=tiny.SEED)
+    optimizer = make_optimizer(
+        model.named_parameters(), OptimizerConfig(lr=tiny.LEARNING_RATE), model.config, fused=False
+    )
+    losses, norms, drawn = [], [], set()
+    for step in range(SWITCHED_STEPS):
+        rows, factors = tiny.batch(step, list(range(tiny.ROWS))), factors_of(model.config, step, tiny.SEED)
+        drawn |= {(name, factor > 0.0) for name, factor in factors.items()}
+        with multiplied(model, factors):
+            loss = model(rows.input_ids, rows.document_ids, rows.labels) / rows.valid_tokens
+            loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), tiny.CLIPPING)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert len(drawn) == 7, "of four blocks each was there, and each but the first was not"
+    state = {}
+    for name, parameter in model.named_parameters():
+        state[name, "master"] = parameter.detach().reshape(-1)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[name, moment] = optimizer.state[parameter][moment].reshape(-1)
+    return Outcome(losses, norms, {}, state)
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize(
+    ("world", "layout"), SWITCHED_LAYOUTS, ids=[f"ranks{world}-{layout}" for world, layout in SWITCHED_LAYOUTS]
+)
+def test_value_residual_and_stochastic_depth_are_the_same_in_every_layout(world: int, layout: Layout) -> None:
+    for outcome in run_ranks(tiny.run, world, layout, SWITCHED_STEPS):
+        ran = outcome.layout
+        assert (ran["pipeline"], ran["zero_stage"], ran["offload"]) == (
+            layout.pipeline,
+            layout.zero_stage,
+            layout.offload,
+        )
+        assert_equal_within(outcome, in_plain_pytorch(layout.residual), 1e-5)
+
+
+@pytest.mark.parametrize("layout", [replace(SWITCHED, zero_stage=0, muon=True)], ids=str)
+@pytest.mark.parametrize(
+    ("world", "changes"), [(2, {"zero_stage": 1}), (2, {"zero_stage": 3}), (2, {"zero_stage": 1, "pipeline": 2})]
+)
+def test_with_muon_too(world: int, layout: Layout, changes: dict[str, int]) -> None:
+    [expected] = run_ranks(tiny.run, 1, layout, SWITCHED_STEPS)
+    for outcome in run_ranks(tiny.run, world, replace(layout, accumulation=2, **changes), SWITCHED_STEPS):
+        assert_equal_within(outcome, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world", "saved", "restored"),
+    [
+        (1, replace(SWITCHED, zero_stage=0), replace(SWITCHED, zero_stage=3)),
+        (2, replace(SWITCHED, zero_stage=3, accumulation=2), replace(SWITCHED, zero_stage=1, pipeline=2)),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_drops_what_the_whole_one_does(
+    tmp_path: Path, world: int, saved: Layout, restored: Layout
+) -> None:
+    """The number of the update is the checkpoint's step, in any layout: seven updates, saved after the fifth."""
+    run_ranks(tiny.run_and_save, world, saved, SWITCHED_STEPS - 2, tmp_path / "run")
+    whole = in_plain_pytorch("prenorm")
+    rest = replace(whole, losses=whole.losses[-2:], norms=whole.norms[-2:])
+    for _, outcome in run_ranks(tiny.restore_and_run, world, restored, tmp_path / "run", tmp_path / "again"):
+        assert_equal_within(outcome, rest, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (1, replace(SWITCHED, zero_stage=1, precision="bf16")),
+        (2, replace(SWITCHED, zero_stage=3, precision="bf16")),
+        (2, replace(SWITCHED, zero_stage=2, precision="bf16_autocast", recompute="selective")),
+        (2, replace(SWITCHED, zero_stage=1, precision="bf16", accumulation=2, pipeline=2)),
+        (2, replace(SWITCHED, zero_stage=2, precision="bf16", accumulation=2, offload="optimizer")),
+    ],
+    ids=str,
+)
+def test_bf16_stays_near_fp32(world: int, layout: Layout) -> None:
+    """Losses within 5e-3, and norms within 2e-2: no gradient is lost of what a stage sends on beside the stream."""
+    expected = in_plain_pytorch("prenorm")
+    for outcome in run_ranks(tiny.run, world, layout, SWITCHED_STEPS):
+        assert outcome.layout["precision"] == layout.precision
+        torch.testing.assert_close(torch.tensor(outcome.losses), torch.tensor(expected.losses), rtol=5e-3, atol=0)
+        torch.testing.assert_close(torch.tensor(outcome.norms), torch.tensor(expected.norms), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(1, replace(SWITCHED, zero_stage=3)), (2, replace(SWITCHED, zero_stage=1, accumulation=2, pipeline=2))],
+    ids=str,
+)
+def test_evaluation_drops_nothing(world: int, layout: Layout) -> None:
+    model = Transformer(tiny.make_spec(layout, world).model, tiny.VOCAB, seed=tiny.SEED)
+    rows = tiny.batch(3, list(range(tiny.EVALUATED_ROWS)))
+    with torch.no_grad():
+        expected = float(model(rows.input_ids, rows.document_ids, rows.labels))
+    for first, second in run_ranks(tiny.evaluate_twice, world, layout):
+        assert first == pytest.approx(expected, rel=1e-5)
+        assert second < first, "a step on these rows was taken in between"

@@ -22,6 +22,24 @@ launch: {nodes: 8, ranks_per_node: 8}
 FULL = "training.activation_checkpointing=full"
 
 
+def test_operations_are_those_that_stochastic_depth_leaves(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Blocks that drop in 20 % of the updates on average, of a model in which they are all but the head."""
+    found = {}
+    for rate in ("0.0", "0.4"):
+        _, out, _ = plan(capsys, config, FULL, f"model.stochastic_depth={rate}", "--gpu", "h100", "--json")
+        found[rate] = json.loads(out)
+    whole, expected = found["0.0"]["flops_per_token"], found["0.4"]["flops_per_token"]
+    head = 6 * 128256 * 4096
+    assert expected - head == pytest.approx(0.8 * (whole - head), rel=1e-6)
+    assert found["0.4"]["flops_per_token_undropped"] == found["0.0"]["flops_per_token_undropped"] == whole
+    assert found["0.4"]["seconds_an_update"] < 0.9 * found["0.0"]["seconds_an_update"]
+    _, out, _ = plan(capsys, config, FULL, "model.stochastic_depth=0.4", "--gpu", "h100")
+    saved = 1 - expected / whole
+    assert f"GFLOP a token expected (stochastic depth saves {saved:.1%} of {whole / 1e9:.4g})" in out
+    _, out, _ = plan(capsys, config, FULL, "--gpu", "h100")
+    assert "stochastic" not in out
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> str:
     path = tmp_path / "big.yaml"

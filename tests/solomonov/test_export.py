@@ -122,6 +122,7 @@ def test_logits_of_transformers_are_ours(
     ("changes", "forced_by"),
     [
         ({"residual": "keel", "layers": 3}, ["model.residual: keel (not in Qwen3ForCausalLM)"]),
+        ({"value_residual": True, "layers": 3}, ["model.value_residual: True (not in Qwen3ForCausalLM)"]),
         (
             {"attention": {"preset": "hybrid", "window": 8, "global_every": 2}, "residual": "scaled", "base_layers": 1},
             [

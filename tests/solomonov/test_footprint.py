@@ -48,7 +48,8 @@ def measured_peak(layout: Layout, model: ModelConfig, vocab: int, sequence: int,
                 of_source = torch.randint(0, vocab, (plan.micro_rows, source))
                 read = Source(of_source, torch.zeros_like(of_source))
             batch = TokenBatch(torch.arange(plan.micro_rows), ids, ids.clone(), torch.zeros_like(ids), read)
-            engine.forward_backward([batch] * plan.accumulation if engine.needs_rows else [], ROWS * sequence, 1e-3)
+            batches = [batch] * plan.accumulation if engine.needs_rows else []
+            engine.forward_backward(batches, ROWS * sequence, 1e-3, update=step)
             engine.update()
     return allocated.peak
 
@@ -136,6 +137,10 @@ def test_what_is_foreseen_with_windows_and_biases_is_what_is_there(
         (1, Layout(zero_stage=0), {"residual": "layerscale", "feed_forward": "relu2"}),
         (1, Layout(zero_stage=0, recompute="full", every=2), {"residual": "keel", "norm": "layernorm"}),
         (2, Layout(zero_stage=1, accumulation=2, pipeline=2), {"residual": "lns"}),
+        (1, Layout(zero_stage=0), {"value_residual": True, "kv_heads": 4}),
+        (1, Layout(zero_stage=0, recompute="selective"), {"value_residual": True, "kv_heads": 4}),
+        (1, Layout(zero_stage=0, recompute="full"), {"value_residual": True, "kv_heads": 4, "layers": 12}),
+        (2, Layout(zero_stage=1, accumulation=2, pipeline=2), {"value_residual": True, "kv_heads": 4}),
     ],
     ids=str,
 )

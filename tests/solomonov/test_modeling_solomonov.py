@@ -31,6 +31,7 @@ CASES: list[dict[str, Any]] = [
     {"attention": {"preset": "alibi"}, "heads": 6, "head_dim": 4},
     {"feed_forward": "relu2", "kv_heads": 4},
     {"feed_forward": "geglu", "kv_heads": 1, "norm_eps": 0.1},
+    *({"value_residual": True, "residual": mode, "layers": 3} for mode in ("prenorm", "lns", "keel")),
 ]
 
 
@@ -55,7 +56,7 @@ def test_its_logits_are_ours(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("flags", ATTENTION)
 def test_padding_and_a_cache_change_nothing(flags: str) -> None:
-    _, model, _ = _loaded({"attention": ATTENTION[flags], "layers": 3, "residual": "keel"})
+    _, model, _ = _loaded({"attention": ATTENTION[flags], "layers": 3, "residual": "keel", "value_residual": True})
     long, short = random_documents(12, 7)
     ids = torch.stack((long, torch.cat((torch.zeros(5, dtype=torch.long), short))))
     mask = torch.ones_like(ids)

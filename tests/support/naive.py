@@ -106,9 +106,18 @@ def gates(state: Mapping[str, Array], prefix: str, config: ModelConfig, x: Array
 
 
 def attention(
-    state: Mapping[str, Array], prefix: str, config: ModelConfig, document: Sequence[Array], layer: int = 0
+    state: Mapping[str, Array],
+    prefix: str,
+    config: ModelConfig,
+    document: Sequence[Array],
+    layer: int = 0,
+    mixed_values: Sequence[Array] | None = None,
 ) -> list[Array]:
-    """Causal grouped-query attention of a layer over one document: one vector (D,) in and out per token."""
+    """Causal grouped-query attention of a layer over one document: one vector (D,) in and out per token.
+
+    Args:
+        mixed_values: (K * E,) of each token, in the place of its own.
+    """
     flags, width, shared = config.attention, config.head_width, config.heads // config.kv_head_count
     order, theta = order_of(config, layer)
     to_all = sees_all(config, layer)
@@ -128,6 +137,8 @@ def attention(
 
     keys = [heads("k", x, config.kv_head_count, position) for position, x in enumerate(document)]
     values = [heads("v", x, config.kv_head_count, None) for x in document]
+    if mixed_values is not None:
+        values = [[flat[begin : begin + width] for begin in range(0, len(flat), width)] for flat in mixed_values]
     answers = []
     for position, x in enumerate(document):
         mixed = []
@@ -148,7 +159,12 @@ def attention(
 
 
 def attention_to_all(
-    state: Mapping[str, Array], prefix: str, config: ModelConfig, asking: Sequence[Array], asked: Sequence[Array]
+    state: Mapping[str, Array],
+    prefix: str,
+    config: ModelConfig,
+    asking: Sequence[Array],
+    asked: Sequence[Array],
+    mixed_values: Sequence[Array] | None = None,
 ) -> list[Array]:
     """What each of `asking` finds among all of `asked`: in an encoder, where both are one document, with its rotation,
     on patches by row and column; in cross-attention without positions. Nothing is found in a source of no tokens."""
@@ -170,6 +186,8 @@ def attention_to_all(
 
     keys = [heads("k", x, position) for position, x in enumerate(asked)]
     values = [heads("v", x, position) for position, x in enumerate(asked)]
+    if mixed_values is not None:
+        values = [[flat[begin : begin + width] for begin in range(0, len(flat), width)] for flat in mixed_values]
     answers = []
     for position, x in enumerate(asking):
         mixed = [np.zeros(width) for _ in range(config.heads)]
@@ -252,17 +270,22 @@ def feed_forward(state: Mapping[str, Array], prefix: str, config: ModelConfig, x
 
 
 def logits(
-    state: Mapping[str, Array], config: ModelConfig, input_ids: Sequence[int], source_ids: Sequence[int] = ()
+    state: Mapping[str, Array],
+    config: ModelConfig,
+    input_ids: Sequence[int],
+    source_ids: Sequence[int] = (),
+    factors: Mapping[str, float] | None = None,
 ) -> Array:
     """(T, V) logits of one document, in an encoder_decoder behind its source.
 
     Args:
         state: canonical name -> float64 array.
+        factors: b / p of each block, by its name; None: they are 1.
     """
     memory: list[Array] = []
     if config.architecture == "encoder_decoder":
-        memory = through(state, config, "encoder.", embedded(state, config, source_ids), [])
-    stream = through(state, config, "", embedded(state, config, input_ids), memory)
+        memory = through(state, config, "encoder.", embedded(state, config, source_ids), [], factors)
+    stream = through(state, config, "", embedded(state, config, input_ids), memory, factors)
     head = state["embedding.weight" if config.tie_embeddings else "head.weight"]
     return np.stack([head @ x for x in stream])
 
@@ -284,25 +307,40 @@ def depth_and_branches(config: ModelConfig, name: str) -> tuple[int, int]:
 
 
 def through(
-    state: Mapping[str, Array], config: ModelConfig, prefix: str, stream: list[Array], memory: list[Array]
+    state: Mapping[str, Array],
+    config: ModelConfig,
+    prefix: str,
+    stream: list[Array],
+    memory: list[Array],
+    factors: Mapping[str, float] | None = None,
 ) -> list[Array]:
     """What a stack, with its final norm, makes of one document."""
     depth, branches = depth_and_branches(config, prefix)
+    first: list[Array] = []
     for layer in range(depth):
         for kind in (
             ["attention", "cross_attention", "feed_forward"] if branches == 3 else ["attention", "feed_forward"]
         ):
-            name = f"{prefix}layers.{layer}.{kind}"
+            block = f"{prefix}layers.{layer}"
+            name = f"{block}.{kind}"
             read = [reads(state, name, config, layer, x) for x in stream]
             if kind == "feed_forward":
                 found = [feed_forward(state, name, config, x) for x in read]
             elif kind == "cross_attention":
                 found = attention_to_all(state, name, config, read, memory)
-            elif prefix or config.architecture == "encoder":
-                found = attention_to_all(state, name, config, read, read)
             else:
-                found = attention(state, name, config, read, layer)
-            stream = [added(state, name, config, layer, x, b) for x, b in zip(stream, found, strict=True)]
+                values = [state[f"{name}.v.weight"] @ x for x in read]
+                if layer == 0:
+                    first = values
+                elif config.value_residual:  # arXiv 2410.17897
+                    own, of_first = (float(number) for number in state[f"{block}.attention_value_mix"])
+                    values = [own * v + of_first * v1 for v, v1 in zip(values, first, strict=True)]
+                if prefix or config.architecture == "encoder":
+                    found = attention_to_all(state, name, config, read, read, values)
+                else:
+                    found = attention(state, name, config, read, layer, values)
+            factor = 1.0 if factors is None else factors[block]
+            stream = [added(state, name, config, layer, x, b, factor) for x, b in zip(stream, found, strict=True)]
     if residual(config) not in ("postnorm", "deepnorm") and (residual(config) != "keel" or depth == 1):
         stream = [norm(state, f"{prefix}final_norm", config, x) for x in stream]
     return stream
@@ -335,15 +373,18 @@ def reads(state: Mapping[str, Array], branch: str, config: ModelConfig, layer: i
     return normed / math.sqrt(layer + 1) if mode == "lns" else normed
 
 
-def added(state: Mapping[str, Array], branch: str, config: ModelConfig, layer: int, x: Array, b: Array) -> Array:
-    """The stream x with what a branch gave, b, each mode as its paper writes it."""
+def added(
+    state: Mapping[str, Array], branch: str, config: ModelConfig, layer: int, x: Array, b: Array, factor: float
+) -> Array:
+    """The stream x with `factor` times what a branch gave, b, each mode as its paper writes it."""
     mode, (depth, branches) = residual(config), depth_and_branches(config, branch)
     if mode == "scaled":
-        return x + min(1.0, config.base_layers / depth) * b
+        return x + factor * min(1.0, config.base_layers / depth) * b
     if mode in ("layerscale", "rezero"):
-        return x + state[f"{branch}_scale"] * b
+        return x + factor * state[f"{branch}_scale"] * b
     if mode in ("peri", "outnorm"):
-        return x + norm(state, f"{branch}_out_norm", config, b)
+        return x + factor * norm(state, f"{branch}_out_norm", config, b)
+    b = factor * b
     if mode == "postnorm":
         return norm(state, f"{branch}_post_norm", config, x + b)
     if mode == "deepnorm":

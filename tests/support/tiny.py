@@ -74,6 +74,8 @@ class Layout:
     """Likewise; other forms than the plain one also have LayerNorm and GELU."""
     architecture: Architecture = "decoder"
     """Likewise; an encoder_decoder has one layer more in its encoder."""
+    switched: bool = False
+    """Value residual and stochastic depth, over four layers; it changes the numbers as well."""
 
     def __str__(self) -> str:
         parts = [self.architecture] * (self.architecture != "decoder")
@@ -84,6 +86,7 @@ class Layout:
         parts += [f"offload_{self.offload}"] * (self.offload != "none")
         parts += [f"ema{self.ema:g}"] if self.ema is not None else []
         parts += [self.attention] * (self.attention != "rope") + [self.residual] * (self.residual != "prenorm")
+        parts += ["switched"] * self.switched
         parts += [f"every{self.every}"] * (self.every > 1) + [f"z{self.z_loss:g}"] * (self.z_loss > 0)
         return "-".join(parts + ["compiled"] * self.compile + ["shuffled"] * self.shuffled)
 
@@ -105,6 +108,8 @@ def tiny_model(
     attention: str = "rope",
     residual: ResidualMode = "prenorm",
     architecture: Architecture = "decoder",
+    *,
+    switched: bool = False,
 ) -> ModelConfig:
     """Two layers with grouped queries: 24,832 parameters untied."""
     shape: dict[str, Any] = {
@@ -117,6 +122,8 @@ def tiny_model(
         "architecture": architecture,
         "encoder_layers": layers + 1 if architecture == "encoder_decoder" else None,
     }
+    if switched:
+        shape |= {"value_residual": True, "stochastic_depth": 0.9}
     if residual != "prenorm":
         shape |= {"residual": residual, "norm": "layernorm", "feed_forward": "gelu"}
     return ModelConfig.model_validate({**shape, "attention": ATTENTION[attention]})
@@ -146,8 +153,10 @@ def batch(step: int, rows: list[int], *, source: bool = False) -> TokenBatch:
 
 def model_of(layout: Layout) -> ModelConfig:
     """The model that a layout's numbers are of."""
-    layers = 3 if layout.top_heavy else 2
-    return tiny_model(layout.tied, layers, layout.attention, layout.residual, layout.architecture)
+    layers = 3 if layout.top_heavy else 4 if layout.switched else 2
+    return tiny_model(
+        layout.tied, layers, layout.attention, layout.residual, layout.architecture, switched=layout.switched
+    )
 
 
 def optimizer_of(layout: Layout) -> OptimizerConfig:
@@ -196,7 +205,7 @@ def train(engine: Engine, first: int, last: int) -> tuple[list[float], list[floa
         valid = batch(step, list(range(ROWS))).valid_tokens
         micro = [mine[i : i + plan.micro_rows] for i in range(0, len(mine), plan.micro_rows)]
         mine_now = [batch(step, rows, source=source) for rows in micro] if engine.needs_rows else []
-        total = engine.forward_backward(mine_now, valid, LEARNING_RATE)
+        total = engine.forward_backward(mine_now, valid, LEARNING_RATE, update=step)
         update = engine.update()
         summed = total.double().reshape(1)
         dist.all_reduce(summed)

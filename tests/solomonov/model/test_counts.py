@@ -31,6 +31,10 @@ from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, random_so
             if flags.get("preset") != "alibi" and flags.get("position") != "alibi"
         ),
         {"architecture": "encoder_decoder", "tie_embeddings": True, "residual": "rezero"},
+        *(
+            {"architecture": architecture, "value_residual": True, "residual": "layerscale", "layers": 3}
+            for architecture in ("decoder", "encoder", "encoder_decoder")
+        ),
     ],
 )
 def test_shapes_are_those_of_the_module(changes: dict[str, object]) -> None:

@@ -196,7 +196,7 @@ def test_a_compiled_block_keeps_no_more() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = model.layers[0](hidden, context)
+            (output,) = model.layers[0]((hidden,), context)
         output.square().sum().backward()
         found.append((sum(kept.values()), [p.grad for p in model.layers.parameters()]))
     (of_all, expected), (of_selective, gradients) = found

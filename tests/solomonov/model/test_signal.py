@@ -30,7 +30,7 @@ def _walk(model: Transformer, without: range, rows: tuple[Tensor, Tensor, Tensor
     streams = [model.embedding(ids)]
     for index, block in enumerate(model.layers):
         if index not in without:
-            streams.append(block(streams[-1], contexts[index]))
+            streams.append(block((streams[-1],), contexts[index])[0])
     last = streams[-1] if model.final_norm is None else model.final_norm(streams[-1])
     return model.head(last, labels) / (labels != -100).sum(), streams
 
@@ -68,13 +68,13 @@ def _walk_two(
     contexts = layer_contexts(source.document_ids, model.config, stack=model.config.stacks[0])
     for index, block in enumerate(encoder.layers):
         if index not in without:
-            streams.append(block(streams[-1], contexts[index]))
+            streams.append(block((streams[-1],), contexts[index])[0])
     read = streams[-1] if encoder.final_norm is None else encoder.final_norm(streams[-1])
     memory, hidden = memory_of(read, source.document_ids, documents), model.embedding(ids)
     contexts = layer_contexts(documents, model.config)
     for index, block in enumerate(model.layers):
         if index + len(encoder.layers) not in without:
-            hidden = block(hidden, contexts[index], None, memory)
+            (hidden,) = block((hidden,), contexts[index], None, memory)
             streams.append(hidden)
     last = hidden if model.final_norm is None else model.final_norm(hidden)
     return model.head(last, labels) / (labels != -100).sum(), streams

@@ -52,6 +52,9 @@ from tests.support import naive
         {"residual": "layerscale", "layers": 20},
         {"feed_forward": "relu2", "norm": "layernorm"},
         {"feed_forward": "geglu"},
+        *({"value_residual": True, "residual": mode, "layers": 3} for mode in MODES),
+        *({"value_residual": True, "attention": flags, "layers": 3} for flags in ATTENTION.values()),
+        {"value_residual": True, "kv_heads": 1},
     ],
     ids=str,
 )
@@ -77,6 +80,7 @@ POSITIONS = [{"position": position} for position in ("rope", "nope", "sinusoidal
         {"attention": {"gate": "element"}, "kv_heads": 1},
         *({"residual": mode, "layers": 3, "base_layers": 2} for mode in MODES),
         {"residual": "deepnorm", "norm": "layernorm", "feed_forward": "gelu"},
+        *({"value_residual": True, "residual": mode, "layers": 3} for mode in ("prenorm", "deepnorm", "keel")),
     ],
     ids=str,
 )
@@ -101,6 +105,7 @@ def test_logits_of_an_encoder_equal_float64_loops(changes: dict[str, object]) ->
         *({"residual": mode, "encoder_layers": None, "norm": "layernorm", "feed_forward": "gelu"} for mode in MODES),
         {"residual": "keel", "layers": 1},
         {"residual": "keel", "encoder_layers": 1},
+        *({"value_residual": True, "residual": mode, "layers": 3} for mode in MODES),
     ],
     ids=str,
 )
@@ -270,9 +275,12 @@ def _assert_equal_to_the_bit(
     ("architecture", "flags"),
     [*(("decoder", flags) for flags in ATTENTION), ("encoder", "vanilla"), ("encoder", "rope")],
 )
-@pytest.mark.parametrize("tied", [False, True])
-def test_pipeline_layers_give_the_same_loss_and_gradients(tied: bool, architecture: str, flags: str) -> None:
-    config = tiny_config(layers=3, tie_embeddings=tied, attention=ATTENTION[flags], architecture=architecture)
+@pytest.mark.parametrize(("tied", "values"), [(False, False), (True, False), (False, True)])
+def test_pipeline_layers_give_the_same_loss_and_gradients(
+    tied: bool, values: bool, architecture: str, flags: str
+) -> None:
+    shape = {"layers": 3, "tie_embeddings": tied, "architecture": architecture, "value_residual": values}
+    config = tiny_config(**shape, attention=ATTENTION[flags])
     plain = Transformer(config, VOCAB, seed=9)
     ids, labels = random_ids(2, 8), random_ids(2, 8, seed=1)
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1, -1], [0] * 8])
@@ -283,7 +291,11 @@ def test_pipeline_layers_give_the_same_loss_and_gradients(tied: bool, architectu
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     "changes",
-    [*({"residual": mode} for mode in MODES), *({"attention": ATTENTION[flags]} for flags in ("vanilla", "hybrid"))],
+    [
+        *({"residual": mode} for mode in MODES),
+        *({"attention": ATTENTION[flags]} for flags in ("vanilla", "hybrid")),
+        *({"value_residual": True, "residual": mode} for mode in ("prenorm", "keel")),
+    ],
     ids=str,
 )
 def test_pipeline_layers_of_two_stacks_give_the_same(tied: bool, changes: dict[str, object]) -> None:
@@ -297,15 +309,19 @@ def test_pipeline_layers_of_two_stacks_give_the_same(tied: bool, changes: dict[s
     _assert_equal_to_the_bit(config, modules, pipeline_loss(last, labels), plain, expected)
 
 
+@pytest.mark.parametrize(("values", "dropped"), [(False, 0.0), (True, 0.0), (False, 0.9), (True, 0.9)])
 @pytest.mark.parametrize("cuts", list(combinations(range(1, 9), 2)), ids=str)
-def test_two_stacks_may_be_cut_anywhere(cuts: tuple[int, int]) -> None:
+def test_two_stacks_may_be_cut_anywhere(cuts: tuple[int, int], values: bool, dropped: float) -> None:
     """Three stages as DeepSpeed runs them: what a stage is given are leaves, and each of floats has to have a gradient
-    to send back, those that it only hands on as well."""
-    config = two_stacks()
+    to send back, those that it only hands on as well, and those that nothing uses in an update that passes all of its
+    blocks by."""
+    config = two_stacks(value_residual=values, stochastic_depth=dropped)
     plain = Transformer(config, VOCAB, seed=9)
     ids, labels, source = random_ids(2, 8), random_ids(2, 8, seed=1), random_source(2, 6)
     documents = torch.zeros_like(ids)
     layers = [layer.build() for layer in pipeline_layers(config, VOCAB, seed=9)]
+    for block in [*plain.blocks(), *(layer for layer in layers if isinstance(layer, Block))] if dropped else []:
+        block.draw(0, 1)  # which passes the last block of both stacks by
     carry: tuple[Tensor, ...] = (*source, ids, documents)
     given, made = [], []
     for begin, end in pairwise([0, *cuts, len(layers)]):
@@ -322,16 +338,20 @@ def test_two_stacks_may_be_cut_anywhere(cuts: tuple[int, int]) -> None:
     plain(ids, documents, labels, source=source).backward()
     expected = [parameter.grad for parameter in plain.parameters()]
     found = [parameter.grad for layer in layers for parameter in layer.parameters()]
+    assert [each is None for each in found] == [each is None for each in expected]
+    assert any(each is None for each in found) == (dropped > 0.0)
     for one, two in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+        if one is not None:
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("flags", ATTENTION)
 @settings(deadline=None, max_examples=15)
 @given(cuts=st.lists(st.integers(1, 11), max_size=11, unique=True))
-def test_cached_logits_equal_those_of_the_whole_row(flags: str, cuts: list[int]) -> None:
+def test_cached_logits_equal_those_of_the_whole_row(flags: str, values: bool, cuts: list[int]) -> None:
     """A prompt and new tokens, one or several at a time, within 1e-5 of the largest logit; windows of 3 to 5."""
-    config = tiny_config(layers=3, attention=ATTENTION[flags])
+    config = tiny_config(layers=3, attention=ATTENTION[flags], value_residual=values)
     model = spread_model(config).eval()
     ids = random_ids(2, 12)
     documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12], dtype=torch.int32)
@@ -349,7 +369,7 @@ def test_cached_logits_equal_those_of_the_whole_row(flags: str, cuts: list[int])
 @settings(deadline=None, max_examples=10)
 @given(cuts=st.lists(st.integers(1, 11), max_size=11, unique=True))
 def test_cached_logits_behind_a_source_equal_those_of_the_whole_row(flags: str, cuts: list[int]) -> None:
-    config = two_stacks(layers=3, attention=ATTENTION[flags])
+    config = two_stacks(layers=3, attention=ATTENTION[flags], value_residual=flags == "local")
     model = spread_model(config).eval()
     ids = random_ids(2, 12)
     documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12], dtype=torch.int32)
