@@ -9,7 +9,7 @@ import typing
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -172,6 +172,17 @@ class Config(Section):
                 "model.encoder_layers to null"
             )
         return model
+
+    @model_validator(mode="after")
+    def _positions_reach_the_rows(self) -> Self:
+        longest, tokens = self.model.longest_tokens, self.data.sequence_tokens
+        if longest is not None and longest < tokens:
+            raise ValueError(
+                f"data.sequence_tokens {tokens} with model.attention.position learned: there are positions for "
+                f"{longest} tokens (model.attention.train_tokens). Set data.sequence_tokens to {longest} at most, or "
+                f"model.attention.train_tokens to {tokens}"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

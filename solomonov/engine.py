@@ -317,7 +317,7 @@ class Engine:
 
     # ----------------------------------------------------------------------------------------------- pipeline
 
-    def _stage_loss(self, outputs: tuple[torch.Tensor, torch.Tensor], labels: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _stage_loss(self, outputs: tuple[torch.Tensor, ...], labels: Sequence[torch.Tensor]) -> torch.Tensor:
         """On the last stage, of one micro-batch: what is minimised, or in an evaluation the sum of cross-entropy.
 
         Args:

@@ -298,7 +298,7 @@ def parameters_held(case: Case, trial: Trial) -> list[int]:
     layers = layer_names(model)
     by_layer = {layer: sum(size for name, size in sizes.items() if layer_of(name) == layer) for layer in layers}
     if model.tie_embeddings:
-        by_layer["head"] = by_layer["embedding"]  # its copy on the last stage
+        by_layer["head"] += vocab_size * model.d_model  # the matrix's copy on the last stage
     bounds = stage_bounds(model, vocab_size, trial.sequence_tokens, case.pipeline)
     held = [sum(by_layer[layer] for layer in layers[begin:end]) for begin, end in pairwise(bounds)]
     return sorted(held * case.data_parallel)

@@ -26,8 +26,7 @@ from solomonov.model.attention import SequenceShare, attend, attention_context, 
 from solomonov.model.attention_config import LayerAttention
 from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.counts import parameter_count, parameter_shapes
-from solomonov.model.layers import Block
-from solomonov.model.loss import cross_entropy_sum
+from solomonov.model.layers import Block, Head
 from solomonov.model.naming import is_hidden_matrix, layer_names
 from solomonov.model.pipeline import BlockStage
 from solomonov.model.residual import BranchForm, branch_form
@@ -184,14 +183,13 @@ def contexts_bytes(config: ModelConfig, rows: int, sequence_tokens: int, ranks: 
 
 
 @cache
-def head_working(width: int, vocab_size: int, tokens: int, precision: str) -> Working:
+def head_working(config: ModelConfig, vocab_size: int, tokens: int, precision: str) -> Working:
     """Of head and loss on `tokens` tokens, the gradient of the head included."""
 
     def make(dtype: torch.dtype) -> Callable[[], Tensor]:
-        hidden = torch.zeros(tokens, width, dtype=dtype, requires_grad=True)
-        weight = torch.zeros(vocab_size, width, dtype=dtype, requires_grad=True)
-        labels = torch.zeros(tokens, dtype=torch.int64)
-        return lambda: cross_entropy_sum(hidden, weight, labels)
+        hidden = torch.zeros(tokens, config.d_model, dtype=dtype, requires_grad=True)
+        head, labels = Head(config, vocab_size), torch.zeros(tokens, dtype=torch.int64)
+        return lambda: head(hidden, labels)
 
     return _working(precision, make)
 
@@ -238,7 +236,7 @@ def footprint(
             of_muon[layer] += prod(shape)
             largest_matrix = max(largest_matrix, prod(shape))
     if model.tie_embeddings and parallel.pipeline > 1:
-        sizes["head"] = sizes["embedding"]  # a copy on the last stage
+        sizes["head"] += vocab_size * model.d_model  # a copy of the matrix on the last stage
     moments = []
     for stage, (begin, end) in enumerate(pairwise(bounds)):
         held = names[begin:end]
@@ -412,7 +410,7 @@ def _activations(
         groups.append(Working(stream, kept + backward) if recompute.mode == "full" else Working(kept, backward))
     of_one_micro_batch = sum(group.kept for group in groups)
     first, last = (groups[0], groups[-1]) if groups else (Working(0, 0), Working(0, 0))
-    head = head_working(model.d_model, vocab_size, tokens, precision) if "head" in layers else Working(0, 0)
+    head = head_working(model, vocab_size, tokens, precision) if "head" in layers else Working(0, 0)
     shared = 0 if staged else contexts_bytes(model, plan.micro_rows, plan.sequence_tokens, ranks)
     all_kept = in_flight * of_one_micro_batch + shared
     of_others = all_kept - of_one_micro_batch

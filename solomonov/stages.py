@@ -61,12 +61,13 @@ def pipeline_module(spec: EngineSpec, grid: RankGrid | None, loss: Callable[...,
             layers.append(LayerSpec(layer.module_type, *layer.arguments))
         else:
             tied = (layer.tied_key, layer.module_type, *layer.arguments)
-            layers.append(TiedLayerSpec(*tied, forward_fn=layer.forward, tied_weight_attr=["weight"]))
-    module: torch.nn.Module = Stages(
-        layers=layers,
-        topology=topology,
-        loss_fn=loss,
-    )
+            layers.append(TiedLayerSpec(*tied, tied_weight_attr=["weight"]))
+    module = Stages(layers=layers, topology=topology, loss_fn=loss)
+    for tied in module.tied_modules.values():
+        for name, parameter in tied.named_parameters():
+            if name != "weight":
+                # DeepSpeed takes all that a tied module holds for a copy, and leaves it out of the gradient's norm.
+                parameter.ds_pipe_replicated = False
     if spec.compile:
         compile_blocks(module)
     return module

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from solomonov.model.attention import AttentionContext, SequenceShare, layer_contexts, token_positions
+from solomonov.model.attention import AttentionContext, SequenceShare, layer_contexts
 from solomonov.model.cache import KeyValueCache
 from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.cross import Memory, Source, memory_of
@@ -107,13 +107,14 @@ class Transformer(nn.Module):
             that of ln^2 Z, see `loss.cross_entropy_and_z_sums`.
 
         Raises:
-            ValueError: a source is missing, or there is one that nothing reads; the cache is full.
+            ValueError: a source is missing, or there is one that nothing reads; the cache is full; a row is longer
+                than there are learned positions.
         """
         memory = self._memory(document_ids, source, cache)
         seen = document_ids if cache is None else cache.append_documents(document_ids)
         new_tokens = None if cache is None else input_ids.shape[1]
         contexts = layer_contexts(seen, self.config, new_tokens=new_tokens, share=self.share)
-        positions = token_positions(seen, new_tokens, self.share) if self.embedding.sinusoidal else None
+        positions = self.embedding.positions_of(seen, new_tokens, self.share)
         again = self.recompute if self.training and cache is None else NOTHING_AGAIN
         hidden = _through(self.layers, self.embedding(input_ids, positions), contexts, again, memory, cache)
         if self.final_norm is not None:
@@ -141,7 +142,7 @@ class Transformer(nn.Module):
             return memory_of(None, cached, document_ids)
         if cache is not None:
             cache.source_document_ids = source.document_ids
-        positions = token_positions(source.document_ids) if self.embedding.sinusoidal else None
+        positions = self.embedding.positions_of(source.document_ids)
         hidden = self.encoder(self.embedding(source.input_ids, positions), source.document_ids)
         return memory_of(hidden, source.document_ids, document_ids)
 

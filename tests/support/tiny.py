@@ -39,7 +39,10 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "vanilla": {"preset": "vanilla"},
     "hybrid": {"preset": "hybrid", "window": 5, "global_every": 2, "sink": True},
     "alibi": {"preset": "alibi", "window": 3, "global_every": 2, "gate": "head", "sink": True},
+    "learned": {"position": "learned", "train_tokens": SEQUENCE},
 }
+BIASES = {"bias": True, "norm": "layernorm", "embedding_norm": True, "output_head": "transform"}
+"""What a model with learned positions also has."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def tiny_model(
     }
     if residual != "prenorm":
         shape |= {"residual": residual, "norm": "layernorm", "feed_forward": "gelu"}
+    if attention == "learned":
+        shape |= BIASES
     return ModelConfig.model_validate({**shape, "attention": ATTENTION[attention]})
 
 

@@ -24,6 +24,7 @@ from solomonov.model.residual import MODES
 from solomonov.model.transformer import Transformer, compile_blocks
 from tests.solomonov.model.common import (
     ATTENTION,
+    BIASES,
     VOCAB,
     float64_state,
     random_ids,
@@ -33,6 +34,11 @@ from tests.solomonov.model.common import (
     two_stacks,
 )
 from tests.support import naive
+
+BIASED = [
+    {**BIASES, "feed_forward": kind, "output_head": head, "tie_embeddings": head == "transform"}
+    for kind, head in (("gelu", "transform"), ("relu", "bias"), ("silu", "linear"), ("relu2", "transform"))
+]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +58,9 @@ from tests.support import naive
         {"residual": "layerscale", "layers": 20},
         {"feed_forward": "relu2", "norm": "layernorm"},
         {"feed_forward": "geglu"},
+        *BIASED,
+        {**BIASED[0], "attention": ATTENTION["much at once"], "norm": "rmsnorm", "feed_forward": "swiglu"},
+        {**BIASED[0], "attention": {"qk_norm_over": "all"}, "feed_forward": "geglu"},
     ],
     ids=str,
 )
@@ -77,6 +86,7 @@ POSITIONS = [{"position": position} for position in ("rope", "nope", "sinusoidal
         {"attention": {"gate": "element"}, "kv_heads": 1},
         *({"residual": mode, "layers": 3, "base_layers": 2} for mode in MODES),
         {"residual": "deepnorm", "norm": "layernorm", "feed_forward": "gelu"},
+        *BIASED,
     ],
     ids=str,
 )
@@ -101,6 +111,7 @@ def test_logits_of_an_encoder_equal_float64_loops(changes: dict[str, object]) ->
         *({"residual": mode, "encoder_layers": None, "norm": "layernorm", "feed_forward": "gelu"} for mode in MODES),
         {"residual": "keel", "layers": 1},
         {"residual": "keel", "encoder_layers": 1},
+        *BIASED,
     ],
     ids=str,
 )
@@ -159,6 +170,19 @@ def test_packed_documents_of_an_encoder_equal_single_ones(
         mine = documents[0] == document
         alone = model(ids[:, mine], documents[:, mine])
         torch.testing.assert_close(packed[:, mine], alone, rtol=0.0, atol=2e-5 * float(alone.detach().abs().max()))
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+def test_a_row_longer_than_learned_positions_is_refused(architecture: str) -> None:
+    model = spread_model(tiny_config(**BIASES, architecture=architecture))
+    ids, documents = random_ids(1, 33), torch.tensor([[0] * 7 + [1] * 26])
+    source = {"source": random_source(1, 3)} if architecture == "encoder_decoder" else {}
+    with pytest.raises(ValueError, match="33 tokens, and learned positions for 32"):
+        model(ids, documents, **source)
+    model(ids[:, :32], documents[:, :32], **source)
+    if source:
+        with pytest.raises(ValueError, match="33 tokens, and learned"):
+            model(ids[:, :4], documents[:, :4], source=random_source(1, 33))
 
 
 @pytest.mark.parametrize(
@@ -247,10 +271,12 @@ def _in_a_pipeline(config: ModelConfig, carry: tuple[Tensor, ...]) -> tuple[nn.M
     """The layers of a pipeline, all on one stage, and what they make of the input."""
     modules = nn.ModuleDict()
     for number, layer in enumerate(pipeline_layers(config, VOCAB, seed=9)):
-        key = layer.tied_key or str(number)
-        if key not in modules:
-            modules[key] = layer.build()
-        carry = layer.forward(modules[key], carry) if layer.forward else modules[key](carry)
+        key = layer.name if layer.tied_key else str(number)
+        modules[key] = layer.build()
+        if layer.tied_key and layer.name != layer.tied_key:
+            assert torch.equal(modules[key].weight, modules[layer.tied_key].weight)
+            modules[key].weight = modules[layer.tied_key].weight  # for the sum of both gradients
+        carry = modules[key](carry)
         assert isinstance(carry, tuple)
     return modules, carry
 
@@ -272,7 +298,18 @@ def _assert_equal_to_the_bit(
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_pipeline_layers_give_the_same_loss_and_gradients(tied: bool, architecture: str, flags: str) -> None:
-    config = tiny_config(layers=3, tie_embeddings=tied, attention=ATTENTION[flags], architecture=architecture)
+    _assert_a_pipeline_gives_the_same(
+        tiny_config(layers=3, tie_embeddings=tied, attention=ATTENTION[flags], architecture=architecture)
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("changes", BIASED, ids=str)
+def test_pipeline_layers_with_biases_give_the_same(tied: bool, changes: dict[str, object]) -> None:
+    _assert_a_pipeline_gives_the_same(tiny_config(**changes | {"tie_embeddings": tied, "architecture": "encoder"}))
+
+
+def _assert_a_pipeline_gives_the_same(config: ModelConfig) -> None:
     plain = Transformer(config, VOCAB, seed=9)
     ids, labels = random_ids(2, 8), random_ids(2, 8, seed=1)
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1, -1], [0] * 8])
@@ -283,11 +320,15 @@ def test_pipeline_layers_give_the_same_loss_and_gradients(tied: bool, architectu
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     "changes",
-    [*({"residual": mode} for mode in MODES), *({"attention": ATTENTION[flags]} for flags in ("vanilla", "hybrid"))],
+    [
+        *({"residual": mode} for mode in MODES),
+        *({"attention": ATTENTION[flags]} for flags in ("vanilla", "hybrid")),
+        BIASED[0],
+    ],
     ids=str,
 )
 def test_pipeline_layers_of_two_stacks_give_the_same(tied: bool, changes: dict[str, object]) -> None:
-    config = two_stacks(tie_embeddings=tied, **changes)
+    config = two_stacks(**changes | {"tie_embeddings": tied})
     plain = Transformer(config, VOCAB, seed=9)
     ids, labels, source_ids = random_ids(2, 8), random_ids(2, 8, seed=1), random_ids(2, 6, seed=2)
     documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, -1], [0] * 8])
@@ -314,7 +355,7 @@ def test_two_stacks_may_be_cut_anywhere(cuts: tuple[int, int]) -> None:
         for layer in layers[begin:end]:
             carry = layer(carry)
         made.append([each for each in carry if each.is_floating_point()])
-    pipeline_loss((carry[0], carry[1]), labels).backward()
+    pipeline_loss(carry, labels).backward()
     for outputs, inputs in zip(made[-2::-1], given[:0:-1], strict=True):
         gradients = [each.grad for each in inputs if each.grad is not None]
         assert len(gradients) == len(outputs)
