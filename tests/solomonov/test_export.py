@@ -168,7 +168,8 @@ def test_encoders_and_pairs_are_written_as_a_class_that_holds_them(
     if generates:
         ids = torch.arange(1, 9)[None]
         made = theirs.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0]
-        assert made[0] == Tokenizer.load(tokenizer_path).bos, "as rows of a target begin"
+        bos = Tokenizer.load(tokenizer_path).bos
+        assert made[0] == theirs.config.decoder_start_token_id == bos, "as rows of a target begin"
         assert len(made) > 1
 
 
