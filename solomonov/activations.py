@@ -20,8 +20,7 @@ from solomonov.model.attention_config import LayerAttention
 from solomonov.model.config import ModelConfig, Recompute
 from solomonov.model.cross import Memory, memory_of
 from solomonov.model.front import Front, example
-from solomonov.model.layers import Block, FinalNorm, Stream
-from solomonov.model.loss import cross_entropy_sum
+from solomonov.model.layers import Block, Embedding, FinalNorm, Head, Stream
 from solomonov.model.pipeline import BlockStage, Carry
 from solomonov.model.residual import BranchForm, branch_form, mixes_values
 from solomonov.model.stacks import Stack, block_number, stack_of
@@ -201,14 +200,24 @@ def front_working(config: ModelConfig, rows: int, tokens: int, precision: str) -
 
 
 @cache
-def head_working(width: int, vocab_size: int, tokens: int, precision: str) -> Working:
+def embedding_kept(config: ModelConfig, vocab_size: int, rows: int, tokens: int, precision: str) -> int:
+    """Bytes that the embedding keeps of so many rows and tokens of each, what it gives included."""
+
+    def make(dtype: torch.dtype) -> Callable[[], Tensor]:
+        embedding, ids = Embedding(config, vocab_size), torch.zeros(rows, tokens, dtype=torch.int64)
+        return lambda: embedding(ids, embedding.positions_of(ids))
+
+    return _working(precision, make).kept
+
+
+@cache
+def head_working(config: ModelConfig, vocab_size: int, tokens: int, precision: str) -> Working:
     """Of head and loss on `tokens` tokens, the gradient of the head included."""
 
     def make(dtype: torch.dtype) -> Callable[[], Tensor]:
-        hidden = torch.zeros(tokens, width, dtype=dtype, requires_grad=True)
-        weight = torch.zeros(vocab_size, width, dtype=dtype, requires_grad=True)
-        labels = torch.zeros(tokens, dtype=torch.int64)
-        return lambda: cross_entropy_sum(hidden, weight, labels)
+        hidden = torch.zeros(tokens, config.d_model, dtype=dtype, requires_grad=True)
+        head, labels = Head(config, vocab_size), torch.zeros(tokens, dtype=torch.int64)
+        return lambda: head(hidden, labels)
 
     return _working(precision, make)
 
@@ -283,7 +292,7 @@ def activations(held: Held) -> tuple[int, int, int]:
     first, last = (groups[0], groups[-1]) if groups else (Working(0, 0), Working(0, 0))
     head = Working(0, 0)
     if "head" in held.layers:
-        head = head_working(model.d_model, held.vocab_size, held.tokens(model.stacks[-1]), held.precision)
+        head = head_working(model, held.vocab_size, held.tokens(model.stacks[-1]), held.precision)
     between, shared = _between(held)
     all_kept = held.in_flight * (of_blocks + between) + shared
     of_others = all_kept - of_blocks
@@ -333,6 +342,11 @@ def _between(held: Held) -> tuple[int, int]:
         reads = model.stacks[0]
         front = front_working(model, held.rows.count, held.rows.read_by(reads), held.precision)
         kept += front.kept - held.stream(reads)  # what it gives is what came
+    if "embedding" in held.layers:
+        for stack in model.stacks:
+            if stack.causal or model.front.kind == "tokens":
+                rows, tokens = held.rows.count, held.rows.read_by(stack) // held.parallel.sequence
+                kept += embedding_kept(model, held.vocab_size, rows, tokens, held.precision) - held.stream(stack)
     goes = _carried(held, held.end)
     if held.parallel.pipeline == 1:
         return kept, contexts_bytes(model, held.rows, held.parallel.sequence)

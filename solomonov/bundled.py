@@ -14,14 +14,14 @@ from typing import Any
 from solomonov.interop_families import misfits, nearest_family
 from solomonov.model.config import ModelConfig
 from solomonov.model.residual import branch_form, has_final_norm
+from solomonov.model.stacks import Architecture
 
 MODEL_TYPE = "solomonov"
-ARCHITECTURE = "SolomonovForCausalLM"
-CODE = {
-    "AutoConfig": "configuration_solomonov.SolomonovConfig",
-    "AutoModelForCausalLM": f"modeling_solomonov.{ARCHITECTURE}",
+CLASSES: dict[Architecture, tuple[str, str]] = {
+    "decoder": ("AutoModelForCausalLM", "SolomonovForCausalLM"),
+    "encoder": ("AutoModelForMaskedLM", "SolomonovForMaskedLM"),
 }
-"""What `transformers` looks for -> file and class in the folder."""
+"""What `transformers` looks for, and the class of the code; what is not here has none."""
 FILES = tuple(Path(__file__).with_name(f"{name}_solomonov.py") for name in ("modeling", "configuration"))
 """The code."""
 
@@ -47,10 +47,14 @@ def bundled_config(model: ModelConfig, sequence_tokens: int) -> dict[str, Any]:
     kinds = [model.layer_attention(layer) for layer in range(model.layers)]
     forms = [branch_form(model, layer) for layer in range(model.layers)]
     sinusoidal = flags.position == "sinusoidal"
+    auto_class, architecture = CLASSES[model.architecture]
     return {
-        "architectures": [ARCHITECTURE],
+        "architectures": [architecture],
         "model_type": MODEL_TYPE,
-        "auto_map": CODE,
+        "auto_map": {
+            "AutoConfig": "configuration_solomonov.SolomonovConfig",
+            auto_class: f"modeling_solomonov.{architecture}",
+        },
         "hidden_size": model.d_model,
         "intermediate_size": model.feed_forward_width,
         "num_hidden_layers": model.layers,
@@ -63,6 +67,7 @@ def bundled_config(model: ModelConfig, sequence_tokens: int) -> dict[str, Any]:
             dataclasses.asdict(kind) | dataclasses.asdict(form) for kind, form in zip(kinds, forms, strict=True)
         ],
         "feed_forward": model.feed_forward,
+        "bias": model.bias,
         "norm": model.norm,
         "norm_eps": model.norm_eps,
         "qk_norm": flags.qk_norm_over if flags.qk_norm else "none",
@@ -71,5 +76,8 @@ def bundled_config(model: ModelConfig, sequence_tokens: int) -> dict[str, Any]:
         "value_residual": model.value_residual,
         "sinusoidal": sinusoidal,
         "embedding_scale": math.sqrt(model.d_model) if sinusoidal and model.tie_embeddings else 1.0,
+        "learned_positions": model.longest_tokens or 0,
+        "embedding_norm": model.embedding_norm,
+        "output_head": model.output_head,
         "final_norm": has_final_norm(model),
     }

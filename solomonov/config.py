@@ -174,6 +174,17 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     """Records."""
 
+    @model_validator(mode="after")
+    def _positions_reach_the_rows(self) -> Self:
+        longest, tokens = self.model.longest_tokens, self.data.sequence_tokens
+        if longest is not None and longest < tokens:
+            raise ValueError(
+                f"data.sequence_tokens {tokens} with model.attention.position learned: there are positions for "
+                f"{longest} tokens (model.attention.train_tokens). Set data.sequence_tokens to {longest} at most, or "
+                f"model.attention.train_tokens to {tokens}"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _rows_reach_the_model(cls, given: Any) -> Any:

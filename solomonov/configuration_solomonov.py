@@ -15,13 +15,17 @@ class SolomonovConfig(PreTrainedConfig):  # type: ignore[misc]
             sees at most (`window`; None: all), whether its logits grow with ln of the number of keys (`log_n`), and
             the constants of x' = norm_post(alpha * x + scale * norm_out(f(inner * norm_pre(x)))): `pre`, `out`, `post`
             say which norms there are, `learned` whether scale is a parameter (none, channel or scalar).
-        feed_forward: swiglu, geglu, gelu or relu2.
+        feed_forward: swiglu, geglu, gelu, relu, silu or relu2.
+        bias: whether the matrices of the layers have biases.
         norm: rmsnorm or layernorm.
         qk_norm: none, head, or all heads together.
         gate: of what attention found: none, one a head, or one an element.
         sink: whether a learned logit a head takes part in the softmax.
         value_residual: whether the values behind the first layer are lam1 * V + lam2 * V_1, of the first one.
         sinusoidal: whether sinusoids are added to the embedding, which is multiplied by `embedding_scale` before.
+        learned_positions: for how many positions there are vectors to add to the embedding; 0: none.
+        embedding_norm: whether the stream begins with a norm.
+        output_head: linear, with a bias, or behind a transform of its own.
         final_norm: whether a norm stands before the head.
     """
 
@@ -43,6 +47,7 @@ class SolomonovConfig(PreTrainedConfig):  # type: ignore[misc]
         self.head_dim, self.blocks = head_dim, blocks or []
         self.num_hidden_layers = len(self.blocks)
         self.feed_forward = rest.pop("feed_forward", "swiglu")
+        self.bias = rest.pop("bias", False)
         self.norm = rest.pop("norm", "rmsnorm")
         self.norm_eps = rest.pop("norm_eps", 1e-6)
         self.qk_norm = rest.pop("qk_norm", "none")
@@ -51,6 +56,9 @@ class SolomonovConfig(PreTrainedConfig):  # type: ignore[misc]
         self.value_residual = rest.pop("value_residual", False)
         self.sinusoidal = rest.pop("sinusoidal", False)
         self.embedding_scale = rest.pop("embedding_scale", 1.0)
+        self.learned_positions = rest.pop("learned_positions", 0)
+        self.embedding_norm = rest.pop("embedding_norm", False)
+        self.output_head = rest.pop("output_head", "linear")
         self.final_norm = rest.pop("final_norm", True)
         self.max_position_embeddings = rest.pop("max_position_embeddings", 2048)
         rest.pop("num_hidden_layers", None)

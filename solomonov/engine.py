@@ -1,7 +1,7 @@
 """The door to DeepSpeed: its engine, its optimizer's pieces.
 
-Its pipelines are built in stages.py, its JSON is made in engine_spec.py; nothing else knows it. The loop in train.py
-sees five verbs: forward_backward, update, evaluate, fragments, restore.
+Its pipelines are built in stages.py, as the groups of ranks that share rows; its JSON is made in engine_spec.py;
+nothing else knows it. The loop in train.py sees five verbs: forward_backward, update, evaluate, fragments, restore.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.ema import WeightAverage
 from solomonov.engine_spec import EngineSpec, deepspeed_config
 from solomonov.host import cpu_model
-from solomonov.model.attention import SequenceShare, attend
+from solomonov.model.attention import SequenceShare
 from solomonov.model.layers import Block
 from solomonov.model.loss import pipeline_loss
 from solomonov.model.naming import canonical, layer_names
@@ -42,8 +42,8 @@ from solomonov.partition import (
     parameter_shape,
     refresh_parameters,
 )
-from solomonov.stages import instructions, pipeline_module
-from solomonov.topology import Place, RankGrid, rank_grid
+from solomonov.stages import instructions, pipeline_module, sequence_share
+from solomonov.topology import RankGrid
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Engine:
         self._share, self._copy = None, dist.get_rank()
         self._row_group: Any = None  # of the ranks that share rows
         if spec.sequence > 1:
-            self._share, self._copy = self._sequence_share(grid)
+            self._share, self._copy, self._row_group = sequence_share(spec.sequence, grid)
         model: torch.nn.Module
         if spec.pipeline > 1:
             model = pipeline_module(spec, grid, self._stage_loss)
@@ -286,23 +286,7 @@ class Engine:
             from deepspeed.utils import groups
 
             p2p._grid = p2p._groups = groups.mpu = None
-            self._ds.pipe_buffers, self._ds.loss = (
-                {},
-                None,
-            )  # the last micro-batch's graph, of which hooks hold the engine
-
-    def _sequence_share(self, grid: RankGrid | None) -> tuple[SequenceShare, int]:
-        """This rank's share of its rows, and which of the `plan.data_parallel` groups of ranks has these rows."""
-        from deepspeed.sequence.layer import DistributedAttention
-
-        ranks = self.spec.sequence
-        if grid is None:
-            grid = rank_grid([Place(0, rank) for rank in range(dist.get_world_size())], ranks)
-        part, copy = grid.coordinates()[dist.get_rank()]
-        groups = [dist.new_group(list(row)) for row in zip(*grid.stages, strict=True)]  # all ranks make all of them
-        self._row_group = groups[copy]
-        across = DistributedAttention(attend, self._row_group, scatter_idx=2, gather_idx=1)  # heads, tokens
-        return SequenceShare(part, ranks, across), copy
+            self._ds.pipe_buffers, self._ds.loss = {}, None  # the last micro-batch's graph, whose hooks hold the engine
 
     def _own_tokens(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Input ids, document ids and labels as the model takes them."""
@@ -364,7 +348,7 @@ class Engine:
 
     # ----------------------------------------------------------------------------------------------- pipeline
 
-    def _stage_loss(self, outputs: tuple[torch.Tensor, torch.Tensor], labels: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _stage_loss(self, outputs: tuple[torch.Tensor, ...], labels: Sequence[torch.Tensor]) -> torch.Tensor:
         """On the last stage, of one micro-batch: what is minimised, or in an evaluation the sum of cross-entropy.
 
         Args:

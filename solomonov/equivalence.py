@@ -99,7 +99,7 @@ class Trial(Section):
     sequence_tokens: int
     """Of a row."""
     source_tokens: int | None = None
-    """Of a row of the source, a third longer; None: the model reads none."""
+    """Of a row of the source, a third longer, as far as there are positions; None: the model reads none."""
     rows: int
     """Of an update."""
     steps: int = STEPS
@@ -148,6 +148,9 @@ def scale_down(config: Config, ranks: int) -> Trial:
     small = ModelConfig.model_validate({**model.model_dump(), **changes, "attention": attention})
     vocab_size = min(config.tokenizer.vocab_size, MOST_PIECES)
     tokens = min(config.data.sequence_tokens, MOST_TOKENS)
+    source_tokens = -(-4 * tokens // 3)
+    if model.longest_tokens is not None:
+        source_tokens = min(source_tokens, model.longest_tokens)
     rows = math.lcm(*worlds(ranks)) * max(ACCUMULATIONS)
     before = {f"model.{key}": getattr(model, key) for key in changes} | {
         "model.attention.window": model.attention.window,
@@ -169,7 +172,7 @@ def scale_down(config: Config, ranks: int) -> Trial:
         model=small,
         vocab_size=vocab_size,
         sequence_tokens=tokens,
-        source_tokens=-(-4 * tokens // 3) if model.architecture == "encoder_decoder" else None,
+        source_tokens=source_tokens if model.architecture == "encoder_decoder" else None,
         rows=rows,
         seed=config.run.seed,
         # In bf16 Muon's orthogonalisation differs by 1e-3 between layouts, for rounding alone.
@@ -304,7 +307,7 @@ def parameters_held(case: Case, trial: Trial) -> list[int]:
     layers = layer_names(model)
     by_layer = {layer: sum(size for name, size in sizes.items() if layer_of(name, layers) == layer) for layer in layers}
     if model.tie_embeddings:
-        by_layer["head"] = by_layer["embedding"]  # its copy on the last stage
+        by_layer["head"] += vocab_size * model.d_model  # the matrix's copy on the last stage
     bounds = stage_bounds(model, vocab_size, trial.sequence_tokens, case.pipeline, trial.source_tokens)
     held = [sum(by_layer[layer] for layer in layers[begin:end]) for begin, end in pairwise(bounds)]
     return sorted(held * case.data_parallel)

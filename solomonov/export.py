@@ -20,17 +20,25 @@ from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
 from solomonov import bundled
-from solomonov.architectures import require_decoder
 from solomonov.errors import ConfigurationError, NumericalError
 from solomonov.fast_tokenizer import build_tokenizer
 from solomonov.hf_folder import EXPORT_MARKER, load_hf
 from solomonov.interop import to_theirs
-from solomonov.interop_families import PLAIN_FORM, stock_family, written_config
+from solomonov.interop_config import written_config
+from solomonov.interop_families import PLAIN_FORM, stock_family
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_count, parameter_shapes
+from solomonov.model.cross import Source
+from solomonov.model.stacks import Architecture
 from solomonov.model.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AUTO_CLASSES: dict[Architecture, str] = {
+    "decoder": "AutoModelForCausalLM",
+    "encoder": "AutoModelForMaskedLM",
+    "encoder_decoder": "AutoModelForSeq2SeqLM",
+}
+"""By what `transformers` loads each."""
 FOLDED_AWAY = tuple(mode for mode, plain in PLAIN_FORM.items() if mode != plain)
 """Residual forms of which a stock class keeps no factor."""
 CHECK_TOKENS = 64
@@ -38,6 +46,13 @@ CHECK_TOLERANCE = 1e-4
 """Largest difference of logits that passes in fp32, relative to the largest logit where that is above 1."""
 
 _SHARD_BYTES = 4 << 30
+_GENERATES = "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))"
+_USES: dict[Architecture, tuple[str, str, str]] = {
+    "decoder": ("text-generation", "continues text", _GENERATES),
+    "encoder": ("fill-mask", "tells tokens from all that stands around them", "print(model(**inputs).logits.shape)"),
+    "encoder_decoder": ("text2text-generation", "writes a text for a text", _GENERATES),
+}
+"""For the card: the task by its name there, what the model does, a line of code."""
 _CHECK_TEXT = (
     "def depth(layers):\n\treturn sum(1 for _ in layers)  # naïve, höchstens 1,000\n\n"
     "       seven spaces, <s> is not a token, 日本語 😀 …\r\n" + "The quick brown fox jumps over the lazy dog. " * 4
@@ -96,12 +111,13 @@ def export_hf(
         shard_bytes: most bytes of one weight file (a larger tensor gets a file of its own).
 
     Raises:
-        ConfigurationError: the model is no decoder, the state is not the model's, or `folder` holds something else than
-            an export.
+        ConfigurationError: the state is not the model's, `folder` holds something else than an export, or no class
+            holds an encoder_decoder of these flags, or what a front reads.
         NumericalError: the loaded export does not give the same logits.
     """
-    require_decoder(model, "export")
-    target = Path(folder)
+    target, family = Path(folder), stock_family(model)
+    if family is None:
+        _require_code(model)
     tokenizer = Tokenizer.load(tokenizer_model_path)
     shapes = parameter_shapes(model, tokenizer.vocab_size)
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -123,13 +139,13 @@ def export_hf(
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    family = stock_family(model)
     weights = state if family is None else to_theirs(state, model, family)
     exported = {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
     weight_bytes = _write_weights(aside, exported, shard_bytes)
     config = hf_config(model, tokenizer, sequence_tokens, dtype)
     _write_json(aside / "config.json", config)
-    _write_json(aside / "generation_config.json", _generation_config(tokenizer))
+    if model.architecture != "encoder":
+        _write_json(aside / "generation_config.json", _generation_config(tokenizer, model))
     _write_tokenizer(aside, tokenizer, sequence_tokens)
     for file in bundled.FILES if family is None else ():
         _write_text(aside / file.name, file.read_text(encoding="utf-8"))
@@ -152,6 +168,27 @@ def export_hf(
     return report
 
 
+def _require_code(model: ModelConfig) -> None:
+    """Refuse what no class of transformers holds, and the code that goes into exports does not either."""
+    if model.front.kind != "tokens":
+        raise ConfigurationError(
+            f"A model with a front of {model.front.kind} is not exported.",
+            got=f"model.front.kind: {model.front.kind}",
+            rule="what is exported reads token ids, with the tokenizer beside it; no class of transformers, and not "
+            "the code that is written beside the weights, has this front",
+            remedy="use the weights with solomonov.loading.load_model, which reads the run itself",
+        )
+    if model.architecture not in bundled.CLASSES:
+        raise ConfigurationError(
+            f"No class of transformers holds this {model.architecture}, and there is no code to write beside it.",
+            got=", ".join(bundled.forcing_flags(model)),
+            rule="an encoder_decoder is written as a Marian, which has sinusoidal positions without qk_norm, Post-LN "
+            "(postnorm or deepnorm), layernorm with norm_eps 1e-5, bias: true, gelu, relu or silu, and tied embeddings",
+            remedy="train it with these flags where it is to be exported, or use the weights with "
+            "solomonov.loading.load_model",
+        )
+
+
 def hf_config(model: ModelConfig, tokenizer: Tokenizer, sequence_tokens: int, dtype: str) -> dict[str, Any]:
     """The content of config.json."""
     family = stock_family(model)
@@ -167,6 +204,7 @@ def hf_config(model: ModelConfig, tokenizer: Tokenizer, sequence_tokens: int, dt
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.eos,
         "pad_token_id": tokenizer.pad,
+        **({"decoder_start_token_id": tokenizer.bos} if model.architecture == "encoder_decoder" else {}),
         # `dtype` is read since transformers 4.56, `torch_dtype` before.
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -219,8 +257,9 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, sequence_tokens: int) -
     _sync(folder / "tokenizer.model")
 
 
-def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+def _generation_config(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
     return {
+        **({"decoder_start_token_id": tokenizer.bos} if model.architecture == "encoder_decoder" else {}),
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.eos,
         "pad_token_id": tokenizer.pad,
@@ -264,10 +303,10 @@ def _check_logits(
     if stock_family(model) is None:
         # By its name: AutoModel takes whatever code of an equal configuration this process has loaded before.
         kind = transformers.dynamic_module_utils.get_class_from_dynamic_module(
-            bundled.CODE["AutoModelForCausalLM"], folder
+            f"modeling_solomonov.{bundled.CLASSES[model.architecture][1]}", folder
         )
     else:
-        kind = transformers.AutoModelForCausalLM
+        kind = getattr(transformers, AUTO_CLASSES[model.architecture])
     theirs = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     if state is None:
         model, state, _ = load_hf(folder)
@@ -275,9 +314,14 @@ def _check_logits(
     ours.load_state_dict(dict(state), strict=False)
     ids = [tokenizer.bos, *tokenizer.encode(_CHECK_TEXT)]
     rows = torch.tensor([ids[: min(CHECK_TOKENS, sequence_tokens)]])
+    documents, source, given = torch.zeros_like(rows), None, {"input_ids": rows}
+    if model.architecture == "encoder_decoder":
+        # The source is the text from its middle on.
+        source = Source(rows[:, rows.shape[1] // 2 :], documents[:, rows.shape[1] // 2 :])
+        given = {"input_ids": source.input_ids, "decoder_input_ids": rows}
     with torch.inference_mode():
-        expected = ours.eval()(rows, torch.zeros_like(rows))
-        found = theirs.eval()(input_ids=rows).logits
+        expected = ours.eval()(rows, documents, source=source)
+        found = theirs.eval()(**given).logits
     difference, largest = float((expected - found).abs().max()), float(expected.abs().max())
     # Negated, so that NaN does not pass.
     if not difference <= CHECK_TOLERANCE * max(1.0, largest):
@@ -307,24 +351,26 @@ def _card(name: str, report: ExportReport, model: ModelConfig, tokenizer: Tokeni
         flags = "\n".join(f"- `{flag}`" for flag in report.forced_by)
         code = f"\nIts code stands beside the weights, since no class of transformers holds all of it:\n\n{flags}\n"
     begin = list(tokenizer.pieces())[tokenizer.bos].text
+    task, says, use = _USES[model.architecture]
+    behind = f" behind an encoder of {model.encoder_depth}" if model.architecture == "encoder_decoder" else ""
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 ---
 # {name}
 
 Trained from scratch with Solomonov. {report.parameters:,} parameters: {model.layers} layers of width
-{model.d_model}, {model.heads} heads on {model.kv_head_count} key-value heads{factors}.
+{model.d_model}{behind}, {model.heads} heads on {model.kv_head_count} key-value heads{factors}.
 Vocabulary of {tokenizer.vocab_size:,}, trained on rows of {sequence_tokens:,} tokens. It is a base model: it
-continues text. Every text begins with `{begin}`, which the tokenizer adds.
+{says}. Every text begins with `{begin}`, which the tokenizer adds.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {AUTO_CLASSES[model.architecture]}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("."{trust})
-model = AutoModelForCausalLM.from_pretrained("."{trust})
+model = {AUTO_CLASSES[model.architecture]}.from_pretrained("."{trust})
 inputs = tokenizer("def main", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0], skip_special_tokens=True))
+{use}
 ```
 {code}
 Checked when it was written: the largest difference between the trainer's logits and those of

@@ -90,7 +90,7 @@ def footprint(
             of_muon[layer] += prod(shape)
             largest_matrix = max(largest_matrix, prod(shape))
     if model.tie_embeddings and parallel.pipeline > 1:
-        sizes["head"] = sizes["embedding"]  # a copy on the last stage
+        sizes["head"] += vocab_size * model.d_model  # a copy of the matrix on the last stage
     moments = []
     for stage, (begin, end) in enumerate(pairwise(bounds)):
         held_parameters = sum(sizes[name] for name in names[begin:end])

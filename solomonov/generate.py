@@ -59,7 +59,7 @@ def generate(
 
     Raises:
         ConfigurationError: the model is no decoder, a setting is out of range, or the prompt is empty or not of this
-            vocabulary.
+            vocabulary, or the text becomes longer than there are learned positions.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     return list(stream(model, prompt_ids, sampling, max_new_tokens=max_new_tokens, eos_id=eos_id))
@@ -79,6 +79,13 @@ def stream(
         raise _refused("prompt", "no tokens", "at least one token; the begin-of-text token will do")
     if not 0 <= min(prompt_ids) <= max(prompt_ids) < model.vocab_size:
         raise _refused("prompt", f"token ids {min(prompt_ids)} to {max(prompt_ids)}", f"0 to {model.vocab_size - 1}")
+    longest = model.config.longest_tokens
+    if longest is not None and len(prompt_ids) + max_new_tokens > longest:
+        raise _refused(
+            "length",
+            f"a prompt of {len(prompt_ids)} tokens and {max_new_tokens} new ones",
+            f"{longest} together at most, for which the model has learned positions",
+        )
     weight = model.embedding.weight
     cache = KeyValueCache(
         model.config,

@@ -13,6 +13,7 @@ from torch import Tensor
 from solomonov.bundled import MODEL_TYPE
 from solomonov.errors import ConfigurationError, DamagedCheckpointError
 from solomonov.interop import to_ours
+from solomonov.interop_biased import as_ours
 from solomonov.interop_config import read_config
 from solomonov.interop_families import FAMILIES, Family, family_of
 from solomonov.model.config import ModelConfig
@@ -51,13 +52,16 @@ def load_hf(folder: Path | str) -> tuple[ModelConfig, dict[str, Tensor], int]:
         raise _damaged(path, f"config.json: {error}", f"the sizes of a {family.architecture}") from error
     tied = bool(config.get("tie_word_embeddings", family.defaults["tie_word_embeddings"]))
     wanted = {family.name_of(name): (name, shape) for name, shape in shapes.items()}
+    head = family.name_of("head.weight")
     if tied:
-        wanted.pop("lm_head.weight", None)
-    state, strange = {}, []
-    for theirs, tensor in _read_tensors(path):
+        wanted.pop(head, None)
+    state, strange, tensors = {}, [], _read_tensors(path)
+    if family.biased:
+        tensors = iter(as_ours(dict(tensors), family, tied=tied).items())
+    for theirs, tensor in tensors:
         if theirs in wanted:
             state[wanted[theirs][0]] = tensor.float()
-        elif not theirs.endswith(_IDLE_TENSORS) and not (tied and theirs == "lm_head.weight"):
+        elif not theirs.endswith(_IDLE_TENSORS) and not (tied and theirs == head):
             strange.append(theirs)
     for theirs, (name, shape) in wanted.items():
         _check_shape(path, theirs, state.get(name), shape)

@@ -1,4 +1,5 @@
-"""config.json of a class of Hugging Face, read as our model: exactly, or refused by the key that does not fit."""
+"""config.json of a class of Hugging Face, written of our model, and read as ours: exactly, or refused by the key that
+does not fit."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from solomonov.errors import ConfigurationError
+from solomonov.interop_biased import SIZES, read_biased, written_biased
 from solomonov.interop_families import GLOBAL, LOCAL, Family, Multipliers
 from solomonov.model.attention_config import AttentionConfig
 from solomonov.model.config import ModelConfig
 
-_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
 # Of config.json, what changes no logit.
 _IDLE = frozenset(
     {
@@ -22,7 +23,53 @@ _IDLE = frozenset(
         *("id2label", "label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder"),
     }
 )
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def written_config(model: ModelConfig, family: Family, sequence_tokens: int) -> dict[str, Any]:
+    """What config.json says of the model's shape, but for the vocabulary's size.
+
+    Args:
+        model: one that the class holds.
+        sequence_tokens: T of training, written as the longest position.
+    """
+    if family.biased:
+        return written_biased(model, family, sequence_tokens)
+    flags = model.attention
+    kinds = [model.layer_attention(layer) for layer in range(model.layers)]
+    config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.feed_forward_width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_head_count,
+        "head_dim": model.head_width,
+        family.activation: family.feed_forwards[model.feed_forward][0],
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": flags.rope_theta,
+        "max_position_embeddings": sequence_tokens,
+        "attention_dropout": 0.0,
+        # The two matrices of a Gemma differ by sqrt(D), where ours are equal.
+        "tie_word_embeddings": model.tie_embeddings and not family.gemma,
+        **{name: values[0] for name, values in family.only.items()},
+    }
+    if "use_sliding_window" in family.defaults:
+        config["use_sliding_window"] = flags.window is not None
+    if family.windows and (flags.window is not None or "use_sliding_window" not in family.defaults):
+        config["layer_types"] = [GLOBAL if kind.window is None else LOCAL for kind in kinds]
+        # Gemma makes the mask of local layers also where there are none.
+        config["sliding_window"] = sequence_tokens if flags.window is None else flags.window
+    if family.bare_layers:
+        config["no_rope_layers"] = [int(kind.position == "rope") for kind in kinds]
+        config.setdefault("layer_types", [GLOBAL] * model.layers)
+    if family.two_thetas:
+        config["rope_local_base_freq"] = flags.rope_theta
+        config["rope_theta"] = kinds[-1].rope_theta if flags.global_rope_theta is None else flags.global_rope_theta
+    if family.gemma:
+        config["query_pre_attn_scalar"] = model.head_width
+    return config
 
 
 @dataclass(frozen=True)
@@ -46,12 +93,19 @@ def read_config(config: Mapping[str, Any], family: Family) -> ReadConfig:
         ValidationError: the sizes do not agree with each other.
     """
     given = {**family.defaults, **config}
-    known = {*_IDLE, *_SIZES, "num_key_value_heads", "max_position_embeddings", *family.defaults}
+    sizes = SIZES[family.model_type] if family.biased else (*_SIZES, "num_key_value_heads")
+    known = {*_IDLE, *family.idle, *sizes, "vocab_size", "max_position_embeddings", *family.defaults}
     odd = {name: value for name, value in config.items() if name not in known}
     odd |= {name: given[name] for name, values in family.only.items() if given[name] not in values}
     activation = given[family.activation]
-    if activation not in _ACTIVATIONS:
+    feed_forward = next((ours for ours, names in family.feed_forwards.items() if activation in names), None)
+    if feed_forward is None:
         odd[family.activation] = activation
+    if family.biased:
+        shape, odd_sizes = read_biased(given, family, feed_forward)
+        if odd | odd_sizes:
+            raise _not_held(family, odd | odd_sizes)
+        return ReadConfig(ModelConfig.model_validate(shape), Multipliers(), int(given["max_position_embeddings"]))
     theta, local_theta, odd_rope = _thetas(given, family)
     odd |= odd_rope
     if odd:
@@ -66,7 +120,8 @@ def read_config(config: Mapping[str, Any], family: Family) -> ReadConfig:
             "d_ff": given["intermediate_size"],
             "residual": family.residual,
             "norm_eps": given["rms_norm_eps"],
-            "feed_forward": _ACTIVATIONS[activation],
+            "architecture": family.holds,
+            "feed_forward": feed_forward,
             "tie_embeddings": given["tie_word_embeddings"],
             "attention": {
                 "preset": "rope",
@@ -83,12 +138,21 @@ def read_config(config: Mapping[str, Any], family: Family) -> ReadConfig:
     return ReadConfig(model, multipliers, int(given["max_position_embeddings"]))
 
 
+_RULE = (
+    "each key of its config.json has a value that ours can have as well: plain rotary positions, no biases, no caps on "
+    "logits, silu or gelu_pytorch_tanh, windows and layers without positions in a repeating pattern"
+)
+_BIASED_RULE = (
+    "each key of its config.json has a value that ours can have as well: gelu, relu or silu, one matrix for all "
+    "tokens, both stacks of as many heads and as wide a feed-forward"
+)
+
+
 def _not_held(family: Family, keys: Mapping[str, Any]) -> ConfigurationError:
     return ConfigurationError(
         f"This {family.architecture} is no model of ours.",
         got=", ".join(f"{name}: {value}" for name, value in keys.items()),
-        rule="each key of its config.json has a value that ours can have as well: plain rotary positions, no biases, "
-        "no caps on logits, silu or gelu_pytorch_tanh, windows and layers without positions in a repeating pattern",
+        rule=_BIASED_RULE if family.biased else _RULE,
         remedy="take another model; a key that means nothing can be deleted from config.json",
     )
 

@@ -1,4 +1,4 @@
-"""The model classes of Hugging Face that hold our models: what each can hold, and its config.json.
+"""The model classes of Hugging Face that hold our models, and what each can hold.
 
 | class    | branches           | QK norm        | windows | layers without positions | more than one theta |
 |----------|--------------------|----------------|---------|--------------------------|---------------------|
@@ -10,31 +10,45 @@
 | Olmo2    | outnorm            | all            |         |                          |                     |
 | Granite  | prenorm, read only |                |         |                          |                     |
 
-All have RMSNorm, a gated feed-forward (silu or gelu) and rotary positions. Residual forms that fold are prenorm ones
-(see `interop`). Granite's factors are folded when it is read; what it could hold is written as a Llama.
+| EuroBert | prenorm, encoder   |                |         |                          |                     |
+
+All these have RMSNorm, a gated feed-forward (silu or gelu) and rotary positions. Residual forms that fold are prenorm
+ones (see `interop`). Granite's factors are folded when it is read; what it could hold is written as a Llama.
+
+| class  | architecture    | branches | positions  | output head | beside them                              |
+|--------|-----------------|----------|------------|-------------|------------------------------------------|
+| Bert   | encoder         | postnorm | learned    | transform   | a norm of the embedding                  |
+| Marian | encoder_decoder | postnorm | sinusoidal | bias        | tied matrices, an eps of 1e-5 and no other |
+
+Both have LayerNorm, biases, a feed-forward without a gate and as many key-value heads as heads. `deepnorm` folds into
+`postnorm`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from solomonov.model.config import ModelConfig
 from solomonov.model.residual import ResidualMode
+from solomonov.model.stacks import Architecture, block_number
 
 PLAIN_FORM: dict[ResidualMode, ResidualMode] = {
     **dict.fromkeys(("prenorm", "scaled", "lns", "layerscale", "rezero"), "prenorm"),
     "peri": "peri",
     "outnorm": "outnorm",
+    "postnorm": "postnorm",
+    "deepnorm": "postnorm",
 }
 """Residual form -> what folding makes of it; a form that is not here is in no class."""
 
-_FEED_FORWARDS = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
+_GATED = {"swiglu": ("silu", "swish"), "geglu": ("gelu_pytorch_tanh",)}
+_UNGATED = {"gelu": ("gelu",), "relu": ("relu",), "silu": ("silu", "swish")}
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 """What `layer_types` calls layers with a window, and those without."""
 
-_BRANCHES = {
+_LLAMA = {
     "attention.q": "self_attn.q_proj",
     "attention.k": "self_attn.k_proj",
     "attention.v": "self_attn.v_proj",
@@ -45,7 +59,36 @@ _BRANCHES = {
     "feed_forward.up": "mlp.up_proj",
     "feed_forward.down": "mlp.down_proj",
 }
-_OUTER = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
+_LLAMA_OUTER = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
+_BERT = {
+    "attention.q": "attention.self.query",
+    "attention.k": "attention.self.key",
+    "attention.v": "attention.self.value",
+    "attention.out": "attention.output.dense",
+    "attention_post_norm": "attention.output.LayerNorm",
+    "feed_forward.up": "intermediate.dense",
+    "feed_forward.down": "output.dense",
+    "feed_forward_post_norm": "output.LayerNorm",
+}
+_BERT_OUTER = {
+    "embedding": "bert.embeddings.word_embeddings",
+    "embedding.positions": "bert.embeddings.position_embeddings.weight",
+    "embedding.norm": "bert.embeddings.LayerNorm",
+    "head.transform.dense": "cls.predictions.transform.dense",
+    "head.transform.norm": "cls.predictions.transform.LayerNorm",
+    "head": "cls.predictions.decoder",
+    "head.bias": "cls.predictions.bias",
+}
+_MARIAN = {
+    **{f"attention.{part}": f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")},
+    "attention_post_norm": "self_attn_layer_norm",
+    **{f"cross_attention.{part}": f"encoder_attn.{part}_proj" for part in ("q", "k", "v", "out")},
+    "cross_attention_post_norm": "encoder_attn_layer_norm",
+    "feed_forward.up": "fc1",
+    "feed_forward.down": "fc2",
+    "feed_forward_post_norm": "final_layer_norm",
+}
+_MARIAN_OUTER = {"embedding": "model.shared", "head": "lm_head", "head.bias": "final_logits_bias"}
 _NORMS: dict[str, dict[str, str]] = {
     "prenorm": {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"},
     "peri": {
@@ -83,6 +126,7 @@ class Family:
     """Keys of its config.json that matter, beside the sizes, and what their absence means."""
     only: Mapping[str, tuple[Any, ...]]
     """Keys for which ours has no switch, and the values that mean what ours does."""
+    holds: Architecture = "decoder"
     residual: ResidualMode = "prenorm"
     qk_norm: Literal["none", "head", "all"] = "none"
     """What one mean square of queries and keys is taken over."""
@@ -96,18 +140,45 @@ class Family:
     """Norms store their gains less 1, and embeddings are multiplied by sqrt(D)."""
     whole_heads: bool = False
     """D must be a multiple of H, also where heads have a width of their own."""
-    activation: Literal["hidden_act", "hidden_activation"] = "hidden_act"
+    plain_heads: bool = False
+    """As many key-value heads as heads, all of the width D / H."""
+    activation: Literal["hidden_act", "hidden_activation", "activation_function"] = "hidden_act"
     """Key of the function in the feed-forward."""
+    feed_forwards: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _GATED)
+    """Ours -> names of their function, of which the first is written."""
+    positions: tuple[str, ...] = ("rope",)
+    biased: bool = False
+    """Has LayerNorm, and biases everywhere; else RMSNorm, and none."""
+    embedding_norm: bool = False
+    output_heads: tuple[str, ...] = ("linear",)
+    only_eps: float | None = None
+    """Of all its norms; None: its config.json says it."""
+    halves: bool = False
+    """The stream has the channels of sines in its first half, where ours stand beside those of cosines."""
+    only_tied: bool = False
+    """Embedding and head are one matrix."""
     written: bool = True
     """Whether ours are written as one."""
+    blocks: Mapping[str, str] = field(default_factory=lambda: {"": "model.layers"})
+    """Prefix of a stack of ours -> what its blocks are numbered under."""
+    outer: Mapping[str, str] = field(default_factory=lambda: _LLAMA_OUTER)
+    """Layer, or parameter, outside of the blocks -> its name."""
+    inner: Mapping[str, str] = field(default_factory=dict)
+    """Layer in a block -> its name in theirs, beside those of Llama."""
+    idle: frozenset[str] = frozenset()
+    """Keys of its config.json that change no logit, beside those of all classes."""
 
     def name_of(self, name: str) -> str:
         """Its name of the parameter that we call `name`."""
-        layer, _, _ = name.rpartition(".")
-        if layer in _OUTER:
-            return f"{_OUTER[layer]}.weight"
-        _, index, part = layer.split(".", 2)
-        return f"model.layers.{index}.{(_BRANCHES | _NORMS[self.residual])[part]}.weight"
+        layer, _, parameter = name.rpartition(".")
+        if name in self.outer:
+            return self.outer[name]
+        if layer in self.outer:
+            return f"{self.outer[layer]}.{parameter}"
+        index = block_number(name)
+        prefix, _, part = layer.partition(f"layers.{index}.")
+        within = self.inner or _LLAMA | _NORMS[self.residual]
+        return f"{self.blocks[prefix]}.{index}.{within[part]}.{parameter}"
 
 
 @dataclass(frozen=True)
@@ -210,6 +281,88 @@ FAMILIES: tuple[Family, ...] = (
         qk_norm="all",
     ),
     Family(
+        "eurobert",
+        "EuroBertForMaskedLM",
+        {**_LLAMA_KEYS, "rms_norm_eps": 1e-5},
+        _NO_BIASES,
+        holds="encoder",
+        whole_heads=True,
+        idle=frozenset({"mask_token_id", "classifier_pooling", "classifier_dropout"}),
+    ),
+    Family(
+        "bert",
+        "BertForMaskedLM",
+        {
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-12,
+            "tie_word_embeddings": True,
+            "is_decoder": False,
+            "add_cross_attention": False,
+            "position_embedding_type": "absolute",
+        },
+        {"is_decoder": (False,), "add_cross_attention": (False,), "position_embedding_type": ("absolute",)},
+        holds="encoder",
+        residual="postnorm",
+        plain_heads=True,
+        feed_forwards=_UNGATED,
+        positions=("learned",),
+        biased=True,
+        embedding_norm=True,
+        output_heads=("transform",),
+        blocks={"": "bert.encoder.layer"},
+        outer=_BERT_OUTER,
+        inner=_BERT,
+        idle=frozenset(
+            {
+                *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "type_vocab_size"),
+                *("gradient_checkpointing", "directionality", "pooler_fc_size", "pooler_num_attention_heads"),
+                *("pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
+            }
+        ),
+    ),
+    Family(
+        "marian",
+        "MarianMTModel",
+        {
+            "activation_function": "gelu",
+            "tie_word_embeddings": True,
+            "share_encoder_decoder_embeddings": True,
+            "scale_embedding": False,
+            "is_decoder": False,
+            "decoder_vocab_size": None,
+        },
+        {
+            "tie_word_embeddings": (True,),
+            "share_encoder_decoder_embeddings": (True,),
+            "is_decoder": (False,),
+        },
+        holds="encoder_decoder",
+        residual="postnorm",
+        plain_heads=True,
+        activation="activation_function",
+        feed_forwards=_UNGATED,
+        positions=("sinusoidal",),
+        biased=True,
+        output_heads=("bias", "linear"),
+        only_eps=1e-5,
+        halves=True,
+        only_tied=True,
+        blocks={"": "model.decoder.layers", "encoder.": "model.encoder.layers"},
+        outer=_MARIAN_OUTER,
+        inner=_MARIAN,
+        idle=frozenset(
+            {
+                *("dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "init_std"),
+                *("decoder_start_token_id", "forced_eos_token_id", "num_hidden_layers", "classifier_dropout"),
+                # Of old versions; the class does as if they were false, and `static_position_embeddings` true.
+                *("normalize_before", "normalize_embedding", "add_final_layer_norm", "static_position_embeddings"),
+                *("add_bias_logits", "extra_pos_embeddings", "classif_dropout", "gradient_checkpointing"),
+                # Of generation.
+                *("num_beams", "max_length", "bad_words_ids", "force_bos_token_to_be_generated"),
+            }
+        ),
+    ),
+    Family(
         "granite",
         "GraniteForCausalLM",
         {
@@ -231,10 +384,14 @@ def family_of(model_type: object) -> Family | None:
     return next((family for family in FAMILIES if family.model_type == model_type), None)
 
 
+_KEYS = {"kv_head_count": "kv_heads", "head_width": "head_dim"}
+"""Property of a model -> its key."""
+
+
 def misfits(model: ModelConfig, family: Family) -> dict[str, Any]:
     """Flags of a model that a class does not hold: key below `model` -> value."""
     flags, odd = model.attention, dict[str, Any]()
-    positions = ("rope", "nope") if family.bare_layers else ("rope",)
+    positions = (*family.positions, "nope") if family.bare_layers else family.positions
     if flags.position not in positions:
         odd["attention.position"] = flags.position
     if flags.global_position not in (None, *positions):
@@ -247,14 +404,23 @@ def misfits(model: ModelConfig, family: Family) -> dict[str, Any]:
     if flags.qk_norm and family.qk_norm != "none":
         held["qk_norm_over"] = family.qk_norm
     odd |= {f"attention.{name}": getattr(flags, name) for name, value in held.items() if getattr(flags, name) != value}
-    if model.norm != "rmsnorm":
-        odd["norm"] = model.norm
-    if model.feed_forward not in _FEED_FORWARDS:
+    own: dict[str, Any] = {"architecture": family.holds, "norm": "layernorm" if family.biased else "rmsnorm"}
+    own |= {"bias": family.biased, "embedding_norm": family.embedding_norm}
+    if family.plain_heads:
+        own |= {"kv_head_count": model.heads, "head_width": model.d_model / model.heads}
+    own |= {"tie_embeddings": True} if family.only_tied else {}
+    own |= {"norm_eps": family.only_eps} if family.only_eps is not None else {}
+    odd |= {_KEYS.get(name, name): getattr(model, name) for name, value in own.items() if getattr(model, name) != value}
+    if model.output_head not in family.output_heads:
+        odd["output_head"] = model.output_head
+    if model.feed_forward not in family.feed_forwards:
         odd["feed_forward"] = model.feed_forward
     if PLAIN_FORM.get(model.residual_mode) != family.residual:
         odd["residual"] = model.residual_mode
     if model.value_residual:
         odd["value_residual"] = True
+    if model.front.kind != "tokens":
+        odd["front.kind"] = model.front.kind
     if family.whole_heads and model.d_model % model.heads:
         odd["heads"] = model.heads
     return odd
@@ -272,48 +438,5 @@ def nearest_family(model: ModelConfig) -> Family:
         odd = misfits(model, family)
         return len(odd), "residual" in odd, "attention.qk_norm" in odd
 
-    return min((family for family in FAMILIES if family.written), key=lacking)
-
-
-def written_config(model: ModelConfig, family: Family, sequence_tokens: int) -> dict[str, Any]:
-    """What config.json says of the model's shape, but for the vocabulary's size.
-
-    Args:
-        model: one that the class holds.
-        sequence_tokens: T of training, written as the longest position.
-    """
-    flags = model.attention
-    kinds = [model.layer_attention(layer) for layer in range(model.layers)]
-    config: dict[str, Any] = {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "hidden_size": model.d_model,
-        "intermediate_size": model.feed_forward_width,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_head_count,
-        "head_dim": model.head_width,
-        family.activation: _FEED_FORWARDS[model.feed_forward],
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": flags.rope_theta,
-        "max_position_embeddings": sequence_tokens,
-        "attention_dropout": 0.0,
-        # The two matrices of a Gemma differ by sqrt(D), where ours are equal.
-        "tie_word_embeddings": model.tie_embeddings and not family.gemma,
-        **{name: values[0] for name, values in family.only.items()},
-    }
-    if "use_sliding_window" in family.defaults:
-        config["use_sliding_window"] = flags.window is not None
-    if family.windows and (flags.window is not None or "use_sliding_window" not in family.defaults):
-        config["layer_types"] = [GLOBAL if kind.window is None else LOCAL for kind in kinds]
-        # Gemma makes the mask of local layers also where there are none.
-        config["sliding_window"] = sequence_tokens if flags.window is None else flags.window
-    if family.bare_layers:
-        config["no_rope_layers"] = [int(kind.position == "rope") for kind in kinds]
-        config.setdefault("layer_types", [GLOBAL] * model.layers)
-    if family.two_thetas:
-        config["rope_local_base_freq"] = flags.rope_theta
-        config["rope_theta"] = kinds[-1].rope_theta if flags.global_rope_theta is None else flags.global_rope_theta
-    if family.gemma:
-        config["query_pre_attn_scalar"] = model.head_width
-    return config
+    written = (family for family in FAMILIES if family.written and family.holds == model.architecture)
+    return min(written, key=lacking)

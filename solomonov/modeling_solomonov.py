@@ -1,6 +1,7 @@
 """A Solomonov model in plain PyTorch, for inference with `transformers`. Needs nothing but torch and transformers.
 
-Load it with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True). Letters in shapes: B rows, T new
+Load a decoder with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True), an encoder with
+AutoModelForMaskedLM. Letters in shapes: B rows, T new
 tokens, S tokens with those in the cache, D width, H query heads, K key-value heads, E width of a head, V vocabulary.
 """
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 
 from .configuration_solomonov import SolomonovConfig
 
@@ -62,7 +63,7 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 class Attention(nn.Module):
-    """Causal attention of one layer."""
+    """Attention of one layer."""
 
     def __init__(self, config: SolomonovConfig, layer: int) -> None:
         super().__init__()
@@ -73,10 +74,10 @@ class Attention(nn.Module):
             config.head_dim,
         )
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        self.q = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v = nn.Linear(config.hidden_size, keys, bias=False)
-        self.out = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q = nn.Linear(config.hidden_size, queries, bias=config.bias)
+        self.k = nn.Linear(config.hidden_size, keys, bias=config.bias)
+        self.v = nn.Linear(config.hidden_size, keys, bias=config.bias)
+        self.out = nn.Linear(queries, config.hidden_size, bias=config.bias)
         self.normed_together = config.qk_norm == "all"
         self.q_norm, self.k_norm, self.gate = None, None, None
         if config.qk_norm != "none":
@@ -93,7 +94,7 @@ class Attention(nn.Module):
         Args:
             value: (B, T, K * E), of these tokens.
             positions: (B, T).
-            seen: (B, T, S) bool, earlier tokens that are none of the padding.
+            seen: (B, T, S) bool, tokens that are none of the padding, in a decoder earlier ones.
         """
         rows, tokens, _ = x.shape
         query = self._normed(self.q(x).view(rows, tokens, self.heads, self.head_dim), self.q_norm).transpose(1, 2)
@@ -141,6 +142,15 @@ class Attention(nn.Module):
         return torch.cat((logits, sink), dim=-1).softmax(dim=-1)[..., :-1]
 
 
+def activation(kind: str, x: Tensor) -> Tensor:
+    """The function of a feed-forward."""
+    if kind in ("swiglu", "silu"):
+        return functional.silu(x)
+    if kind in ("geglu", "gelu"):
+        return functional.gelu(x, approximate="tanh" if kind == "geglu" else "none")
+    return functional.relu(x) if kind == "relu" else functional.relu(x).square()
+
+
 class FeedForward(nn.Module):
     """What each token is mapped to on its own."""
 
@@ -148,20 +158,15 @@ class FeedForward(nn.Module):
         super().__init__()
         self.kind = config.feed_forward
         gated = self.kind in ("swiglu", "geglu")
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False) if gated else None
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias) if gated else None
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         inner = self.up(x)
-        if self.gate is not None:
-            gate = self.gate(x)
-            opened = functional.silu(gate) if self.kind == "swiglu" else functional.gelu(gate, approximate="tanh")
-            inner = opened * inner
-        else:
-            inner = functional.gelu(inner) if self.kind == "gelu" else functional.relu(inner).square()
-        return self.down(inner)  # type: ignore[no-any-return]
+        bent = activation(self.kind, inner) if self.gate is None else activation(self.kind, self.gate(x)) * inner
+        return self.down(bent)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -221,13 +226,65 @@ class Block(nn.Module):
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:
     """(B, T) -> (B, T, D) fp32: sin(position / 10000^(2i/D)) at channel 2i and its cosine at 2i + 1."""
-    channels = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device)
-    angles = positions[..., None].float() * 10_000.0 ** (-channels / width)
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :width]
+    channels = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device)
+    angles = positions[..., None].double() * 10_000.0 ** (-channels / width)
+    return torch.stack((angles.sin().float(), angles.cos().float()), dim=-1).flatten(-2)[..., :width]
 
 
-class SolomonovForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """Decoder-only Transformer."""
+class Embedding(nn.Embedding):
+    """Token ids to vectors; sinusoids or learned positions are added, and the sum may be normed."""
+
+    def __init__(self, config: SolomonovConfig) -> None:
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.sinusoidal, self.scale, self.positions, self.norm = config.sinusoidal, config.embedding_scale, None, None
+        if config.learned_positions:
+            self.positions = nn.Parameter(torch.zeros(config.learned_positions, config.hidden_size))
+        if config.embedding_norm:
+            self.norm = Norm(config.hidden_size, config.norm_eps, with_mean=config.norm == "layernorm")
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(B, T) integers -> (B, T, D).
+
+        Args:
+            positions: (B, T).
+        """
+        vectors: Tensor = super().forward(input_ids)
+        if positions is not None and self.positions is not None:
+            vectors = (vectors.float() + functional.embedding(positions, self.positions).float()).to(vectors.dtype)
+        elif positions is not None and self.sinusoidal:
+            places = sinusoids(positions, vectors.shape[-1])
+            vectors = (vectors.float() * self.scale + places).to(vectors.dtype)
+        return vectors if self.norm is None else self.norm(vectors)
+
+
+class HeadTransform(nn.Module):
+    """norm(f(A h + a)), with the function f of the feed-forward."""
+
+    def __init__(self, config: SolomonovConfig) -> None:
+        super().__init__()
+        self.kind = config.feed_forward
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = Norm(config.hidden_size, config.norm_eps, with_mean=config.norm == "layernorm")
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.norm(activation(self.kind, self.dense(hidden)))  # type: ignore[no-any-return]
+
+
+class Head(nn.Linear):
+    """Hidden states to logits."""
+
+    def __init__(self, config: SolomonovConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, bias=config.output_head != "linear")
+        self.transform = HeadTransform(config) if config.output_head == "transform" else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        return super().forward(hidden if self.transform is None else self.transform(hidden))
+
+
+class SolomonovModel(PreTrainedModel):  # type: ignore[misc]
+    """What decoder and encoder share."""
 
     config_class = SolomonovConfig
     base_model_prefix = ""
@@ -236,11 +293,11 @@ class SolomonovForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
 
     def __init__(self, config: SolomonovConfig) -> None:
         super().__init__(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config)
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(len(config.blocks))])
         with_mean = config.norm == "layernorm"
         self.final_norm = Norm(config.hidden_size, config.norm_eps, with_mean=with_mean) if config.final_norm else None
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Head(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -250,6 +307,46 @@ class SolomonovForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
         return self.head
+
+    def logits_of(self, input_ids: Tensor, positions: Tensor, seen: Tensor, cache: Any | None = None) -> Tensor:
+        """(B, T, V).
+
+        Args:
+            positions: (B, T).
+            seen: (B, T, S) bool, which tokens each sees.
+        """
+        hidden, first = self.embedding(input_ids, positions), None
+        for block in self.layers:
+            hidden, first = block(hidden, first, positions, seen, cache)
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
+        return self.head(hidden)  # type: ignore[no-any-return]
+
+
+class SolomonovForMaskedLM(SolomonovModel):
+    """Encoder: each token sees all."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **rest: Any
+    ) -> MaskedLMOutput:
+        """Logits (B, T, V), and with labels the loss.
+
+        Args:
+            input_ids: (B, T) integers.
+            attention_mask: (B, T), 0 on padding; None: there is none.
+            labels: (B, T), -100 where nothing is predicted.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        itself = torch.eye(input_ids.shape[1], dtype=torch.bool, device=input_ids.device)
+        logits = self.logits_of(input_ids, positions, attention_mask.bool()[:, None] | itself)
+        loss = None if labels is None else functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return MaskedLMOutput(loss=loss, logits=logits)
+
+
+class SolomonovForCausalLM(SolomonovModel, GenerationMixin):  # type: ignore[misc]
+    """Decoder-only Transformer."""
 
     def forward(
         self,
@@ -278,16 +375,7 @@ class SolomonovForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         earlier, itself = index[total - tokens :, None] >= index, index[total - tokens :, None] == index
         # Padding sees itself, or its softmax would be of nothing.
         seen = (earlier & attention_mask.bool()[:, None]) | itself
-        hidden = self.embedding(input_ids)
-        if self.config.sinusoidal:
-            places = sinusoids(positions, hidden.shape[-1])
-            hidden = (hidden.float() * self.config.embedding_scale + places).to(hidden.dtype)
-        first = None
-        for block in self.layers:
-            hidden, first = block(hidden, first, positions, seen, past_key_values)
-        if self.final_norm is not None:
-            hidden = self.final_norm(hidden)
-        logits = self.head(hidden)
+        logits = self.logits_of(input_ids, positions, seen, past_key_values)
         loss = None
         if labels is not None:
             loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())

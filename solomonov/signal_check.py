@@ -70,12 +70,13 @@ def check_signal(model: ModelConfig, *, seed: int = 0) -> SignalCheck:
     """Measure the initial values of a model's narrow copy, on random tokens, or what its front reads."""
     copy = narrowed(model)
     generator = torch.Generator().manual_seed(seed)
-    ids, labels = (torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=generator) for _ in range(2))
+    tokens = TOKENS if copy.longest_tokens is None else min(TOKENS, copy.longest_tokens)
+    ids, labels = (torch.randint(0, VOCABULARY, (ROWS, tokens), generator=generator) for _ in range(2))
     target, source = (ids, torch.zeros_like(ids)), None
     if copy.architecture == "encoder_decoder":
-        source = Source(torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=generator), target[1])
+        source = Source(torch.randint(0, VOCABULARY, (ROWS, tokens), generator=generator), target[1])
     if copy.front.kind != "tokens":
-        read = example(copy.front, ROWS, TOKENS, generator)
+        read = example(copy.front, ROWS, tokens, generator)
         target, source = (target, Source(*read)) if source is not None else (read, None)
     signal = measure_signal(Transformer(copy, VOCABULARY, seed=seed), *target, labels, source)
     verdict, reading = judge(signal)

@@ -218,43 +218,44 @@ def _attend_together(
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias. The weight is left empty: `init` fills it, by its name."""
+    """y = x W^T, or with `bias` x W^T + b. The parameters are left empty: `init` fills them, by their names."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        return functional.linear(x, self.weight)
+        product = functional.linear(x, self.weight)
+        # Not as a bias of the product: DeepSpeed's own product at ZeRO 3 adds it in place, into what selective
+        # recomputation has kept of the product, and once more when it comes back to it.
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
 class OutputGate(Linear):
     """sigmoid(W x + b), a number a head or one an element of it (arXiv 2505.06708)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs)
-        self.bias = nn.Parameter(torch.empty(outputs))
+        super().__init__(inputs, outputs, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs), each between 0 and 1."""
-        # Not as a bias of the product: DeepSpeed's own product at ZeRO 3 adds it in place, into what selective
-        # recomputation has kept of the product, and once more when it comes back to it.
-        return torch.sigmoid(super().forward(x) + self.bias)
+        return torch.sigmoid(super().forward(x))
 
 
 class Projections(nn.Module):
     """What every kind of attention has: H query heads and K key-value heads of width E, and the flags that need no
-    order of tokens. Without biases, but for a gate's."""
+    order of tokens."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         flags = config.attention
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_head_count, config.head_width
-        self.q = Linear(config.d_model, self.heads * self.head_dim)
-        self.k = Linear(config.d_model, self.kv_heads * self.head_dim)
-        self.v = Linear(config.d_model, self.kv_heads * self.head_dim)
-        self.out = Linear(self.heads * self.head_dim, config.d_model)
+        self.q = Linear(config.d_model, self.heads * self.head_dim, bias=config.bias)
+        self.k = Linear(config.d_model, self.kv_heads * self.head_dim, bias=config.bias)
+        self.v = Linear(config.d_model, self.kv_heads * self.head_dim, bias=config.bias)
+        self.out = Linear(self.heads * self.head_dim, config.d_model, bias=config.bias)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         self.normed_together = flags.qk_norm_over == "all"

@@ -14,6 +14,9 @@ Preset = Literal["vanilla", "rope", "alibi", "local", "hybrid"]
 LayerPosition = Literal["rope", "nope", "alibi"]
 """How the attention of one layer tells order."""
 
+IN_THE_STREAM = ("sinusoidal", "learned")
+"""Positions that are added to the embedding; attention then has none of its own."""
+
 DEFAULT_PRESET: Preset = "rope"
 """What an empty section means."""
 
@@ -76,11 +79,12 @@ class AttentionConfig(Section):
     layers in six see a window. `hybrid`: three in four see a window and rotate, every fourth sees all without positions
     and with logits that grow with the number of keys; output gates."""
 
-    position: Literal["rope", "nope", "alibi", "sinusoidal"] = "rope"
+    position: Literal["rope", "nope", "alibi", "sinusoidal", "learned"] = "rope"
     """How order is told: `rope` rotates queries and keys by their position within the document (arXiv 2104.09864);
     `alibi` takes from a logit m_h * distance (arXiv 2108.12409); `nope` tells nothing but what the causal mask does
     (arXiv 2305.19466), in an encoder, which has none, no order at all; `sinusoidal` is added to the embedding (arXiv
-    1706.03762)."""
+    1706.03762), `learned` likewise, a vector a position that is trained, for `train_tokens` of them: no row is longer
+    (as in BERT, arXiv 1810.04805)."""
 
     rope_theta: float = Field(default=10_000.0, gt=1.0)
     """Base of the rotary frequencies theta^(-2i/E); larger reaches further (500,000 for 8k tokens and up)."""
@@ -121,7 +125,7 @@ class AttentionConfig(Section):
 
     train_tokens: int | None = Field(default=None, ge=2)
     """Tokens a row in training, from which a preset's window follows, and at which `log_n` starts as no scale
-    (s_h = 1 / ln of it); null: data.sequence_tokens."""
+    (s_h = 1 / ln of it), and for which there are learned positions; null: data.sequence_tokens."""
 
     @model_validator(mode="before")
     @classmethod
@@ -147,10 +151,10 @@ class AttentionConfig(Section):
                 f"{', '.join(of_global)} without global_every: with a window and no global_every all layers are local. "
                 "Set global_every (say 4), or it to null"
             )
-        if self.position == "sinusoidal" and self.global_position is not None:
+        if self.position in IN_THE_STREAM and self.global_position is not None:
             raise ValueError(
-                f"global_position {self.global_position} with position sinusoidal: what is added to the embedding is "
-                "in all layers. Set global_position to null, or position to rope"
+                f"global_position {self.global_position} with position {self.position}: what is added to the embedding "
+                "is in all layers. Set global_position to null, or position to rope"
             )
         if self.global_rope_theta is not None and (self.global_position or self.position) != "rope":
             raise ValueError(
@@ -200,7 +204,7 @@ class AttentionConfig(Section):
         position = self.global_position if at_global and self.global_position is not None else self.position
         theta = self.global_rope_theta if at_global and self.global_rope_theta is not None else self.rope_theta
         return LayerAttention(
-            position="nope" if position == "sinusoidal" else position,
+            position="nope" if position == "sinusoidal" or position == "learned" else position,
             rope_theta=theta,
             window=None if sees_all else self.window,
             log_n=self.logit_scale == "log_n" and sees_all,
@@ -254,7 +258,7 @@ def _fitting(preset: Preset, given: Mapping[str, Any]) -> dict[str, Any]:
     if chosen("window") is None:
         flags.pop("global_every", None)
     no_global = chosen("global_every") is None
-    if no_global or chosen("position") == "sinusoidal":
+    if no_global or chosen("position") in IN_THE_STREAM:
         flags.pop("global_position", None)
     if no_global and chosen("window") is not None:
         flags.pop("logit_scale", None)

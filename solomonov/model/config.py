@@ -108,12 +108,23 @@ class ModelConfig(Section):
     norm_eps: float = Field(default=1e-6, gt=0.0, lt=1.0)
     """Added to the mean square, or the variance, in every norm."""
 
-    feed_forward: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu"
-    """`swiglu`: down(silu(gate(x)) * up(x)); `geglu`: down(gelu(gate(x)) * up(x)); `gelu`: down(gelu(up(x)));
-    `relu2`: down(relu(up(x))^2)."""
+    feed_forward: Literal["swiglu", "geglu", "gelu", "relu", "silu", "relu2"] = "swiglu"
+    """`swiglu`: down(silu(gate(x)) * up(x)); `geglu`: down(gelu(gate(x)) * up(x)); `gelu`: down(gelu(up(x))), and
+    `relu` (as in 2017) and `silu` likewise; `relu2`: down(relu(up(x))^2)."""
+
+    bias: bool = False
+    """Whether all matrices of the blocks, of attention as of the feed-forward, add a bias."""
+
+    embedding_norm: bool = False
+    """Whether the stream of a stack that reads tokens begins with a norm: of the embedded token, positions that are
+    added to it included."""
+
+    output_head: Literal["linear", "bias", "transform"] = "linear"
+    """What the last hidden state h becomes: `linear`: logits W h; `bias`: W h + b, a number a token of the vocabulary;
+    `transform`: W norm(f(A h + a)) + b, with the function f of the feed-forward (as in BERT, arXiv 1810.04805)."""
 
     tie_embeddings: bool = False
-    """Whether the output head shares the embedding's matrix."""
+    """Whether the output head shares the embedding's matrix W."""
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> Self:
@@ -165,6 +176,16 @@ class ModelConfig(Section):
             raise ValueError(
                 f"tie_embeddings with front.kind {kind} and architecture {self.architecture}: nothing reads tokens, "
                 "and there is no embedding to share. Set tie_embeddings to false, or architecture to encoder_decoder"
+            )
+        if self.embedding_norm and not self.reads_tokens:
+            raise ValueError(
+                f"embedding_norm with front.kind {kind} and architecture {self.architecture}: nothing reads tokens, "
+                "and there is no embedding to norm. Set embedding_norm to false, or architecture to encoder_decoder"
+            )
+        if self.attention.position == "learned":
+            raise ValueError(
+                f"attention.position learned with front.kind {kind}: learned positions are added to embedded tokens, "
+                f"and {kind} would have none. Set attention.position to sinusoidal or rope"
             )
         if kind == "patches" and self.attention.position == "rope" and self.head_width % 4:
             raise ValueError(
@@ -244,6 +265,11 @@ class ModelConfig(Section):
         if self.d_ff is not None:
             return self.d_ff
         return -(-8 * self.d_model // (3 * 16)) * 16 if self.gated else 4 * self.d_model
+
+    @property
+    def longest_tokens(self) -> int | None:
+        """Tokens of the longest row that learned positions reach; None: the positions of any row are known."""
+        return self.attention.row_tokens if self.attention.position == "learned" else None
 
     @property
     def gated(self) -> bool:

@@ -26,8 +26,25 @@ def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[in
                 shapes[f"front.{name}.bias"] = (matrix.outputs,)
         elif layer.endswith("final_norm"):
             shapes |= _norm_shapes(config, layer)
-        elif layer == "embedding" or not config.tie_embeddings:
-            shapes[f"{layer}.weight"] = (vocab_size, width)
+        elif layer == "embedding":
+            shapes["embedding.weight"] = (vocab_size, width)
+            if config.longest_tokens is not None:
+                shapes["embedding.positions"] = (config.longest_tokens, width)
+            shapes |= _norm_shapes(config, "embedding.norm") if config.embedding_norm else {}
+        else:
+            shapes |= _head_shapes(config, vocab_size)
+    return shapes
+
+
+def _head_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Of the head, but for a matrix that is the embedding's."""
+    width = config.d_model
+    shapes: dict[str, tuple[int, ...]] = {} if config.tie_embeddings else {"head.weight": (vocab_size, width)}
+    if config.output_head != "linear":
+        shapes["head.bias"] = (vocab_size,)
+    if config.output_head == "transform":
+        shapes |= {"head.transform.dense.weight": (width, width), "head.transform.dense.bias": (width,)}
+        shapes |= _norm_shapes(config, "head.transform.norm")
     return shapes
 
 
@@ -35,9 +52,8 @@ def _block_shapes(config: ModelConfig, layer: int, stack: Stack) -> dict[str, tu
     """Of one block of a stack, by the names that they have in it."""
     width, inner = config.d_model, config.feed_forward_width
     form, kind = branch_form(config, layer, stack), config.layer_attention(layer, stack)
-    feed_forward: dict[str, tuple[int, ...]] = {}
-    if config.gated:
-        feed_forward["feed_forward.gate.weight"] = (inner, width)
+    of_feed_forward = {"gate": (inner, width)} if config.gated else {}
+    of_feed_forward |= {"up": (inner, width), "down": (width, inner)}
     of_branch = {
         "attention": {
             **({"attention.log_scale": (config.heads,)} if kind.log_n else {}),
@@ -45,8 +61,7 @@ def _block_shapes(config: ModelConfig, layer: int, stack: Stack) -> dict[str, tu
             **_projection_shapes(config, "attention"),
         },
         "cross_attention": _projection_shapes(config, "cross_attention"),
-        "feed_forward": feed_forward
-        | {"feed_forward.up.weight": (inner, width), "feed_forward.down.weight": (width, inner)},
+        "feed_forward": _matrix_shapes(config, "feed_forward", of_feed_forward),
     }
     size = {"none": 0, "scalar": 1, "channel": width}[form.learned]
     shapes: dict[str, tuple[int, ...]] = {f"{branch}_scale": (size,) for branch in stack.branches if size}
@@ -55,6 +70,18 @@ def _block_shapes(config: ModelConfig, layer: int, stack: Stack) -> dict[str, tu
         for place, wanted in (("norm", form.pre), ("out_norm", form.out), ("post_norm", form.post)):
             shapes |= _norm_shapes(config, f"{branch}_{place}") if wanted else {}
         shapes |= of_branch[branch]
+    return shapes
+
+
+def _matrix_shapes(
+    config: ModelConfig, branch: str, matrices: dict[str, tuple[int, int]]
+) -> dict[str, tuple[int, ...]]:
+    """Of the matrices of a branch, each with its bias if it has one."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in matrices.items():
+        shapes[f"{branch}.{name}.weight"] = shape
+        if config.bias:
+            shapes[f"{branch}.{name}.bias"] = shape[:1]
     return shapes
 
 
@@ -68,8 +95,8 @@ def _projection_shapes(config: ModelConfig, branch: str) -> dict[str, tuple[int,
     """Of what every kind of attention has."""
     flags, width = config.attention, config.d_model
     queries, keys = config.heads * config.head_width, config.kv_head_count * config.head_width
-    shapes: dict[str, tuple[int, ...]] = {"q.weight": (queries, width), "k.weight": (keys, width)}
-    shapes |= {"v.weight": (keys, width), "out.weight": (width, queries)}
+    matrices = {"q": (queries, width), "k": (keys, width), "v": (keys, width), "out": (width, queries)}
+    shapes: dict[str, tuple[int, ...]] = {}
     if flags.qk_norm:
         at_once = (config.heads, config.kv_head_count) if flags.qk_norm_over == "all" else (1, 1)
         for name, heads in zip("qk", at_once, strict=True):
@@ -77,7 +104,8 @@ def _projection_shapes(config: ModelConfig, branch: str) -> dict[str, tuple[int,
     if flags.gate != "none":
         gates = queries if flags.gate == "element" else config.heads
         shapes |= {"gate.weight": (gates, width), "gate.bias": (gates,)}
-    return {f"{branch}.{name}": shape for name, shape in shapes.items()}
+    of_flags = {f"{branch}.{name}": shape for name, shape in shapes.items()}
+    return _matrix_shapes(config, branch, matrices) | of_flags
 
 
 def visible_keys(sequence_tokens: int, window: int | None) -> float:
@@ -120,7 +148,7 @@ def layer_flops(
         products = config.front.matrices(config.d_model).values()
         share = of_source / sequence_tokens if config.architecture == "encoder_decoder" else 1.0
         costs["front"] = round(2 * share * sum(each.outputs * each.inputs * each.times for each in products))
-    costs["head"] = 2 * vocab_size * config.d_model
+    costs["head"] = 2 * config.d_model * (vocab_size + (config.d_model if config.output_head == "transform" else 0))
     return costs
 
 

@@ -54,7 +54,7 @@ def memory_of(hidden: Tensor | None, source_document_ids: Tensor, document_ids: 
 
 
 class CrossAttention(Projections):
-    """Attention of H query heads of the target over K key-value heads of the source, without biases."""
+    """Attention of H query heads of the target over K key-value heads of the source."""
 
     def forward(self, x: Tensor, memory: Memory, past: LayerCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D).

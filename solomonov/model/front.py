@@ -20,16 +20,16 @@ _NO_DOCUMENT = -2
 
 
 class Affine(Linear):
-    """y = x W^T + b."""
+    """y = x W^T + b, of data as it comes, in the parameters' type."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs)
-        self.bias = nn.Parameter(torch.empty(outputs))
+        super().__init__(inputs, outputs, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) of any type of floats -> (..., outputs) in the parameters'."""
-        # The bias apart: see `attention.OutputGate`.
-        return super().forward(x.to(self.weight.dtype)) + self.bias
+        """(..., inputs) of any type of floats -> (..., outputs)."""
+        # Autocast's product is narrower, and the stream that begins here is not.
+        dtype = self.weight.dtype
+        return super().forward(x.to(dtype)).to(dtype)
 
 
 class Front(nn.Module):

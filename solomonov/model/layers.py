@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from solomonov.model.attention import Attention, AttentionContext, Linear
+from solomonov.model.attention import Attention, AttentionContext, Linear, SequenceShare, token_positions
 from solomonov.model.cache import LayerCache
 from solomonov.model.config import ModelConfig
 from solomonov.model.cross import CrossAttention, Memory
@@ -24,58 +24,90 @@ from solomonov.model.stochastic_depth import drawn_factor
 
 
 class Embedding(nn.Module):
-    """Token ids to vectors; with sinusoidal positions these are added."""
+    """Token ids to vectors; sinusoidal or learned positions are added, and the sum may be normed."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, config.d_model))
-        self.sinusoidal = config.attention.position == "sinusoidal"
-        # A tied matrix starts at 1/sqrt(D) as the head needs it: brought to the size of positions, as in 2017.
-        self.scale = math.sqrt(config.d_model) if config.tie_embeddings else 1.0
+        self.sinusoidal, self.longest = config.attention.position == "sinusoidal", config.longest_tokens
+        self.positions = None if self.longest is None else nn.Parameter(torch.empty(self.longest, config.d_model))
+        self.norm = StreamNorm(config) if config.embedding_norm else None
+        # A tied matrix starts at 1/sqrt(D) as the head needs it: brought to the size of sinusoids, as in 2017.
+        self.scale = math.sqrt(config.d_model) if config.tie_embeddings and self.sinusoidal else 1.0
+
+    def positions_of(
+        self, document_ids: Tensor, new_tokens: int | None = None, share: SequenceShare | None = None
+    ) -> Tensor | None:
+        """(B, T) positions within their documents, where they are told here; arguments as of `attention_context`.
+
+        Raises:
+            ValueError: the row is longer than there are learned positions.
+        """
+        if self.longest is not None and document_ids.shape[1] > self.longest:
+            raise ValueError(
+                f"a row of {document_ids.shape[1]} tokens, and learned positions for {self.longest}: give shorter "
+                "rows, or train with a larger model.attention.train_tokens"
+            )
+        placed = self.sinusoidal or self.longest is not None
+        return token_positions(document_ids, new_tokens, share) if placed else None
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """(B, T) integers -> (B, T, D).
 
         Args:
-            positions: (B, T) within the document, from 0; only sinusoidal ones are told here.
+            positions: (B, T) of `positions_of`.
         """
         vectors = functional.embedding(input_ids, self.weight)
-        if not self.sinusoidal:
-            return vectors
-        assert positions is not None, "sinusoidal positions are added to the embedding, and none came"
-        return (vectors.float() * self.scale + sinusoids(positions, vectors.shape[-1])).to(vectors.dtype)
-
-
-class FeedForward(nn.Module):
-    """What each token is mapped to on its own, without biases.
-
-    `swiglu`: down(silu(gate(x)) * up(x)) (arXiv 2002.05202); `geglu` likewise with gelu, by its approximation with tanh
-    as in Gemma (arXiv 2403.08295); `gelu`: down(gelu(up(x))) (arXiv 1606.08415), by the error function; `relu2`:
-    down(relu(up(x))^2) (arXiv 2109.08668).
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.kind = config.feed_forward
-        self.gate = Linear(config.d_model, config.feed_forward_width) if config.gated else None
-        self.up = Linear(config.d_model, config.feed_forward_width)
-        self.down = Linear(config.feed_forward_width, config.d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        inner: Tensor = self.up(x)
-        if self.gate is not None:
-            gate = self.gate(x)
-            inner = (functional.silu(gate) if self.kind == "swiglu" else _gelu_by_tanh(gate)) * inner
-        elif self.kind == "gelu":
-            inner = functional.gelu(inner)
-        else:
-            inner = functional.relu(inner).square()
-        return self.down(inner)  # type: ignore[no-any-return]
+        if positions is not None:
+            added = (
+                sinusoids(positions, vectors.shape[-1])
+                if self.positions is None
+                else functional.embedding(positions, self.positions).float()
+            )
+            vectors = (vectors.float() * self.scale + added).to(vectors.dtype)
+        return vectors if self.norm is None else self.norm(vectors)
 
 
 def _gelu_by_tanh(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
+
+
+def _relu_squared(x: Tensor) -> Tensor:
+    return functional.relu(x).square()
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": functional.silu,
+    "geglu": _gelu_by_tanh,
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "relu2": _relu_squared,
+}
+"""Kind of feed-forward -> its function."""
+
+
+class FeedForward(nn.Module):
+    """What each token is mapped to on its own.
+
+    `swiglu`: down(silu(gate(x)) * up(x)) (arXiv 2002.05202); `geglu` likewise with gelu, by its approximation with tanh
+    as in Gemma (arXiv 2403.08295); `gelu`: down(gelu(up(x))) (arXiv 1606.08415), by the error function; `relu` and
+    `silu` likewise (arXiv 1706.03762, 1702.03118); `relu2`: down(relu(up(x))^2) (arXiv 2109.08668).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, inner, bias = config.d_model, config.feed_forward_width, config.bias
+        self.activation = _ACTIVATIONS[config.feed_forward]
+        self.gate = Linear(width, inner, bias=bias) if config.gated else None
+        self.up = Linear(width, inner, bias=bias)
+        self.down = Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        inner: Tensor = self.up(x)
+        inner = self.activation(inner) if self.gate is None else self.activation(self.gate(x)) * inner
+        return self.down(inner)  # type: ignore[no-any-return]
 
 
 Stream = tuple[Tensor, ...]
@@ -233,6 +265,20 @@ class FinalNorm(StreamNorm):
     """The norm behind the last block of a stack."""
 
 
+class HeadTransform(nn.Module):
+    """norm(f(A h + a)), with the function f of the feed-forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = Linear(config.d_model, config.d_model, bias=True)
+        self.activation = _ACTIVATIONS[config.feed_forward]
+        self.norm = StreamNorm(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return self.norm(self.activation(self.dense(hidden)))  # type: ignore[no-any-return]
+
+
 class Head(nn.Module):
     """Hidden states to logits, or straight to the loss.
 
@@ -241,12 +287,16 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
+        self.transform = HeadTransform(config) if config.output_head == "transform" else None
         self.weight = nn.Parameter(torch.empty(vocab_size, config.d_model))
+        self.bias = None if config.output_head == "linear" else nn.Parameter(torch.empty(vocab_size))
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, *, with_z: bool = False) -> Tensor:
         """(B, T, D) -> logits (B, T, V); with labels (B, T) -> fp32 sum of their cross-entropy, or (2,) with ln^2 Z."""
+        if self.transform is not None:
+            hidden = self.transform(hidden)
         if labels is None:
-            return functional.linear(hidden, self.weight)
-        if with_z:
-            return cross_entropy_and_z_sums(hidden, self.weight, labels)
-        return cross_entropy_sum(hidden, self.weight, labels)
+            logits = functional.linear(hidden, self.weight)
+            return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+        loss_of = cross_entropy_and_z_sums if with_z else cross_entropy_sum
+        return loss_of(hidden, self.weight, labels, self.bias)

@@ -16,6 +16,9 @@ from solomonov.model.stacks import block_number, stacks_of
 TIED_LAYERS = ("embedding", "head")
 """The layers that share one matrix when embeddings are tied; the first gives it its name."""
 
+_HEADS_OWN = ("bias", "transform")
+"""What a head has beside the matrix, also where that is tied, and an embedding has not."""
+
 _TIED = "tied_modules."
 _WRAPPERS = frozenset({"module", "_orig_mod"})
 
@@ -44,7 +47,10 @@ def canonical(name: str, layers: Sequence[str]) -> str:
     """
     bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     if bare.startswith(_TIED):
+        embedding, head = TIED_LAYERS
         bare = bare.removeprefix(_TIED)
+        if bare.removeprefix(f"{embedding}.").split(".")[0] in _HEADS_OWN:
+            bare = head + bare.removeprefix(embedding)
     else:
         index, _, rest = bare.partition(".")
         if index.isdecimal() and int(index) < len(layers):
@@ -66,9 +72,10 @@ def pipeline_name(name: str, layers: Sequence[str], *, tied: bool) -> str:
     """
     layer = layer_of(name, layers)
     if tied and layer in TIED_LAYERS:
-        if layer != TIED_LAYERS[0]:
+        inside = name.removeprefix(f"{layer}.")
+        if layer != TIED_LAYERS[0] and inside.split(".")[0] not in _HEADS_OWN:
             raise ValueError(f"{name!r} is tied: its name is that of {TIED_LAYERS[0]!r}")
-        return _TIED + name
+        return f"{_TIED}{TIED_LAYERS[0]}.{inside}"
     return f"{layers.index(layer)}.{name[len(layer) + 1 :]}"
 
 

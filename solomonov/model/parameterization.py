@@ -7,11 +7,12 @@ of the stack that the parameter belongs to:
 | kind of parameter                | values     | sp      | mup              | completep        |
 |----------------------------------|------------|---------|------------------|------------------|
 |                                  | std        | lr, eps | lr, decay, eps   | lr, decay, eps   |
-| embedding                        | 1          | 1, 1    | 1, -, 1/n        | 1, -, 1/n        |
+| embedding, learned positions     | 1          | 1, 1    | 1, -, 1/n        | 1, -, 1/n        |
 | hidden matrix, by AdamW          | 1/sqrt(in) | 1, 1    | 1/n, n, 1/n      | 1/n, n, 1/(n l)  |
 | hidden matrix, by Muon           | 1/sqrt(in) | 1       | 1/sqrt n, sqrt n | 1/sqrt n, sqrt n |
 | gain, bias, number a head, scale | constant   | 1, 1    | 1, -, 1/n        | 1, -, 1/(n l)    |
 | the same outside the blocks      | constant   | 1, 1    | 1, -, 1/n        | 1, -, 1/n        |
+| the head's transform             | 1/sqrt(in) | 1, 1    | 1/n, n, 1/n      | 1/n, n, 1/n      |
 | first matrix of a front          | 1/sqrt(in) | 1, 1    | 1, 1, 1/n        | 1, 1, 1/n        |
 | second matrix of a front         | g/sqrt(in) | 1, 1    | 1/n, n, 1/n      | 1/n, n, 1/n      |
 | head                             | 1/sqrt(in) | 1, 1    | 1/n, n, 1        | 1/n, n, 1        |
@@ -116,37 +117,41 @@ def _log_scale(config: ModelConfig, stack: Stack) -> float:
     return log_scale_start(config.attention.row_tokens)
 
 
+def _zero(config: ModelConfig, stack: Stack) -> float:
+    """Nothing is added."""
+    return 0.0
+
+
 _BLOCK = r"(encoder\.)?layers\.\d+\."
 _ATTENTION = r"(cross_)?attention"
 _BRANCH = r"((cross_)?attention|feed_forward)"
 _NORM = _BRANCH + r"_(out_|post_)?norm"
+_OUTER_NORM = r"((encoder\.)?final_norm|embedding\.norm|head\.transform\.norm)"
 TABLE: tuple[Row, ...] = (
-    Row(r"embedding\.weight", "embedding", _embedding_std),
+    Row(r"embedding\.(weight|positions)", "embedding", _embedding_std),
     Row(r"front\.projection\.weight", "input", _plain_std),
     Row(r"front\.first\.weight", "input", _before_gelu_std),
     Row(r"front\.second\.weight", "outer hidden", _before_gelu_std),
-    Row(r"front\.(projection|first|second)\.bias", "outer vector", None, lambda config, stack: 0.0),
+    Row(r"front\.(projection|first|second)\.bias", "outer vector", None, _zero),
     Row(r"head\.weight", "head", _head_std),
+    Row(r"head\.transform\.dense\.weight", "outer hidden", _plain_std),
+    Row(r"head\.(transform\.dense\.)?bias", "outer vector", None, _zero),
     Row(_BLOCK + rf"({_ATTENTION}\.[qk]|feed_forward\.gate)\.weight", "hidden", _plain_std),
     Row(_BLOCK + rf"({_ATTENTION}\.v|feed_forward\.up)\.weight", "hidden", _deepnorm_std),
     Row(_BLOCK + rf"({_ATTENTION}\.out|feed_forward\.down)\.weight", "hidden", _branch_output_std),
+    Row(_BLOCK + rf"({_ATTENTION}\.(q|k|v|out)|feed_forward\.(gate|up|down))\.bias", "vector", None, _zero),
     Row(_BLOCK + _NORM + r"\.weight", "vector", None),
-    Row(_BLOCK + _NORM + r"\.bias", "vector", None, lambda config, stack: 0.0),
+    Row(_BLOCK + _NORM + r"\.bias", "vector", None, _zero),
     Row(_BLOCK + _BRANCH + r"_scale", "vector", None, learned_scale_start),
     Row(_BLOCK + r"attention_value_mix", "vector", None, lambda config, stack: VALUE_MIX_START),
     Row(_BLOCK + _ATTENTION + r"\.[qk]_norm\.weight", "vector", None),
     # A gate starts at sigmoid(2) = 0.88 for every token, near to none; a sink weighs as much as one key of logit 0.
-    Row(_BLOCK + _ATTENTION + r"\.gate\.weight", "hidden", None, lambda config, stack: 0.0),
+    Row(_BLOCK + _ATTENTION + r"\.gate\.weight", "hidden", None, _zero),
     Row(_BLOCK + _ATTENTION + r"\.gate\.bias", "vector", None, lambda config, stack: 2.0),
-    Row(
-        _BLOCK + r"attention\.log_scale",
-        "vector",
-        None,
-        lambda config, stack: log_scale_start(config.attention.row_tokens),
-    ),
-    Row(_BLOCK + r"attention\.sink", "vector", None, lambda config, stack: 0.0),
-    Row(r"(encoder\.)?final_norm\.weight", "outer vector", None),
-    Row(r"(encoder\.)?final_norm\.bias", "outer vector", None, lambda config, stack: 0.0),
+    Row(_BLOCK + r"attention\.log_scale", "vector", None, _log_scale),
+    Row(_BLOCK + r"attention\.sink", "vector", None, _zero),
+    Row(_OUTER_NORM + r"\.weight", "outer vector", None),
+    Row(_OUTER_NORM + r"\.bias", "outer vector", None, _zero),
 )
 """Every parameter matches exactly one row. A layer maps inputs of size about 1 to outputs of size about 1."""
 

@@ -11,23 +11,23 @@ hidden, from that block to the last one.
 Where the first stack reads no token ids the carry begins with what its front reads, and the documents of that. The
 front is a layer before the embedding, which then embeds the target alone.
 
-The last layer returns (hidden, head weight), for `loss.pipeline_loss`. Each layer derives masks and rotary tables from
-the document ids: a few integers a token cross the wire instead of T booleans.
+The last layer returns hidden, the head's weight and, where it has one, its bias, for `loss.pipeline_loss`. Each layer
+derives masks and rotary tables from the document ids: a few integers a token cross the wire instead of T booleans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from solomonov.model.attention import attention_context, token_positions
+from solomonov.model.attention import attention_context
 from solomonov.model.config import ModelConfig
 from solomonov.model.cross import memory_of
 from solomonov.model.front import Front
-from solomonov.model.init import initialise
+from solomonov.model.init import initial_value, initialise
 from solomonov.model.layers import Block, Embedding, FinalNorm, Head, Stream
 from solomonov.model.naming import TIED_LAYERS, layer_names
 from solomonov.model.stacks import Stack, block_number, stack_of
@@ -61,8 +61,7 @@ class EmbeddingStage(Embedding):
         """Token ids become hidden."""
         embedded = list(carry[: self.begin])
         for input_ids, document_ids in zip(carry[self.begin :: 2], carry[self.begin + 1 :: 2], strict=True):
-            positions = token_positions(document_ids) if self.sinusoidal else None
-            embedded += [super().forward(input_ids, positions), document_ids]
+            embedded += [super().forward(input_ids, self.positions_of(document_ids)), document_ids]
         return tuple(embedded)
 
 
@@ -137,28 +136,27 @@ def _split(carry: Carry, stack: Stack) -> tuple[Carry, Carry, Carry]:
 
 
 class HeadStage(Head):
-    """`Head` at the end of a pipeline: hands its weight to the loss."""
+    """`Head` at the end of a pipeline: hands its weight, and its bias where it has one, to the loss. A tied one has a
+    copy of the embedding's matrix as its weight."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, name: str, seed: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, seed: int) -> None:
         super().__init__(config, vocab_size)
-        initialise(self, config, seed, prefix=f"{name}.")
+        embedding, head = TIED_LAYERS
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                layer = embedding if config.tie_embeddings and name == "weight" else head
+                parameter.copy_(initial_value(f"{layer}.{name}", parameter.shape, config, seed))
 
-    def forward(self, carry: Carry) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """The carry -> (hidden, weight (V, D))."""
-        return carry[-2], _handed_over(self.weight)
-
-
-def tied_head(embedding: nn.Module, carry: Carry) -> tuple[Tensor, Tensor]:
-    """`HeadStage` with the embedding's matrix: the carry -> (hidden, weight (V, D))."""
-    weight = embedding.weight
-    assert isinstance(weight, Tensor), "a tied head needs a module with a weight"
-    return carry[-2], _handed_over(weight)
+    def forward(self, carry: Carry) -> Carry:  # type: ignore[override]
+        """The carry -> hidden, weight (V, D), and bias (V,) if there is one."""
+        hidden = carry[-2] if self.transform is None else self.transform(carry[-2])
+        return hidden, *(_handed_over(each) for each in (self.weight, self.bias) if each is not None)
 
 
-def _handed_over(weight: Tensor) -> Tensor:
+def _handed_over(parameter: Tensor) -> Tensor:
     """The same values as a tensor of their own: DeepSpeed clears gradients when the first one of an output of the
     module comes, and in bf16 that of a parameter which is itself an output would be there already, and be lost."""
-    return weight.view_as(weight)
+    return parameter.view_as(parameter)
 
 
 @dataclass(frozen=True)
@@ -175,10 +173,8 @@ class PipelineLayer:
     """Of the constructor."""
 
     tied_key: str | None = None
-    """Layers with one key share one module, whose `weight` is summed over stages."""
-
-    forward: Callable[[nn.Module, Carry], tuple[Tensor, Tensor]] | None = None
-    """Called with the module and its input instead of the module itself."""
+    """Of layers with one key each has a copy of `weight`, whose gradients are summed over their stages. They are never
+    on one stage."""
 
     def build(self) -> nn.Module:
         """The module, with its initial values."""
@@ -203,9 +199,7 @@ def pipeline_layers(config: ModelConfig, vocab_size: int, seed: int, *, selectiv
             layer = PipelineLayer(name, EmbeddingStage, (config, vocab_size, name, seed), tied)
         elif name != "head":
             layer = PipelineLayer(name, FinalNormStage, (config, name, seed))
-        elif tied is None:
-            layer = PipelineLayer(name, HeadStage, (config, vocab_size, name, seed))
         else:
-            layer = PipelineLayer(name, EmbeddingStage, (config, vocab_size, tied, seed), tied, tied_head)
+            layer = PipelineLayer(name, HeadStage, (config, vocab_size, seed), tied)
         layers.append(layer)
     return layers

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from solomonov.model.attention import AttentionContext, SequenceShare, layer_contexts, token_positions
+from solomonov.model.attention import AttentionContext, SequenceShare, layer_contexts
 from solomonov.model.cache import KeyValueCache
 from solomonov.model.config import NOTHING_AGAIN, ModelConfig, Recompute
 from solomonov.model.cross import Memory, Source, memory_of
@@ -114,7 +114,8 @@ class Transformer(nn.Module):
             that of ln^2 Z, see `loss.cross_entropy_and_z_sums`.
 
         Raises:
-            ValueError: a source is missing, or there is one that nothing reads; the cache is full.
+            ValueError: a source is missing, or there is one that nothing reads; the cache is full; a row is longer
+                than there are learned positions.
         """
         memory = self._memory(document_ids, source, cache)
         hidden = None
@@ -125,8 +126,7 @@ class Transformer(nn.Module):
         new_tokens = None if cache is None else input_ids.shape[1]
         contexts = layer_contexts(seen, self.config, new_tokens=new_tokens, share=self.share)
         if hidden is None:
-            positions = token_positions(seen, new_tokens, self.share) if self.embedding.sinusoidal else None
-            hidden = self.embedding(input_ids, positions)
+            hidden = self.embedding(input_ids, self.embedding.positions_of(seen, new_tokens, self.share))
         again = self.recompute if self.training and cache is None else NOTHING_AGAIN
         hidden = _through(self.layers, hidden, contexts, again, memory, cache)
         if self.final_norm is not None:
@@ -156,7 +156,7 @@ class Transformer(nn.Module):
         if self.front is not None:
             hidden, of_source = self.front(hidden, of_source)
         else:
-            hidden = self.embedding(hidden, token_positions(of_source) if self.embedding.sinusoidal else None)
+            hidden = self.embedding(hidden, self.embedding.positions_of(of_source))
         if cache is not None:
             cache.source_document_ids = of_source
         return memory_of(self.encoder(hidden, of_source), of_source, document_ids)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from solomonov.config import OptimizerConfig
 from solomonov.model.residual import MODES, ResidualMode
 from solomonov.model.transformer import Transformer
 from solomonov.optim import make_optimizer
@@ -62,26 +61,33 @@ SWITCHED_STEPS = 7
 """Of which the last one passes all blocks by but the first."""
 
 
+BIASED_TWO = replace(SWITCHED, architecture="encoder_decoder", attention="learned", tied=True)
+"""All of the encoder_decoder's parameters have biases, and its head a transform beside the tied matrix."""
+BIASED_LAYOUTS = [
+    (2, replace(BIASED_TWO, zero_stage=3, accumulation=2, recompute="selective")),
+    (3, replace(BIASED_TWO, zero_stage=1, accumulation=2, pipeline=3)),
+]
+
+
 @cache
-def in_plain_pytorch(residual: ResidualMode) -> Outcome:
+def in_plain_pytorch(layout: Layout) -> Outcome:
     """The same updates without DeepSpeed and without a branch that is left out: each is computed, and multiplied by
     b / p, so that its parameters have the gradient 0 where b is."""
-    model = Transformer(tiny.make_spec(replace(SWITCHED, residual=residual), 1).model, tiny.VOCAB, seed=tiny.SEED)
-    optimizer = make_optimizer(
-        model.named_parameters(), OptimizerConfig(lr=tiny.LEARNING_RATE), model.config, fused=False
-    )
+    model = Transformer(tiny.model_of(layout), tiny.VOCAB, seed=tiny.SEED)
+    optimizer = make_optimizer(model.named_parameters(), tiny.optimizer_of(layout), model.config, fused=False)
     losses, norms, drawn = [], [], set()
     for step in range(SWITCHED_STEPS):
-        rows, factors = tiny.batch(step, list(range(tiny.ROWS))), factors_of(model.config, step, tiny.SEED)
+        rows = tiny.batch(step, list(range(tiny.ROWS)), source=layout.architecture == "encoder_decoder")
+        factors = factors_of(model.config, step, tiny.SEED)
         drawn |= {(name, factor > 0.0) for name, factor in factors.items()}
         with multiplied(model, factors):
-            loss = model(rows.input_ids, rows.document_ids, rows.labels) / rows.valid_tokens
+            loss = model(rows.input_ids, rows.document_ids, rows.labels, source=rows.source) / rows.valid_tokens
             loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), tiny.CLIPPING)))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    assert len(drawn) == 7, "of four blocks each was there, and each but the first was not"
+    assert len(drawn) == 2 * len(factors) - len(model.config.stacks), "each was there, and each but a first was not"
     state = {}
     for name, parameter in model.named_parameters():
         state[name, "master"] = parameter.detach().reshape(-1)
@@ -102,7 +108,14 @@ def test_value_residual_and_stochastic_depth_are_the_same_in_every_layout(world:
             layout.zero_stage,
             layout.offload,
         )
-        assert_equal_within(outcome, in_plain_pytorch(layout.residual), 1e-5)
+        assert_equal_within(outcome, in_plain_pytorch(replace(SWITCHED, residual=layout.residual)), 1e-5)
+
+
+@pytest.mark.parametrize(("world", "layout"), BIASED_LAYOUTS, ids=str)
+def test_with_biases_and_a_source_too(world: int, layout: Layout) -> None:
+    for outcome in run_ranks(tiny.run, world, layout, SWITCHED_STEPS):
+        assert (outcome.layout["pipeline"], outcome.layout["zero_stage"]) == (layout.pipeline, layout.zero_stage)
+        assert_equal_within(outcome, in_plain_pytorch(BIASED_TWO), 1e-5)
 
 
 @pytest.mark.parametrize("layout", [replace(SWITCHED, zero_stage=0, muon=True)], ids=str)

@@ -11,7 +11,6 @@ import torch
 from solomonov.architectures import require_decoder, require_objective
 from solomonov.errors import ConfigurationError
 from solomonov.evaluate import evaluate
-from solomonov.export import export_hf
 from solomonov.generate import generate
 from solomonov.loading import LoadedModel
 from solomonov.model.stacks import Architecture
@@ -24,7 +23,7 @@ OTHERS: tuple[Architecture, ...] = ("encoder", "encoder_decoder")
 
 def test_a_decoder_may_do_everything() -> None:
     require_objective(tiny_config())
-    for verb in ("export", "evaluate", "generate"):
+    for verb in ("evaluate", "generate"):
         require_decoder(tiny_config(), verb)
 
 
@@ -45,10 +44,9 @@ def test_what_no_objective_trains_is_not_started(architecture: str, user: User) 
 def test_what_is_trained_is_not_used_as_a_decoder(architecture: Architecture, tmp_path: Path) -> None:
     """Each verb at its own door, before it reads a tokenizer or data."""
     model = spread_model(tiny_config(architecture=architecture))
-    config, state = model.config, model.state_dict()
-    loaded = LoadedModel(config, state, VOCAB, tmp_path / "tokenizer.model", 16, 3, tmp_path, None)
+    tokenizer = tmp_path / "tokenizer.model"
+    loaded = LoadedModel(model.config, model.state_dict(), VOCAB, tokenizer, 16, 3, tmp_path, None)
     doors: dict[str, Any] = {
-        "export": lambda: export_hf(state, config, loaded.tokenizer_model, tmp_path / "export", sequence_tokens=16),
         "evaluate": lambda: evaluate(loaded, tmp_path, torch.device("cpu"), max_bytes=9),
         "generate": lambda: generate(model, [1], max_new_tokens=2),
     }

@@ -123,6 +123,15 @@ def test_the_length_of_a_row_reaches_the_model() -> None:
     assert "model.attention" in refusal(MINIMAL, "model.attention=3").got
 
 
+def test_learned_positions_reach_as_far_as_rows_do() -> None:
+    given = ("data.sequence_tokens=256", "model.attention.position=learned")
+    assert parse(MINIMAL, *given).config.model.longest_tokens == 256
+    assert parse(MINIMAL, *given, "model.attention.train_tokens=512").config.model.longest_tokens == 512
+    error = refusal(MINIMAL, *given, "model.attention.train_tokens=255")
+    assert "there are positions for 255 tokens" in error.got
+    assert "model.attention.train_tokens to 256" in error.got
+
+
 def test_attention_flags_that_do_not_go_together_are_named_with_their_key() -> None:
     error = refusal(MINIMAL, "model.attention.global_every=4")
     assert "model.attention: global_every without window" in error.got

@@ -32,9 +32,9 @@ from solomonov.model.residual import branch_form
 MODEL = "layers: 24, d_model: 256, heads: 8, kv_heads: 2"
 
 
-def config(model: str = MODEL, more: str = "") -> Config:
+def config(model: str = MODEL, more: str = "", overrides: tuple[str, ...] = ()) -> Config:
     text = f"run: {{name: a, seed: 3}}\nmodel: {{{model}}}\ndata: {{folder: d, sources: [{{name: o, path: t}}]}}\n"
-    return parse_config(f"{text}training: {{total_steps: 9}}\n{more}", (), where="here").config
+    return parse_config(f"{text}training: {{total_steps: 9}}\n{more}", overrides, where="here").config
 
 
 def trial(ranks: int = 4, model: str = MODEL) -> Trial:
@@ -81,6 +81,10 @@ def test_two_stacks_are_scaled_down_to_as_many_layers_and_read_a_longer_source()
         None
     ] * 2
     assert Trial.model_validate_json(found.model_dump_json()) == found
+    for longest, expected in ((16, 16), (20, 20), (512, 22)):
+        positions = f", attention: {{position: learned, train_tokens: {longest}}}"
+        told = scale_down(config(TWO + positions, overrides=("data.sequence_tokens=16",)), 4)
+        assert told.source_tokens == expected, "no further than there are positions"
 
 
 @settings(max_examples=60)

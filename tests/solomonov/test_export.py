@@ -16,7 +16,7 @@ from torch import Tensor
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from solomonov import bundled
 from solomonov.errors import ConfigurationError, DamagedCheckpointError, NumericalError
-from solomonov.export import export_hf
+from solomonov.export import AUTO_CLASSES, export_hf
 from solomonov.fast_tokenizer import build_tokenizer
 from solomonov.hf_folder import load_hf
 from solomonov.interop_families import FAMILIES
@@ -116,6 +116,107 @@ def test_logits_of_transformers_are_ours(
     assert list(weights) == list(parameter_shapes(read, VOCAB))
     torch.testing.assert_close(_logits(read, weights, ids), expected, rtol=1e-4, atol=1e-4)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"], "something was left aside"
+
+
+BIASED: dict[str, Any] = {"bias": True, "norm": "layernorm", "norm_eps": 1e-5, "kv_heads": 4, "feed_forward": "relu"}
+BERT: dict[str, Any] = {
+    **BIASED,
+    "architecture": "encoder",
+    "embedding_norm": True,
+    "output_head": "transform",
+    "attention": {"position": "learned", "qk_norm": False, "train_tokens": 32},
+}
+MARIAN: dict[str, Any] = {
+    **BIASED,
+    "architecture": "encoder_decoder",
+    "encoder_layers": 3,
+    "tie_embeddings": True,
+    "attention": {"preset": "vanilla"},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "architecture", "forced"),
+    [
+        ({**BERT, "residual": "deepnorm"}, "BertForMaskedLM", 0),
+        ({**MARIAN, "residual": "deepnorm", "layers": 4}, "MarianMTModel", 0),
+        ({"architecture": "encoder", "attention": {"qk_norm": False}, "residual": "scaled"}, "EuroBertForMaskedLM", 0),
+        ({**BERT, "residual": "keel"}, "SolomonovForMaskedLM", 1),
+        ({**BERT, "residual": "postnorm", "value_residual": True}, "SolomonovForMaskedLM", 1),
+        ({"architecture": "encoder"}, "SolomonovForMaskedLM", 1),
+    ],
+    ids=str,
+)
+def test_encoders_and_pairs_are_written_as_a_class_that_holds_them(
+    tmp_path: Path, tokenizer_path: Path, changes: dict[str, Any], architecture: str, forced: int
+) -> None:
+    import transformers
+
+    config = tiny_config(**changes)
+    report = export_hf(_state(config), config, tokenizer_path, tmp_path / "out", sequence_tokens=32)
+    assert (report.architecture, len(report.forced_by)) == (architecture, forced), report.forced_by
+    assert report.max_abs_difference <= 1e-5 * report.max_abs_logit
+    auto, card = AUTO_CLASSES[config.architecture], (tmp_path / "out" / "README.md").read_text()
+    assert f"{auto}.from_pretrained" in card
+    kind = getattr(transformers, auto)
+    theirs = kind.from_pretrained(tmp_path / "out", dtype=torch.float32, trust_remote_code=bool(forced))
+    assert type(theirs).__name__ == architecture
+    read, weights, sequence_tokens = load_hf(tmp_path / "out")
+    assert sequence_tokens == 32
+    assert list(weights) == list(parameter_shapes(read, VOCAB))
+    generates = (tmp_path / "out" / "generation_config.json").exists()
+    assert generates == (config.architecture == "encoder_decoder")
+    if generates:
+        ids = torch.arange(1, 9)[None]
+        made = theirs.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0]
+        bos = Tokenizer.load(tokenizer_path).bos
+        assert made[0] == theirs.config.decoder_start_token_id == bos, "as rows of a target begin"
+        assert len(made) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({**MARIAN, "residual": "prenorm"}, "model.residual: prenorm (not in MarianMTModel)"),
+        ({**MARIAN, "residual": "postnorm", "bias": False}, "model.bias: False (not in MarianMTModel)"),
+        ({**MARIAN, "residual": "postnorm", "norm_eps": 1e-6}, "model.norm_eps: 1e-06 (not in MarianMTModel)"),
+        ({**MARIAN, "residual": "postnorm", "kv_heads": 2}, "model.kv_heads: 2 (not in MarianMTModel)"),
+        ({**MARIAN, "residual": "postnorm", "tie_embeddings": False}, "model.tie_embeddings: False (not in"),
+        ({**MARIAN, "residual": "postnorm", "value_residual": True}, "model.value_residual: True (not in"),
+        ({"architecture": "encoder_decoder"}, "model.attention.position: rope (not in MarianMTModel)"),
+    ],
+    ids=str,
+)
+def test_a_pair_that_no_class_holds_is_refused_by_its_flags(
+    tmp_path: Path, tokenizer_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    config = tiny_config(**changes)
+    with pytest.raises(ConfigurationError) as caught:
+        export_hf(_state(config), config, tokenizer_path, tmp_path / "out", sequence_tokens=32)
+    assert named in caught.value.got
+    assert "written as a Marian" in caught.value.rule
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "encoder", "attention": {"qk_norm": False}, "front": {"kind": "patches"}},
+        {**MARIAN, "residual": "postnorm", "front": {"kind": "frames"}},
+    ],
+    ids=str,
+)
+def test_a_model_with_a_front_is_refused(tmp_path: Path, tokenizer_path: Path, changes: dict[str, Any]) -> None:
+    """Also one whose blocks a class holds: that reads tokens."""
+    config = tiny_config(**changes)
+    with pytest.raises(ConfigurationError) as caught:
+        export_hf(_state(config), config, tokenizer_path, tmp_path / "out", sequence_tokens=32)
+    error = caught.value
+    assert error.what == f"A model with a front of {config.front.kind} is not exported."
+    assert error.got == f"model.front.kind: {config.front.kind}"
+    assert "reads token ids" in error.rule
+    assert "solomonov.loading.load_model" in error.remedy
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -306,7 +407,7 @@ def test_wrong_logits_keep_the_export_from_its_name(
     tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(residual="scaled", layers=5, base_layers=2)
-    monkeypatch.setattr("solomonov.interop._LAST", ("attention.out.weight",))
+    monkeypatch.setattr("solomonov.interop._LAST", ("attention.out",))
     with pytest.raises(NumericalError, match="largest difference"):
         export_hf(_state(config), config, tokenizer_path, tmp_path / "out", sequence_tokens=16)
     assert not (tmp_path / "out").exists()

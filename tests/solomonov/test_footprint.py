@@ -21,7 +21,7 @@ from solomonov.parallel import ParallelConfig
 from solomonov.plan import BatchPlan
 from tests.support import tiny
 from tests.support.ranks import run_ranks
-from tests.support.tiny import Layout
+from tests.support.tiny import BIASES, Layout
 
 VOCAB, SEQUENCE, ROWS = 2000, 64, 8
 MODEL = ModelConfig(layers=6, d_model=192, heads=4)
@@ -100,6 +100,7 @@ def test_what_is_foreseen_is_what_is_there(world: int, layout: Layout) -> None:
 
 NARROW = {"layers": 6, "d_model": 32, "heads": 4, "kv_heads": 1}
 """With long rows: what attention keeps is most of all."""
+LEARNED = {"position": "learned", "train_tokens": 256}
 
 
 @pytest.mark.dist
@@ -141,6 +142,8 @@ def test_what_is_foreseen_with_windows_and_biases_is_what_is_there(
         (1, Layout(zero_stage=0, recompute="selective"), {"value_residual": True, "kv_heads": 4}),
         (1, Layout(zero_stage=0, recompute="full"), {"value_residual": True, "kv_heads": 4, "layers": 12}),
         (2, Layout(zero_stage=1, accumulation=2, pipeline=2), {"value_residual": True, "kv_heads": 4}),
+        (1, Layout(zero_stage=0), {**BIASES, "attention": LEARNED, "layers": 2}),
+        (2, Layout(zero_stage=1, accumulation=2, pipeline=2), {**BIASES, "attention": LEARNED, "tie_embeddings": True}),
     ],
     ids=str,
 )

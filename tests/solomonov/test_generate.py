@@ -100,6 +100,13 @@ def test_settings_out_of_range_are_refused(changes: dict[str, float], message: s
         Sampling(**changes)  # type: ignore[arg-type]
 
 
+def test_a_text_longer_than_learned_positions_is_refused() -> None:
+    model = spread_model(tiny_config(attention={"position": "learned", "train_tokens": 8}))
+    assert len(generate(model, [1, 2, 3], max_new_tokens=5)) == 5
+    with pytest.raises(ConfigurationError, match="learned positions"):
+        generate(model, [1, 2, 3], max_new_tokens=6)
+
+
 @pytest.mark.parametrize("prompt", [[], [VOCAB], [-1]])
 def test_prompts_of_no_or_strange_tokens_are_refused(prompt: list[int]) -> None:
     with pytest.raises(ConfigurationError, match="prompt"):

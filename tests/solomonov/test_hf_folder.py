@@ -16,10 +16,12 @@ from tests.support.foreign import (
     TOLERANCE,
     foreign_model,
     our_logits,
+    our_pairs,
     random_documents,
     relative_difference,
     saved,
     their_logits,
+    their_pairs,
 )
 
 GEMMA: dict[str, Any] = {
@@ -98,6 +100,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertForMaskedLM", {}),
+    "bert of another shape, not tied": (
+        "BertForMaskedLM",
+        {"hidden_act": "relu", "layer_norm_eps": 0.01, "tie_word_embeddings": False, "type_vocab_size": 1},
+    ),
+    "eurobert": ("EuroBertForMaskedLM", {}),
+    "eurobert, tied": ("EuroBertForMaskedLM", {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}),
+}
+PAIRS: dict[str, dict[str, Any]] = {
+    "scaled": {"scale_embedding": True, "activation_function": "swish"},
+    "not scaled": {"activation_function": "relu"},
+    "of odd width": {"d_model": 15, "encoder_attention_heads": 3, "decoder_attention_heads": 3},
+}
+
+
 def _rewritten(folder: Path, **keys: Any) -> Path:
     """The folder with these keys in its config.json; a value of ... takes a key out."""
     path = folder / "config.json"
@@ -118,6 +136,72 @@ def test_their_logits_are_ours(tmp_path: Path, name: str) -> None:
         assert relative_difference(our_logits(config, state, documents), expected) <= TOLERANCE
     # Packed, they would be others: the documents are told apart.
     assert relative_difference(their_logits(theirs, [torch.cat(documents)]), expected) > 0.01
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_logits_of_their_encoders_are_ours(tmp_path: Path, name: str) -> None:
+    """Packed here, and there in a batch with padding."""
+    architecture, keys = ENCODERS[name]
+    theirs = foreign_model(architecture, **keys)
+    config, state, sequence_tokens = load_hf(saved(theirs, tmp_path))
+    assert (config.architecture, sequence_tokens) == ("encoder", 32)
+    documents = random_documents(9, 1, 17, 5)
+    ids = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
+    mask = torch.arange(17) < torch.tensor([len(document) for document in documents])[:, None]
+    with torch.inference_mode():
+        expected = theirs(input_ids=ids, attention_mask=mask.long()).logits[mask][None]
+    assert relative_difference(our_logits(config, state, documents), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_logits_of_their_pairs_are_ours(tmp_path: Path, name: str) -> None:
+    theirs = foreign_model("MarianMTModel", **PAIRS[name])
+    config, state, _ = load_hf(saved(theirs, tmp_path))
+    assert (config.architecture, config.encoder_depth, config.layers) == ("encoder_decoder", 3, 2)
+    assert config.tie_embeddings == (name == "scaled")
+    sources, targets = random_documents(9, 3, 29, 5), random_documents(4, 1, 11, 26, seed=5)
+    expected = their_pairs(theirs, sources, targets)
+    assert relative_difference(our_pairs(config, state, sources, targets), expected) <= TOLERANCE
+
+
+def test_old_files_of_both_are_read(tmp_path: Path) -> None:
+    """With other heads and other names of norms in a BERT, and with what is computed in a Marian."""
+    theirs = foreign_model("BertForMaskedLM")
+    weights = saved(theirs, tmp_path / "bert") / "model.safetensors"
+    tensors = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in load_file(weights).items()
+    }
+    others = {"bert.pooler.dense.weight": torch.ones(24, 24), "cls.seq_relationship.bias": torch.ones(2)}
+    save_file(tensors | others, weights)
+    config, state, _ = load_hf(tmp_path / "bert")
+    documents = random_documents(7, 12)
+    expected = their_logits(theirs, documents)
+    assert relative_difference(our_logits(config, state, documents), expected) <= TOLERANCE
+
+    pair = foreign_model("MarianMTModel")
+    weights = saved(pair, tmp_path / "marian") / "model.safetensors"
+    computed = {name: value.clone() for name, value in pair.state_dict().items() if "embed_" in name}
+    save_file(load_file(weights) | computed, weights)
+    config, state, _ = load_hf(_rewritten(tmp_path / "marian", normalize_before=False, num_beams=6))
+    targets = random_documents(4, 9, seed=5)
+    expected = their_pairs(pair, documents, targets)
+    assert relative_difference(our_pairs(config, state, documents, targets), expected) <= TOLERANCE
+    moved = {name: value + 0.1 if "positions" in name else value for name, value in computed.items()}
+    save_file(load_file(weights) | moved, weights)
+    with pytest.raises(ConfigurationError, match=r"embed_positions\.weight"):
+        load_hf(tmp_path / "marian")
+
+
+def test_a_marian_without_a_bias_of_the_logits_has_none(tmp_path: Path) -> None:
+    theirs = foreign_model("MarianMTModel")
+    theirs.final_logits_bias.zero_()
+    weights = saved(theirs, tmp_path) / "model.safetensors"
+    save_file({name: value for name, value in load_file(weights).items() if name != "final_logits_bias"}, weights)
+    config, state, _ = load_hf(tmp_path)
+    sources, targets = random_documents(9, 3), random_documents(4, 8, seed=5)
+    expected = their_pairs(theirs, sources, targets)
+    assert relative_difference(our_pairs(config, state, sources, targets), expected) <= TOLERANCE
 
 
 def test_weights_in_shards_and_of_16_bits_are_read(tmp_path: Path) -> None:
@@ -163,6 +247,8 @@ def test_configurations_of_old_versions_are_read(tmp_path: Path) -> None:
         ),
         ("Qwen3ForCausalLM", {"head_dim": 8, "sliding_window": 3, "max_window_layers": 0}, ("layer_types",)),
         ("Gemma2ForCausalLM", GEMMA, ("layer_types", "tie_word_embeddings", "hidden_activation", "rope_parameters")),
+        ("BertForMaskedLM", {"layer_norm_eps": 1e-12}, ("layer_norm_eps", "hidden_act", "tie_word_embeddings")),
+        ("EuroBertForMaskedLM", {"num_key_value_heads": 4}, ("num_key_value_heads", "rms_norm_eps", "hidden_act")),
         ("Gemma3ForCausalLM", GEMMA, ("attn_logit_softcapping", "final_logit_softcapping", "rope_parameters")),
     ],
     ids=str,
@@ -202,10 +288,21 @@ def test_what_a_key_means_that_is_absent(
             f"rope_parameters.{GLOBAL}.rope_type: linear",
         ),
         ("llama", {"model_type": "mamba"}, "mamba"),
+        ("bert", {"is_decoder": True}, "is_decoder: True"),
+        ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type: relative_key"),
+        ("bert", {"hidden_act": "gelu_new"}, "hidden_act: gelu_new"),
+        ("bert", {"embedding_size": 12}, "embedding_size: 12"),
+        ("eurobert", {"mlp_bias": True}, "mlp_bias: True"),
+        ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings: False"),
+        ("marian", {"tie_word_embeddings": False}, "tie_word_embeddings: False"),
+        ("marian", {"decoder_vocab_size": 36}, "decoder_vocab_size: 36"),
+        ("marian", {"decoder_ffn_dim": 36}, "decoder_ffn_dim: 36"),
+        ("marian", {"encoder_attention_heads": 2}, "decoder_attention_heads: 4"),
+        ("marian", {"activation_function": "gelu_new"}, "activation_function: gelu_new"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_key(tmp_path: Path, name: str, keys: dict[str, Any], named: str) -> None:
-    architecture, others = MODELS[name]
+    architecture, others = (MODELS | ENCODERS | {"marian": ("MarianMTModel", {})})[name]
     folder = _rewritten(saved(foreign_model(architecture, **others), tmp_path), **keys)
     with pytest.raises(ConfigurationError, match=named):
         load_hf(folder)

@@ -13,14 +13,15 @@ from solomonov.interop_families import Multipliers, family_of
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_shapes
 from solomonov.model.transformer import Transformer
-from tests.solomonov.model.common import VOCAB, random_ids, spread_model, tiny_config
+from tests.solomonov.model.common import BIASES, VOCAB, random_ids, random_source, spread_model, tiny_config
 
 
 def _logits(config: ModelConfig, state: dict[str, Tensor]) -> Tensor:
     model = Transformer(config, VOCAB, seed=None).double()
     model.load_state_dict(state)
     ids = random_ids(2, 9)
-    found: Tensor = model(ids, torch.zeros_like(ids)).detach()
+    source = random_source(2, 5) if config.architecture == "encoder_decoder" else None
+    found: Tensor = model(ids, torch.zeros_like(ids), source=source).detach()
     return found
 
 
@@ -47,6 +48,28 @@ def test_what_is_normed_after_the_branch_stays_as_it_is() -> None:
     state = _state(config)
     assert all(torch.equal(tensor, state[name]) for name, tensor in folded(state, config).items())
     assert folded(state, config).keys() == state.keys()
+
+
+@pytest.mark.parametrize("mode", ["postnorm", "deepnorm"])
+@pytest.mark.parametrize("architecture", ["encoder", "encoder_decoder"])
+def test_a_folded_model_of_biases_is_a_plain_one(architecture: str, mode: str) -> None:
+    """In float64 and with an eps that is nothing, but for what the norms round."""
+    config = tiny_config(**BIASES | {"residual": mode, "architecture": architecture, "layers": 3, "norm_eps": 1e-12})
+    state = _state(config)
+    plain = config.model_copy(update={"residual": "postnorm"})
+    found = folded(state, config)
+    assert found.keys() == state.keys()
+    torch.testing.assert_close(_logits(plain, found), _logits(config, state), rtol=1e-5, atol=1e-5)
+    if mode == "deepnorm":
+        assert not torch.allclose(_logits(plain, state), _logits(config, state), rtol=0.1)
+
+
+@pytest.mark.parametrize("mode", ["lns", "layerscale", "rezero", "scaled"])
+def test_factors_reach_biases_as_well(mode: str) -> None:
+    config = tiny_config(**BIASES | {"residual": mode, "layers": 3, "base_layers": 2})
+    state, plain = _state(config), config.model_copy(update={"residual": "prenorm"})
+    found = folded(state, config)
+    torch.testing.assert_close(_logits(plain, found), _logits(config, state), rtol=1e-5, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=60)

@@ -11,21 +11,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solomonov.hf_folder import load_hf
-from solomonov.interop_config import read_config
-from solomonov.interop_families import FAMILIES, misfits, nearest_family, stock_family, written_config
+from solomonov.interop_config import read_config, written_config
+from solomonov.interop_families import FAMILIES, misfits, nearest_family, stock_family
 from solomonov.model.config import ModelConfig
 from tests.solomonov.model.common import tiny_config
 from tests.support.foreign import (
     TOLERANCE,
     as_theirs,
     our_logits,
+    our_pairs,
     our_weights,
     random_documents,
     relative_difference,
     their_logits,
+    their_pairs,
 )
 
 NO_QK: dict[str, Any] = {"qk_norm": False}
+_BIASED: dict[str, Any] = {"bias": True, "norm": "layernorm", "kv_heads": 4, "feed_forward": "gelu"}
+BERT: dict[str, Any] = {
+    **_BIASED,
+    "architecture": "encoder",
+    "embedding_norm": True,
+    "output_head": "transform",
+    "attention": NO_QK | {"position": "learned", "train_tokens": 32},
+}
+MARIAN: dict[str, Any] = {
+    **_BIASED,
+    "architecture": "encoder_decoder",
+    "norm_eps": 1e-5,
+    "tie_embeddings": True,
+    "attention": {"preset": "vanilla"},
+}
+EMBEDDED = {"embedding_norm": True}
 HELD: dict[str, list[dict[str, Any]]] = {
     "LlamaForCausalLM": [
         {"attention": NO_QK | {"rope_theta": 500.0}, "norm_eps": 0.01},
@@ -61,6 +79,19 @@ HELD: dict[str, list[dict[str, Any]]] = {
         {"residual": "peri", "attention": {"preset": "local", "window": 4}, "layers": 7, "feed_forward": "geglu"},
         {"residual": "peri", "attention": {"window": 4, "rope_theta": 500.0}, "tie_embeddings": True, "head_dim": 6},
     ],
+    "EuroBertForMaskedLM": [
+        {"architecture": "encoder", "attention": NO_QK | {"rope_theta": 500.0}, "residual": "layerscale"},
+        {"architecture": "encoder", "attention": NO_QK, "tie_embeddings": True, "feed_forward": "geglu"},
+    ],
+    "BertForMaskedLM": [
+        {**BERT, "residual": "postnorm", "norm_eps": 0.1},
+        {**BERT, "residual": "deepnorm", "tie_embeddings": True, "feed_forward": "relu"},
+    ],
+    "MarianMTModel": [
+        {**MARIAN, "residual": "postnorm", "output_head": "bias"},
+        {**MARIAN, "residual": "deepnorm", "feed_forward": "silu", "encoder_layers": 4},
+        {**MARIAN, "residual": "deepnorm", "d_model": 15, "heads": 3, "kv_heads": 3, "output_head": "bias"},
+    ],
 }
 
 
@@ -71,9 +102,15 @@ def _assert_parity(config: ModelConfig, folder: Path) -> None:
     read, again, sequence_tokens = load_hf(folder)
     assert sequence_tokens == 32
     documents = random_documents(15, 1, 9)
-    expected = our_logits(config, state, documents)
-    assert relative_difference(their_logits(theirs, documents), expected) <= TOLERANCE
-    assert relative_difference(our_logits(read, again, documents), expected) <= TOLERANCE
+    if config.architecture == "encoder_decoder":
+        sources = random_documents(4, 11, 7, seed=5)
+        expected, found = our_pairs(config, state, sources, documents), their_pairs(theirs, sources, documents)
+        back = our_pairs(read, again, sources, documents)
+    else:
+        expected, found = our_logits(config, state, documents), their_logits(theirs, documents)
+        back = our_logits(read, again, documents)
+    assert relative_difference(found, expected) <= TOLERANCE
+    assert relative_difference(back, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -89,6 +126,31 @@ def test_a_class_that_holds_our_model_gives_its_logits(
     _assert_parity(config, tmp_path)
 
 
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_any_model_with_biases_that_a_class_is_said_to_hold_has_its_logits(data: st.DataObject) -> None:
+    def pick(*values: Any) -> Any:
+        return data.draw(st.sampled_from(values))
+
+    shape, mode = pick(BERT, MARIAN), pick("postnorm", "deepnorm")
+    # What is folded of deepnorm scales what the eps is added to.
+    own: dict[str, Any] = {"norm_eps": pick(1e-5, 0.1 if mode == "postnorm" else 1e-6)}
+    own["tie_embeddings"] = pick(True, False)
+    if shape is MARIAN:
+        own = {"output_head": pick("bias", "linear"), "encoder_layers": pick(None, 1, 3)}
+    heads, width = pick((4, 12), (2, 16), (1, 7), (3, 9))
+    changes = {
+        "residual": mode,
+        "feed_forward": pick("gelu", "relu", "silu"),
+        "layers": pick(1, 2, 4),
+        **{"heads": heads, "kv_heads": heads, "d_model": width},
+    }
+    config = tiny_config(**shape | own | changes)
+    assert not misfits(config, nearest_family(config))
+    with tempfile.TemporaryDirectory() as folder:
+        _assert_parity(config, Path(folder))
+
+
 FORMS = {"prenorm": ("prenorm", "scaled", "lns", "layerscale", "rezero"), "peri": ("peri",), "outnorm": ("outnorm",)}
 
 
@@ -99,7 +161,7 @@ def _configs(draw: st.DrawFn) -> ModelConfig:
     def pick(*values: Any) -> Any:
         return draw(st.sampled_from(values))
 
-    family = pick(*(family for family in FAMILIES if family.written))
+    family = pick(*(family for family in FAMILIES if family.written and not family.biased))
     positions = ("rope", "nope") if family.bare_layers else ("rope",)
     flags: dict[str, Any] = {"qk_norm": family.qk_norm != "none", "rope_theta": pick(50.0, 1e4)}
     flags |= {"qk_norm_over": "all" if family.qk_norm == "all" else "head", "position": pick(*positions)}
@@ -112,6 +174,7 @@ def _configs(draw: st.DrawFn) -> ModelConfig:
             if not rotates:
                 flags["global_rope_theta"] = None
     config = tiny_config(
+        architecture=family.holds,
         layers=draw(st.integers(1, 5)),
         d_model=pick(12, 16) if family.whole_heads else pick(12, 16, 18),
         kv_heads=pick(1, 2, 4),
@@ -169,6 +232,21 @@ def test_what_is_written_reads_as_what_was_written(config: ModelConfig) -> None:
         ({"norm": "layernorm", "residual": "peri"}, {"norm": "layernorm"}),
         ({"feed_forward": "relu2"}, {"feed_forward": "relu2"}),
         ({"residual": "peri", "d_model": 18, "head_dim": 4}, {"heads": 4}),
+        ({"bias": True, "output_head": "bias"}, {"bias": True, "output_head": "bias"}),
+        ({"attention": {"position": "learned"}, "embedding_norm": True}, {"attention.position": "learned"} | EMBEDDED),
+        ({**BERT, "residual": "prenorm"}, {"residual": "prenorm"}),
+        ({**BERT, "residual": "postnorm", "kv_heads": 2, "bias": False}, {"kv_heads": 2, "bias": False}),
+        ({**BERT, "residual": "postnorm", "output_head": "bias"}, {"output_head": "bias"}),
+        ({**BERT, "residual": "postnorm", "head_dim": 6}, {"head_dim": 6}),
+        ({**BERT, "residual": "postnorm", "feed_forward": "relu2"}, {"feed_forward": "relu2"}),
+        ({"architecture": "encoder"}, {"attention.qk_norm": True}),
+        (
+            {"architecture": "encoder", "attention": {"qk_norm": False}, "front": {"kind": "frames"}},
+            {"front.kind": "frames"},
+        ),
+        ({**MARIAN, "residual": "postnorm", "norm_eps": 1e-6}, {"norm_eps": 1e-6}),
+        ({**MARIAN, "residual": "postnorm", "tie_embeddings": False}, {"tie_embeddings": False}),
+        ({**MARIAN, "residual": "keel", "embedding_norm": True}, {"residual": "keel"} | EMBEDDED),
     ],
     ids=str,
 )

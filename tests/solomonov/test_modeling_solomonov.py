@@ -11,8 +11,8 @@ from torch import Tensor
 from solomonov.bundled import bundled_config
 from solomonov.configuration_solomonov import SolomonovConfig
 from solomonov.model.residual import MODES
-from solomonov.modeling_solomonov import SolomonovForCausalLM
-from tests.solomonov.model.common import ATTENTION, tiny_config
+from solomonov.modeling_solomonov import SolomonovForCausalLM, SolomonovForMaskedLM
+from tests.solomonov.model.common import ATTENTION, BIASES, tiny_config
 from tests.support.foreign import (
     TOLERANCE,
     VOCAB,
@@ -33,20 +33,38 @@ CASES: list[dict[str, Any]] = [
     {"feed_forward": "geglu", "kv_heads": 1, "norm_eps": 0.1},
     *({"value_residual": True, "residual": mode, "layers": 3} for mode in ("prenorm", "lns", "keel")),
 ]
+WITH_BIASES: list[dict[str, Any]] = [
+    BIASES,
+    {**BIASES, "tie_embeddings": True, "feed_forward": "silu", "residual": "prenorm"},
+    {**BIASES, "attention": ATTENTION["much at once"], "feed_forward": "swiglu", "norm": "rmsnorm"},
+    {**BIASES, "attention": ATTENTION["vanilla"], "feed_forward": "relu", "output_head": "bias"},
+    {**BIASES, "value_residual": True, "layers": 3},
+]
+ENCODERS: list[dict[str, Any]] = [
+    {},
+    {"residual": "deepnorm", "kv_heads": 1, "tie_embeddings": True},
+    {"attention": {"preset": "vanilla", "gate": "element"}, "tie_embeddings": True},
+    {"attention": {"position": "nope", "qk_norm_over": "all"}, "residual": "layerscale"},
+    BIASES,
+    {**BIASES, "value_residual": True, "layers": 3},
+]
 
 
 def _loaded(changes: dict[str, Any]) -> tuple[Any, Any, dict[str, Tensor]]:
     """Our configuration, the bundled model of it, and the weights that both have."""
     config = tiny_config(**changes)
     state = our_weights(config)
-    model = SolomonovForCausalLM(SolomonovConfig(**bundled_config(config, 32), vocab_size=VOCAB))
+    kind = {"decoder": SolomonovForCausalLM, "encoder": SolomonovForMaskedLM}[config.architecture]
+    model = kind(SolomonovConfig(**bundled_config(config, 32), vocab_size=VOCAB))
     missing, strange = model.load_state_dict(state, strict=False)
     assert (missing, strange) == (["head.weight"] if config.tie_embeddings else [], [])
     model.tie_weights()
     return config, model.eval(), state
 
 
-@pytest.mark.parametrize("changes", CASES, ids=str)
+@pytest.mark.parametrize(
+    "changes", [*CASES, *WITH_BIASES, *({**each, "architecture": "encoder"} for each in ENCODERS)], ids=str
+)
 def test_its_logits_are_ours(changes: dict[str, Any]) -> None:
     config, model, state = _loaded(changes)
     documents = random_documents(13, 1, 9)
@@ -78,6 +96,25 @@ def test_padding_and_a_cache_change_nothing(flags: str) -> None:
     for logits in (whole.logits, torch.cat(parts, dim=1)):
         assert relative_difference(logits[0], expected[0]) <= TOLERANCE
         assert relative_difference(logits[1, 5:], expected[1]) <= TOLERANCE
+
+
+def test_padding_on_either_side_of_an_encoder_changes_nothing_and_it_has_a_loss() -> None:
+    _, model, _ = _loaded({**BIASES, "architecture": "encoder"})
+    long, short = random_documents(12, 7)
+    fill = torch.zeros(5, dtype=torch.long)
+    ids = torch.stack((long, torch.cat((short, fill)), torch.cat((fill, short))))
+    mask = torch.ones_like(ids)
+    mask[1, 7:], mask[2, :5] = 0, 0
+    labels = torch.full_like(ids, -100)
+    labels[0, 3], labels[1, 2] = 5, 7
+    with torch.inference_mode():
+        expected = [model(input_ids=each[None]).logits[0] for each in (long, short)]
+        found = model(input_ids=ids, attention_mask=mask, labels=labels)
+    rows = (found.logits[0], found.logits[1, :7], found.logits[2, 5:])
+    for row, logits in zip(rows, (*expected, expected[1]), strict=True):
+        assert relative_difference(row, logits) <= TOLERANCE
+    losses = [-logits.log_softmax(-1)[at, label] for logits, at, label in zip(expected, (3, 2), (5, 7), strict=True)]
+    torch.testing.assert_close(found.loss, torch.stack(losses).mean())
 
 
 def test_it_generates_and_has_a_loss() -> None:

@@ -53,6 +53,12 @@ def test_fates_behind_a_front(kind: str, architecture: str) -> None:
         assert 0.5 < found.signal.stream_rms[0] < 2.0
 
 
+@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+def test_rows_are_no_longer_than_learned_positions(architecture: str) -> None:
+    flags = {"position": "learned", "train_tokens": 5}
+    assert check_signal(deep("scaled", 70, architecture=architecture, attention=flags)).verdict == "even"
+
+
 def test_what_is_advised_is_even() -> None:
     for mode in ("scaled", "deepnorm"):
         assert check_signal(deep(mode, 300)).verdict == "even"

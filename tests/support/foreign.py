@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from solomonov.export import AUTO_CLASSES
 from solomonov.interop import to_theirs
-from solomonov.interop_families import stock_family, written_config
+from solomonov.interop_config import written_config
+from solomonov.interop_families import stock_family
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_shapes
+from solomonov.model.cross import Source
 from solomonov.model.transformer import Transformer
 
 VOCAB = 37
@@ -34,17 +37,37 @@ SIZES: dict[str, Any] = {
 }
 
 
+SIZES_OF: dict[str, dict[str, Any]] = {
+    "BertForMaskedLM": {name: value for name, value in SIZES.items() if name != "num_key_value_heads"},
+    "MarianMTModel": {
+        "vocab_size": VOCAB,
+        "d_model": 24,
+        **{"encoder_ffn_dim": 40, "decoder_ffn_dim": 40},
+        **{"encoder_layers": 3, "decoder_layers": 2},
+        **{"encoder_attention_heads": 4, "decoder_attention_heads": 4},
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 0,
+    },
+}
+"""Of classes that have keys of their own."""
+
+
 def foreign_model(architecture: str, *, seed: int = 0, **keys: Any) -> Any:
     """A model of a class, by its name, with weights far from their initial values."""
     import transformers
 
     kind = getattr(transformers, architecture)
-    model = kind(kind.config_class(**SIZES | keys)).eval()
+    model = kind(kind.config_class(**SIZES_OF.get(architecture, SIZES) | keys)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            near = 0.4 if parameter.dim() == 1 else 0.3
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * near)
+        for name, parameter in model.named_parameters():
+            if not name.endswith("embed_positions.weight"):  # which are sinusoids
+                near = 0.4 if parameter.dim() == 1 else 0.3
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * near)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.copy_(torch.randn(1, VOCAB, generator=generator))
     return model
 
 
@@ -74,9 +97,8 @@ def as_theirs(config: ModelConfig, state: dict[str, Tensor], folder: Path) -> An
     (folder / "config.json").write_text(json.dumps(settings))
     weights = {name: tensor.contiguous() for name, tensor in to_theirs(state, config, family).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    found, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
+    kind = getattr(transformers, AUTO_CLASSES[config.architecture])
+    found, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values()), report
     assert type(found).__name__ == family.architecture
     return found.eval()
@@ -88,14 +110,50 @@ def their_logits(model: Any, documents: list[Tensor]) -> Tensor:
         return torch.cat([model(input_ids=ids[None]).logits for ids in documents], dim=1)
 
 
-def our_logits(config: ModelConfig, state: dict[str, Tensor], documents: list[Tensor]) -> Tensor:
-    """(1, T, V): the logits of documents, packed into one row."""
+def _ours(config: ModelConfig, state: dict[str, Tensor]) -> Transformer:
     model = Transformer(config, state["embedding.weight"].shape[0], seed=None).eval()
     model.load_state_dict(state | {"head.weight": state.get("head.weight", state["embedding.weight"])})
+    return model
+
+
+def our_logits(config: ModelConfig, state: dict[str, Tensor], documents: list[Tensor]) -> Tensor:
+    """(1, T, V): the logits of documents, packed into one row."""
+    model = _ours(config, state)
     numbers = torch.cat([torch.full_like(ids, index) for index, ids in enumerate(documents)])
     with torch.inference_mode():
         found: Tensor = model(torch.cat(documents)[None], numbers[None])
     return found
+
+
+def their_pairs(model: Any, sources: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """(1, T, V): the logits of targets behind their sources, all in one batch with padding behind, joined again."""
+
+    def padded(documents: list[Tensor]) -> tuple[Tensor, Tensor]:
+        ids = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True)
+        lengths = torch.tensor([len(document) for document in documents])
+        return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+    (source_ids, source_mask), (ids, mask) = padded(sources), padded(targets)
+    with torch.inference_mode():
+        found = model(
+            input_ids=source_ids, attention_mask=source_mask, decoder_input_ids=ids, decoder_attention_mask=mask
+        ).logits
+    return torch.cat([row[: len(target)] for row, target in zip(found, targets, strict=True)])[None]
+
+
+def our_pairs(config: ModelConfig, state: dict[str, Tensor], sources: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """(1, T, V): the same, packed into one row of sources and one of targets, with padding behind."""
+
+    def packed(documents: list[Tensor]) -> tuple[Tensor, Tensor]:
+        numbers = [torch.full_like(ids, index) for index, ids in enumerate(documents)]
+        end = torch.zeros(3, dtype=torch.long)
+        return torch.cat([*documents, end])[None], torch.cat([*numbers, end - 1])[None]
+
+    model = _ours(config, state)
+    ids, documents = packed(targets)
+    with torch.inference_mode():
+        found: Tensor = model(ids, documents, source=Source(*packed(sources)))
+    return found[:, :-3]
 
 
 def random_documents(*lengths: int, seed: int = 1) -> list[Tensor]:

@@ -96,11 +96,17 @@ def sinusoid(position: int, width: int) -> Array:
     return np.array([math.cos(angle) if channel % 2 else math.sin(angle) for channel, angle in enumerate(angles)])
 
 
+def linear(state: Mapping[str, Array], name: str, x: Array) -> Array:
+    """W x, plus b where there is one."""
+    found = state[f"{name}.weight"] @ x
+    return np.asarray(found + state[f"{name}.bias"] if f"{name}.bias" in state else found)
+
+
 def gates(state: Mapping[str, Array], prefix: str, config: ModelConfig, x: Array) -> Array:
     """(H * E,) numbers that the mixed values are multiplied by: sigmoid(W x + b) (arXiv 2505.06708)."""
     if config.attention.gate == "none":
         return np.ones(config.heads * config.head_width)
-    found = state[f"{prefix}.gate.weight"] @ x + state[f"{prefix}.gate.bias"]
+    found = linear(state, f"{prefix}.gate", x)
     opened = np.array([1.0 / (1.0 + math.exp(-float(value))) for value in found])
     return opened if config.attention.gate == "element" else np.repeat(opened, config.head_width)
 
@@ -123,7 +129,7 @@ def attention(
     to_all = sees_all(config, layer)
 
     def heads(name: str, x: Array, count: int, position: int | None) -> list[Array]:
-        flat = state[f"{prefix}.{name}.weight"] @ x
+        flat = linear(state, f"{prefix}.{name}", x)
         if position is not None and flags.qk_norm and flags.qk_norm_over == "all":
             flat = rms_norm(flat, state[f"{prefix}.{name}_norm.weight"], config.norm_eps)
         parts = [flat[index * width : (index + 1) * width] for index in range(count)]
@@ -154,7 +160,7 @@ def attention(
                 logits = [logit - slope * (position - j) for logit, j in zip(logits, seen, strict=True)]
             sink = float(state[f"{prefix}.sink"][head]) if flags.sink else None
             mixed.append(softmax_mix(logits, [values[j][head // shared] for j in seen], sink))
-        answers.append(state[f"{prefix}.out.weight"] @ (np.concatenate(mixed) * gates(state, prefix, config, x)))
+        answers.append(linear(state, f"{prefix}.out", np.concatenate(mixed) * gates(state, prefix, config, x)))
     return answers
 
 
@@ -172,7 +178,7 @@ def attention_to_all(
     rotates = config.attention.position == "rope" and not prefix.endswith("cross_attention")
 
     def heads(name: str, x: Array, position: int) -> list[Array]:
-        flat = state[f"{prefix}.{name}.weight"] @ x
+        flat = linear(state, f"{prefix}.{name}", x)
         parts = [flat[begin : begin + width] for begin in range(0, len(flat), width)]
         if config.attention.qk_norm and name != "v":
             parts = [rms_norm(part, state[f"{prefix}.{name}_norm.weight"], config.norm_eps) for part in parts]
@@ -195,7 +201,7 @@ def attention_to_all(
             logits = [float(np.dot(query, key[head // shared])) / math.sqrt(width) for key in keys]
             if logits:
                 mixed[head] = softmax_mix(logits, [value[head // shared] for value in values])
-        answers.append(state[f"{prefix}.out.weight"] @ (np.concatenate(mixed) * gates(state, prefix, config, x)))
+        answers.append(linear(state, f"{prefix}.out", np.concatenate(mixed) * gates(state, prefix, config, x)))
     return answers
 
 
@@ -252,21 +258,27 @@ def dense_attention(
 
 
 def feed_forward(state: Mapping[str, Array], prefix: str, config: ModelConfig, x: Array) -> Array:
-    """down(silu(gate x) * up x), likewise with gelu by tanh, down(gelu(up x)) or down(relu(up x)^2) for one vector."""
-    up = state[f"{prefix}.up.weight"] @ x
-    if config.feed_forward == "swiglu":
-        gate = state[f"{prefix}.gate.weight"] @ x
-        inner = np.array([g / (1.0 + math.exp(-g)) * u for g, u in zip(gate, up, strict=True)])
-    elif config.feed_forward == "geglu":
-        gate = state[f"{prefix}.gate.weight"] @ x
-        bend = math.sqrt(2.0 / math.pi)
-        halves = [0.5 * g * (1.0 + math.tanh(bend * (g + 0.044715 * g**3))) for g in gate]
-        inner = np.array([half * u for half, u in zip(halves, up, strict=True)])
-    elif config.feed_forward == "gelu":
-        inner = np.array([u * 0.5 * (1.0 + math.erf(u / math.sqrt(2.0))) for u in up])
+    """down(silu(gate x) * up x), likewise with gelu by tanh, and down(f(up x)) with others, for one vector."""
+    inner = linear(state, f"{prefix}.up", x)
+    if config.feed_forward in ("swiglu", "geglu"):
+        inner = bent(config, linear(state, f"{prefix}.gate", x)) * inner
     else:
-        inner = np.array([max(0.0, float(u)) ** 2 for u in up])
-    return np.asarray(state[f"{prefix}.down.weight"] @ inner)
+        inner = bent(config, inner)
+    return linear(state, f"{prefix}.down", inner)
+
+
+def bent(config: ModelConfig, x: Array) -> Array:
+    """The function of the feed-forward, of each number."""
+    bend = math.sqrt(2.0 / math.pi)
+    of_kind = {
+        "swiglu": lambda g: g / (1.0 + math.exp(-g)),
+        "silu": lambda g: g / (1.0 + math.exp(-g)),
+        "geglu": lambda g: 0.5 * g * (1.0 + math.tanh(bend * (g + 0.044715 * g**3))),
+        "gelu": lambda g: 0.5 * g * (1.0 + math.erf(g / math.sqrt(2.0))),
+        "relu": lambda g: max(0.0, g),
+        "relu2": lambda g: max(0.0, g) ** 2,
+    }
+    return np.array([of_kind[config.feed_forward](float(value)) for value in x])
 
 
 def logits(
@@ -287,7 +299,10 @@ def logits(
         memory = through(state, config, "encoder.", embedded(state, config, source_ids), [], factors)
     stream = through(state, config, "", embedded(state, config, input_ids), memory, factors)
     head = state["embedding.weight" if config.tie_embeddings else "head.weight"]
-    return np.stack([head @ x for x in stream])
+    if config.output_head == "transform":  # arXiv 1810.04805, the authors' get_masked_lm_output
+        stream = [bent(config, linear(state, "head.transform.dense", x)) for x in stream]
+        stream = [norm(state, "head.transform.norm", config, x) for x in stream]
+    return np.stack([head @ x + state.get("head.bias", 0.0) for x in stream])
 
 
 def embedded(state: Mapping[str, Array], config: ModelConfig, input_ids: Sequence[int]) -> list[Array]:
@@ -296,7 +311,9 @@ def embedded(state: Mapping[str, Array], config: ModelConfig, input_ids: Sequenc
     if config.attention.position == "sinusoidal":  # arXiv 1706.03762, section 3.4: a shared matrix times sqrt(d)
         factor = math.sqrt(config.d_model) if config.tie_embeddings else 1.0
         stream = [factor * x + sinusoid(position, config.d_model) for position, x in enumerate(stream)]
-    return stream
+    if config.attention.position == "learned":
+        stream = [x + state["embedding.positions"][position] for position, x in enumerate(stream)]
+    return [norm(state, "embedding.norm", config, x) for x in stream] if config.embedding_norm else stream
 
 
 def depth_and_branches(config: ModelConfig, name: str) -> tuple[int, int]:
@@ -329,7 +346,7 @@ def through(
             elif kind == "cross_attention":
                 found = attention_to_all(state, name, config, read, memory)
             else:
-                values = [state[f"{name}.v.weight"] @ x for x in read]
+                values = [linear(state, f"{name}.v", x) for x in read]
                 if layer == 0:
                     first = values
                 elif config.value_residual:  # arXiv 2410.17897

@@ -41,7 +41,10 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "vanilla": {"preset": "vanilla"},
     "hybrid": {"preset": "hybrid", "window": 5, "global_every": 2, "sink": True},
     "alibi": {"preset": "alibi", "window": 3, "global_every": 2, "gate": "head", "sink": True},
+    "learned": {"position": "learned", "train_tokens": SOURCE},
 }
+BIASES = {"bias": True, "norm": "layernorm", "embedding_norm": True, "output_head": "transform"}
+"""What a model with learned positions also has."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ def tiny_model(
         shape |= {"value_residual": True, "stochastic_depth": 0.9}
     if residual != "prenorm":
         shape |= {"residual": residual, "norm": "layernorm", "feed_forward": "gelu"}
+    if attention == "learned":
+        shape |= BIASES
     return ModelConfig.model_validate({**shape, "attention": ATTENTION[attention]})
 
 

@@ -28,6 +28,18 @@ ATTENTION: dict[str, dict[str, Any]] = {
 """The presets, and flags that none of them has, with windows that rows of a test outgrow."""
 
 
+BIASES: dict[str, Any] = {
+    "bias": True,
+    "norm": "layernorm",
+    "residual": "postnorm",
+    "feed_forward": "gelu",
+    "embedding_norm": True,
+    "output_head": "transform",
+    "attention": {"position": "learned", "train_tokens": 32, "qk_norm": False},
+}
+"""All that has a bias, and positions that are learned, as in BERT."""
+
+
 def tiny_config(**changes: Any) -> ModelConfig:
     """Two layers, width 16, four heads on two key-value heads."""
     return ModelConfig.model_validate({"layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "d_ff": 24} | changes)

@@ -66,7 +66,7 @@ def test_the_window_of_a_preset_is_a_quarter_of_a_row_and_at_most_1024() -> None
         optional={
             "window": st.none() | st.integers(1, 9),
             "global_every": st.none() | st.integers(2, 9),
-            "position": st.sampled_from(["rope", "nope", "alibi", "sinusoidal"]),
+            "position": st.sampled_from(["rope", "nope", "alibi", "sinusoidal", "learned"]),
             "gate": st.sampled_from(["none", "head", "element"]),
             "qk_norm": st.booleans(),
             "sink": st.booleans(),
@@ -114,7 +114,12 @@ def test_what_is_given_stands_and_a_preset_breaks_no_rule_of_its_own(preset: str
         ({"window": 8, "global_every": 2, "global_position": "sinusoidal"}, "global_position", ""),
         ({"preset": "hybird"}, "preset", ""),
         ({"preset": ["rope"]}, "preset", ""),
-        ({"position": "learned"}, "position", ""),
+        ({"position": "rotary"}, "position", ""),
+        (
+            {"position": "learned", "window": 8, "global_every": 2, "global_position": "nope"},
+            "position learned",
+            "rope",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused_with_the_nearest_choice(

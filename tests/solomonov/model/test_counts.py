@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,7 +12,7 @@ from solomonov.model.config import ModelConfig
 from solomonov.model.counts import flops_per_token, layer_flops, parameter_count, parameter_shapes, visible_keys
 from solomonov.model.residual import MODES
 from solomonov.model.transformer import Transformer
-from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, random_source, tiny_config, two_stacks
+from tests.solomonov.model.common import ATTENTION, BIASES, VOCAB, random_ids, random_source, tiny_config, two_stacks
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,8 @@ from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, random_so
         {"feed_forward": "geglu", "d_ff": None},
         *({"attention": flags, "layers": 3, "head_dim": 6} for flags in ATTENTION.values()),
         {"architecture": "encoder", "attention": {"gate": "head"}},
+        *({**BIASES, "tie_embeddings": tied, "architecture": "encoder_decoder"} for tied in (False, True)),
+        {**BIASES, "attention": ATTENTION["much at once"], "feed_forward": "swiglu", "output_head": "bias"},
         *(
             {"architecture": "encoder_decoder", "encoder_layers": 3, "attention": flags, "head_dim": 6}
             for flags in ATTENTION.values()
@@ -35,6 +39,7 @@ from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, random_so
             {"architecture": architecture, "value_residual": True, "residual": "layerscale", "layers": 3}
             for architecture in ("decoder", "encoder", "encoder_decoder")
         ),
+        {**BIASES, "architecture": "encoder_decoder", "value_residual": True, "layers": 3},
     ],
 )
 def test_shapes_are_those_of_the_module(changes: dict[str, object]) -> None:
@@ -51,8 +56,9 @@ def test_shapes_are_those_of_the_module(changes: dict[str, object]) -> None:
     assert parameter_count(config, VOCAB) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_flops_agree_with_a_count_of_the_products() -> None:
-    config = ModelConfig(layers=3, d_model=32, heads=4, kv_heads=2)
+@pytest.mark.parametrize("changes", [{}, BIASES], ids=["plain", "biases"])
+def test_flops_agree_with_a_count_of_the_products(changes: dict[str, Any]) -> None:
+    config = ModelConfig(**changes | {"layers": 3, "d_model": 32, "heads": 4, "kv_heads": 2})
     tokens = 16
     model = Transformer(config, VOCAB, seed=0)
     documents = torch.zeros(1, tokens, dtype=torch.int32)

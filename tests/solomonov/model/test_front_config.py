@@ -62,6 +62,12 @@ def test_what_is_no_front_is_refused(keys: dict[str, object], message: str) -> N
     [
         ({"architecture": "decoder"}, "Set architecture to encoder or encoder_decoder"),
         ({"tie_embeddings": True}, "or architecture to encoder_decoder"),
+        ({"embedding_norm": True}, "no embedding to norm. Set embedding_norm to false, or architecture to encoder_de"),
+        ({"attention": {"position": "learned"}}, "patches would have none. Set attention.position to sinusoidal"),
+        (
+            {"architecture": "encoder_decoder", "attention": {"position": "learned"}},
+            "attention.position learned with front.kind patches",
+        ),
         ({"head_dim": 6}, "say head_dim 8"),
         ({"architecture": "encoder_decoder", "head_dim": 10}, "say head_dim 12"),
     ],

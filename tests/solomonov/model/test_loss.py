@@ -114,6 +114,26 @@ class _LargestResult(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+@pytest.mark.parametrize("chunk_tokens", [3, 100])
+@pytest.mark.parametrize("with_z", [False, True])
+def test_a_heads_bias_is_added_to_the_logits(with_z: bool, chunk_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight, bias = (torch.randn(shape, generator=generator) for shape in ((7, 4), (6, 4), (6,)))
+    labels = torch.tensor([1, -100, 5, 0, 2, 2, -100])
+    given = [each.requires_grad_() for each in (hidden, weight, bias)]
+    loss_of = cross_entropy_and_z_sums if with_z else cross_entropy_sum
+    loss = loss_of(hidden, weight, labels, bias, chunk_tokens=chunk_tokens)
+    logits = hidden.double() @ weight.double().T + bias.double()
+    counts = labels != -100
+    expected = [functional.cross_entropy(logits[counts], labels[counts], reduction="sum")]
+    expected += [logits[counts].logsumexp(-1).square().sum()] if with_z else []
+    torch.testing.assert_close(loss.double().view(-1), torch.stack(expected), rtol=1e-6, atol=0.0)
+    assert torch.equal(pipeline_loss((hidden, weight, bias), labels, with_z=with_z), loss_of(*given[:2], labels, bias))
+    found, wanted = (torch.autograd.grad(each.sum(), given) for each in (loss, torch.stack(expected)))
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("loss_of", [cross_entropy_sum, cross_entropy_and_z_sums])
 def test_whole_logits_never_exist(loss_of: Callable[..., Tensor]) -> None:
     hidden, weight, labels = _case(tokens=64, width=2, vocab=50)

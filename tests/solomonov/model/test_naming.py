@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,10 +13,11 @@ from solomonov.model.counts import parameter_shapes
 from solomonov.model.naming import canonical, is_hidden_matrix, layer_names, pipeline_name
 from solomonov.model.pipeline import pipeline_layers
 from solomonov.model.stacks import Architecture
+from tests.solomonov.model.common import BIASES
 
 
-def _config(layers: int, tied: bool, architecture: Architecture = "decoder") -> ModelConfig:
-    return ModelConfig(architecture=architecture, layers=layers, d_model=4, heads=1, tie_embeddings=tied)
+def _config(layers: int, tied: bool, architecture: Architecture = "decoder", **changes: Any) -> ModelConfig:
+    return ModelConfig(architecture=architecture, layers=layers, d_model=4, heads=1, tie_embeddings=tied, **changes)
 
 
 def test_layer_names() -> None:
@@ -38,9 +41,12 @@ def test_hidden_matrices_are_those_of_blocks() -> None:
     prefix=st.sampled_from(["", "module.", "_orig_mod.", "module.module.", "module._orig_mod."]),
     data=st.data(),
     architecture=st.sampled_from(["decoder", "encoder_decoder"]),
+    changes=st.sampled_from([{}, BIASES]),
 )
-def test_there_and_back(layers: int, tied: bool, prefix: str, data: st.DataObject, architecture: Architecture) -> None:
-    config = _config(layers, tied, architecture)
+def test_there_and_back(
+    layers: int, tied: bool, prefix: str, data: st.DataObject, architecture: Architecture, changes: dict[str, Any]
+) -> None:
+    config = _config(layers, tied, architecture, **changes)
     names = layer_names(config)
     shapes = list(parameter_shapes(config, 5))
     pipeline_names = [pipeline_name(name, names, tied=tied) for name in shapes]
@@ -53,10 +59,11 @@ def test_there_and_back(layers: int, tied: bool, prefix: str, data: st.DataObjec
     assert canonical(f"{head}._orig_mod{dot}{tail}", names) == name
 
 
+@pytest.mark.parametrize("changes", [{}, BIASES], ids=["plain", "biases"])
 @pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_names_of_a_built_pipeline(tied: bool, architecture: Architecture) -> None:
-    config = _config(3, tied, architecture)
+def test_names_of_a_built_pipeline(tied: bool, architecture: Architecture, changes: dict[str, Any]) -> None:
+    config = _config(3, tied, architecture, **changes)
     names = layer_names(config)
     found = set()
     for number, layer in enumerate(pipeline_layers(config, 5, seed=0)):

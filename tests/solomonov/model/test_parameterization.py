@@ -17,7 +17,7 @@ from solomonov.model.parameterization import TABLE, Row, factors, row_of
 from solomonov.model.residual import MODES
 from solomonov.model.transformer import Transformer
 from solomonov.optim import make_optimizer
-from tests.solomonov.model.common import VOCAB, random_ids, tiny_config, two_stacks
+from tests.solomonov.model.common import BIASES, VOCAB, random_ids, tiny_config, two_stacks
 
 
 def test_every_parameter_has_exactly_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +26,12 @@ def test_every_parameter_has_exactly_one_row(monkeypatch: pytest.MonkeyPatch) ->
         for config in (tiny_config, two_stacks):
             for name in parameter_shapes(config(attention=everything, residual=mode, norm="layernorm"), VOCAB):
                 row_of(name)
+            for name in parameter_shapes(config(**BIASES | {"residual": mode, "value_residual": True}), VOCAB):
+                row_of(name)
+    for kind in ("patches", "frames"):
+        biased = BIASES | {"attention": {"preset": "vanilla"}, "front": {"kind": kind}, "value_residual": True}
+        for name in parameter_shapes(two_stacks(**biased), VOCAB):
+            row_of(name)
     with pytest.raises(ValueError, match="0 rows"):
         row_of("layers.0.attention.door.weight")
     monkeypatch.setattr(parameterization, "TABLE", (*TABLE, Row(r"head\..*", "head", None)))
@@ -120,6 +126,29 @@ def test_of_two_stacks_eps_follows_the_depth_of_its_own() -> None:
         assert name in parameter_shapes(config, VOCAB)
         found = factors(name, config)
         assert (found.lr, found.decay, found.eps) == (lr, decay, eps), name
+
+
+def test_what_is_beside_the_matrices_follows_its_row() -> None:
+    config = tiny_config(
+        **BIASES | {"residual": "auto", "parameterization": "completep", "base_d_model": 8, "base_layers": 2},
+        layers=8,
+    )
+    expected = {
+        "embedding.positions": (1.0, 0.0, 1 / 2),
+        "embedding.norm.bias": (1.0, 0.0, 1 / 2),
+        "layers.0.attention.q.bias": (1.0, 0.0, 1 / 8),
+        "layers.7.feed_forward.down.bias": (1.0, 0.0, 1 / 8),
+        "head.transform.dense.weight": (0.5, 2.0, 1 / 2),
+        "head.transform.dense.bias": (1.0, 0.0, 1 / 2),
+        "head.transform.norm.weight": (1.0, 0.0, 1 / 2),
+        "head.bias": (1.0, 0.0, 1 / 2),
+    }
+    shapes = parameter_shapes(config, VOCAB)
+    for name, (lr, decay, eps) in expected.items():
+        found = factors(name, config)
+        assert (found.lr, found.decay, found.eps) == (lr, decay, eps), name
+        value = initial_value(name, shapes[name], config, 0)
+        assert bool(value.any()) == (not name.endswith("bias")), name
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from solomonov.model.attention import attention_context
 from solomonov.model.config import NOTHING_AGAIN, Recompute
 from solomonov.model.cross import Source
 from solomonov.model.transformer import Transformer, compile_blocks
-from tests.solomonov.model.common import ATTENTION, VOCAB, random_ids, spread_model, tiny_config, two_stacks
+from tests.solomonov.model.common import ATTENTION, BIASES, VOCAB, random_ids, spread_model, tiny_config, two_stacks
 
 MODES = [Recompute("selective"), *[Recompute("full", every) for every in (1, 2, 3, 5, 8)]]
 aten = torch.ops.aten
@@ -53,6 +53,22 @@ def test_no_bit_changes_with_other_kinds_of_attention(recompute: Recompute, flag
         train_once(spread_model(tiny_config(layers=3, attention=ATTENTION[flags]), recompute=again), tokens=14)
         for again in (NOTHING_AGAIN, recompute)
     ]
+    (expected_loss, expected), (loss, gradients) = found
+    assert torch.equal(loss, expected_loss)
+    assert gradients.keys() == expected.keys()
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
+@pytest.mark.parametrize("recompute", MODES[:3], ids=str)
+@pytest.mark.parametrize("values", [False, True])
+def test_no_bit_changes_with_biases(values: bool, recompute: Recompute, precision: str) -> None:
+    found = []
+    for again in (NOTHING_AGAIN, recompute):
+        model = spread_model(tiny_config(**BIASES, value_residual=values), recompute=again)
+        model = model.bfloat16() if precision == "bf16" else model
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16_autocast"):
+            found.append(train_once(model))
     (expected_loss, expected), (loss, gradients) = found
     assert torch.equal(loss, expected_loss)
     assert gradients.keys() == expected.keys()
@@ -126,6 +142,21 @@ def test_selective_computes_no_product_again_that_a_gate_or_a_window_has(flags: 
     for name in (aten.mm.default, aten.addmm.default, attention):
         assert selective[name] == kept[name], str(name)
     assert selective[aten.sigmoid.default] > kept[aten.sigmoid.default]
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_selective_computes_no_product_with_a_bias_again(values: bool) -> None:
+    config = tiny_config(**BIASES | {"residual": "prenorm", "value_residual": values})
+
+    def counts(recompute: Recompute) -> Counter[Any]:
+        with Operations() as operations:
+            train_once(spread_model(config, recompute=recompute))
+        return operations.counts
+
+    kept, selective = counts(NOTHING_AGAIN), counts(Recompute("selective"))
+    assert kept[aten.addmm.default] == 0, "a bias is no part of a product"
+    assert selective[aten.mm.default] == kept[aten.mm.default]
+    assert selective[aten.gelu.default] == kept[aten.gelu.default] + 2
 
 
 def test_selective_computes_no_product_of_two_stacks_again() -> None:

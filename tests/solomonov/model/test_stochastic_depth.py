@@ -20,6 +20,7 @@ from solomonov.model.residual import MODES
 from solomonov.model.stochastic_depth import drawn_factor, drop_rate
 from solomonov.model.transformer import Transformer
 from tests.solomonov.model.common import (
+    BIASES,
     VOCAB,
     float64_state,
     random_ids,
@@ -127,7 +128,17 @@ def test_blocks_drop_as_often_as_the_rate_says_and_each_by_itself() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_of_an_update_equal_float64_loops(mode: str, architecture: str) -> None:
     """With value residual, on every set of blocks that may be left."""
-    shape: dict[str, Any] = {"architecture": architecture, "residual": mode, "layers": 3, "base_layers": 2}
+    hold({"architecture": architecture, "residual": mode, "base_layers": 2})
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder_decoder"])
+def test_logits_of_an_update_with_biases_equal_float64_loops(architecture: str) -> None:
+    """What is passed by adds its biases neither."""
+    hold({**BIASES, "architecture": architecture})
+
+
+def hold(changes: dict[str, Any]) -> None:
+    shape, architecture = {**changes, "layers": 3}, changes["architecture"]
     if architecture == "encoder_decoder":
         shape["encoder_layers"] = 2
     config = tiny_config(**shape, value_residual=True, stochastic_depth=0.6)

@@ -24,6 +24,7 @@ from solomonov.model.residual import MODES
 from solomonov.model.transformer import Transformer, compile_blocks
 from tests.solomonov.model.common import (
     ATTENTION,
+    BIASES,
     VOCAB,
     float64_state,
     random_ids,
@@ -33,6 +34,11 @@ from tests.solomonov.model.common import (
     two_stacks,
 )
 from tests.support import naive
+
+BIASED = [
+    {**BIASES, "feed_forward": kind, "output_head": head, "tie_embeddings": head == "transform"}
+    for kind, head in (("gelu", "transform"), ("relu", "bias"), ("silu", "linear"), ("relu2", "transform"))
+]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +61,10 @@ from tests.support import naive
         *({"value_residual": True, "residual": mode, "layers": 3} for mode in MODES),
         *({"value_residual": True, "attention": flags, "layers": 3} for flags in ATTENTION.values()),
         {"value_residual": True, "kv_heads": 1},
+        *BIASED,
+        {**BIASED[0], "value_residual": True, "layers": 3},
+        {**BIASED[0], "attention": ATTENTION["much at once"], "norm": "rmsnorm", "feed_forward": "swiglu"},
+        {**BIASED[0], "attention": {"qk_norm_over": "all"}, "feed_forward": "geglu"},
     ],
     ids=str,
 )
@@ -81,6 +91,8 @@ POSITIONS = [{"position": position} for position in ("rope", "nope", "sinusoidal
         *({"residual": mode, "layers": 3, "base_layers": 2} for mode in MODES),
         {"residual": "deepnorm", "norm": "layernorm", "feed_forward": "gelu"},
         *({"value_residual": True, "residual": mode, "layers": 3} for mode in ("prenorm", "deepnorm", "keel")),
+        *BIASED,
+        {**BIASED[0], "value_residual": True, "layers": 3},
     ],
     ids=str,
 )
@@ -106,6 +118,8 @@ def test_logits_of_an_encoder_equal_float64_loops(changes: dict[str, object]) ->
         {"residual": "keel", "layers": 1},
         {"residual": "keel", "encoder_layers": 1},
         *({"value_residual": True, "residual": mode, "layers": 3} for mode in MODES),
+        *BIASED,
+        *({**changes, "value_residual": True, "layers": 3} for changes in BIASED[:2]),
     ],
     ids=str,
 )
@@ -164,6 +178,19 @@ def test_packed_documents_of_an_encoder_equal_single_ones(
         mine = documents[0] == document
         alone = model(ids[:, mine], documents[:, mine])
         torch.testing.assert_close(packed[:, mine], alone, rtol=0.0, atol=2e-5 * float(alone.detach().abs().max()))
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+def test_a_row_longer_than_learned_positions_is_refused(architecture: str) -> None:
+    model = spread_model(tiny_config(**BIASES, architecture=architecture))
+    ids, documents = random_ids(1, 33), torch.tensor([[0] * 7 + [1] * 26])
+    source = {"source": random_source(1, 3)} if architecture == "encoder_decoder" else {}
+    with pytest.raises(ValueError, match="33 tokens, and learned positions for 32"):
+        model(ids, documents, **source)
+    model(ids[:, :32], documents[:, :32], **source)
+    if source:
+        with pytest.raises(ValueError, match="33 tokens, and learned"):
+            model(ids[:, :4], documents[:, :4], source=random_source(1, 33))
 
 
 @pytest.mark.parametrize(
@@ -252,10 +279,12 @@ def _in_a_pipeline(config: ModelConfig, carry: tuple[Tensor, ...]) -> tuple[nn.M
     """The layers of a pipeline, all on one stage, and what they make of the input."""
     modules = nn.ModuleDict()
     for number, layer in enumerate(pipeline_layers(config, VOCAB, seed=9)):
-        key = layer.tied_key or str(number)
-        if key not in modules:
-            modules[key] = layer.build()
-        carry = layer.forward(modules[key], carry) if layer.forward else modules[key](carry)
+        key = layer.name if layer.tied_key else str(number)
+        modules[key] = layer.build()
+        if layer.tied_key and layer.name != layer.tied_key:
+            assert torch.equal(modules[key].weight, modules[layer.tied_key].weight)
+            modules[key].weight = modules[layer.tied_key].weight  # for the sum of both gradients
+        carry = modules[key](carry)
         assert isinstance(carry, tuple)
     return modules, carry
 
@@ -280,7 +309,18 @@ def test_pipeline_layers_give_the_same_loss_and_gradients(
     tied: bool, values: bool, architecture: str, flags: str
 ) -> None:
     shape = {"layers": 3, "tie_embeddings": tied, "architecture": architecture, "value_residual": values}
-    config = tiny_config(**shape, attention=ATTENTION[flags])
+    _assert_a_pipeline_gives_the_same(tiny_config(**shape, attention=ATTENTION[flags]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("changes", BIASED, ids=str)
+def test_pipeline_layers_with_biases_give_the_same(tied: bool, values: bool, changes: dict[str, object]) -> None:
+    shape = {"tie_embeddings": tied, "architecture": "encoder", "value_residual": values}
+    _assert_a_pipeline_gives_the_same(tiny_config(**changes | shape))
+
+
+def _assert_a_pipeline_gives_the_same(config: ModelConfig) -> None:
     plain = Transformer(config, VOCAB, seed=9)
     ids, labels = random_ids(2, 8), random_ids(2, 8, seed=1)
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1, -1], [0] * 8])
@@ -295,11 +335,12 @@ def test_pipeline_layers_give_the_same_loss_and_gradients(
         *({"residual": mode} for mode in MODES),
         *({"attention": ATTENTION[flags]} for flags in ("vanilla", "hybrid")),
         *({"value_residual": True, "residual": mode} for mode in ("prenorm", "keel")),
+        *(changes | {"value_residual": values} for changes in BIASED[:2] for values in (False, True)),
     ],
     ids=str,
 )
 def test_pipeline_layers_of_two_stacks_give_the_same(tied: bool, changes: dict[str, object]) -> None:
-    config = two_stacks(tie_embeddings=tied, **changes)
+    config = two_stacks(**changes | {"tie_embeddings": tied})
     plain = Transformer(config, VOCAB, seed=9)
     ids, labels, source_ids = random_ids(2, 8), random_ids(2, 8, seed=1), random_ids(2, 6, seed=2)
     documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, -1], [0] * 8])
@@ -309,13 +350,17 @@ def test_pipeline_layers_of_two_stacks_give_the_same(tied: bool, changes: dict[s
     _assert_equal_to_the_bit(config, modules, pipeline_loss(last, labels), plain, expected)
 
 
-@pytest.mark.parametrize(("values", "dropped"), [(False, 0.0), (True, 0.0), (False, 0.9), (True, 0.9)])
+@pytest.mark.parametrize(
+    ("values", "dropped", "biased"),
+    [(False, 0.0, False), (True, 0.0, False), (False, 0.9, False), (True, 0.9, False), (True, 0.9, True)],
+)
 @pytest.mark.parametrize("cuts", list(combinations(range(1, 9), 2)), ids=str)
-def test_two_stacks_may_be_cut_anywhere(cuts: tuple[int, int], values: bool, dropped: float) -> None:
+def test_two_stacks_may_be_cut_anywhere(cuts: tuple[int, int], values: bool, dropped: float, biased: bool) -> None:
     """Three stages as DeepSpeed runs them: what a stage is given are leaves, and each of floats has to have a gradient
     to send back, those that it only hands on as well, and those that nothing uses in an update that passes all of its
     blocks by."""
-    config = two_stacks(value_residual=values, stochastic_depth=dropped)
+    changes = BIASES | {"residual": "prenorm"} if biased else {}
+    config = two_stacks(**changes, value_residual=values, stochastic_depth=dropped)
     plain = Transformer(config, VOCAB, seed=9)
     ids, labels, source = random_ids(2, 8), random_ids(2, 8, seed=1), random_source(2, 6)
     documents = torch.zeros_like(ids)
@@ -330,7 +375,7 @@ def test_two_stacks_may_be_cut_anywhere(cuts: tuple[int, int], values: bool, dro
         for layer in layers[begin:end]:
             carry = layer(carry)
         made.append([each for each in carry if each.is_floating_point()])
-    pipeline_loss((carry[0], carry[1]), labels).backward()
+    pipeline_loss(carry, labels).backward()
     for outputs, inputs in zip(made[-2::-1], given[:0:-1], strict=True):
         gradients = [each.grad for each in inputs if each.grad is not None]
         assert len(gradients) == len(outputs)
@@ -346,12 +391,12 @@ def test_two_stacks_may_be_cut_anywhere(cuts: tuple[int, int], values: bool, dro
 
 
 @pytest.mark.parametrize("values", [False, True])
-@pytest.mark.parametrize("flags", ATTENTION)
+@pytest.mark.parametrize("changes", [*({"attention": flags} for flags in ATTENTION.values()), BIASES], ids=str)
 @settings(deadline=None, max_examples=15)
 @given(cuts=st.lists(st.integers(1, 11), max_size=11, unique=True))
-def test_cached_logits_equal_those_of_the_whole_row(flags: str, values: bool, cuts: list[int]) -> None:
+def test_cached_logits_equal_those_of_the_whole_row(changes: dict[str, object], values: bool, cuts: list[int]) -> None:
     """A prompt and new tokens, one or several at a time, within 1e-5 of the largest logit; windows of 3 to 5."""
-    config = tiny_config(layers=3, attention=ATTENTION[flags], value_residual=values)
+    config = tiny_config(**changes, layers=3, value_residual=values)
     model = spread_model(config).eval()
     ids = random_ids(2, 12)
     documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12], dtype=torch.int32)
