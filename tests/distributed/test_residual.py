@@ -141,7 +141,7 @@ def test_a_resumed_run_drops_what_the_whole_one_does(
 ) -> None:
     """The number of the update is the checkpoint's step, in any layout: seven updates, saved after the fifth."""
     run_ranks(tiny.run_and_save, world, saved, SWITCHED_STEPS - 2, tmp_path / "run")
-    whole = in_plain_pytorch("prenorm")
+    whole = in_plain_pytorch(SWITCHED)
     rest = replace(whole, losses=whole.losses[-2:], norms=whole.norms[-2:])
     for _, outcome in run_ranks(tiny.restore_and_run, world, restored, tmp_path / "run", tmp_path / "again"):
         assert_equal_within(outcome, rest, 1e-5)
@@ -160,7 +160,7 @@ def test_a_resumed_run_drops_what_the_whole_one_does(
 )
 def test_bf16_stays_near_fp32(world: int, layout: Layout) -> None:
     """Losses within 5e-3, and norms within 2e-2: no gradient is lost of what a stage sends on beside the stream."""
-    expected = in_plain_pytorch("prenorm")
+    expected = in_plain_pytorch(SWITCHED)
     for outcome in run_ranks(tiny.run, world, layout, SWITCHED_STEPS):
         assert outcome.layout["precision"] == layout.precision
         torch.testing.assert_close(torch.tensor(outcome.losses), torch.tensor(expected.losses), rtol=5e-3, atol=0)
