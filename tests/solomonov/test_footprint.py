@@ -116,6 +116,9 @@ def test_what_is_foreseen_with_windows_and_biases_is_what_is_there(
     hold(world, layout, ModelConfig.model_validate({**NARROW, "attention": flags}), 200, 256)
 
 
+LEARNED = {**tiny.BIASES, "attention": {"position": "learned", "train_tokens": 256}}
+
+
 @pytest.mark.dist
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
@@ -127,6 +130,9 @@ def test_what_is_foreseen_with_windows_and_biases_is_what_is_there(
         (1, Layout(zero_stage=0), {"residual": "layerscale", "feed_forward": "relu2"}),
         (1, Layout(zero_stage=0, recompute="full", every=2), {"residual": "keel", "norm": "layernorm"}),
         (2, Layout(zero_stage=1, accumulation=2, pipeline=2), {"residual": "lns"}),
+        (1, Layout(zero_stage=0), LEARNED),
+        (1, Layout(zero_stage=3), LEARNED),
+        (2, Layout(zero_stage=1, accumulation=2, pipeline=2), {**LEARNED, "tie_embeddings": True}),
     ],
     ids=str,
 )
