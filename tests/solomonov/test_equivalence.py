@@ -27,7 +27,9 @@ from solomonov.equivalence import (
     scale_down,
 )
 from solomonov.model.counts import parameter_count, parameter_shapes
+from solomonov.model.pipeline import pipeline_layers
 from solomonov.model.residual import branch_form
+from solomonov.topology import stage_bounds
 
 MODEL = "layers: 24, d_model: 256, heads: 8, kv_heads: 2"
 
@@ -300,6 +302,17 @@ def test_a_layout_that_did_not_run_proves_nothing(key: str, value: object, words
     verdict = compare(CASE, of, replace(expected, layouts=layouts), expected)
     assert (verdict.verdict, verdict.holds) == ("did not run", False)
     assert words in str(verdict.problem)
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_a_pipeline_holds_what_its_stages_are_made_of(tied: str) -> None:
+    """The embedding has positions and a norm, the head a bias and a transform: of a tied matrix both have a copy."""
+    words = "bias: true, embedding_norm: true, output_head: transform, attention: {position: learned}"
+    of, case = trial(model=f"{MODEL}, {words}, tie_embeddings: {tied}"), Case(ranks=4, zero_stage=1, pipeline=2)
+    built = [layer.build() for layer in pipeline_layers(of.model, of.vocab_size, seed=0)]
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in built]
+    _, cut, _ = stage_bounds(of.model, of.vocab_size, of.sequence_tokens, 2)
+    assert parameters_held(case, of) == sorted([sum(sizes[:cut]), sum(sizes[cut:])] * 2)
 
 
 def test_relative_difference_by_hand() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from solomonov.activations import Allocated, Working, front_working
+from solomonov.activations import Allocated, Working, embedding_kept, front_working
 from solomonov.batch import TokenBatch
 from solomonov.engine import Engine
 from solomonov.footprint import Footprint, Training, footprint
@@ -17,11 +18,12 @@ from solomonov.model.counts import parameter_count
 from solomonov.model.cross import Source
 from solomonov.model.front import Front, example
 from solomonov.model.init import initialise
+from solomonov.model.layers import Embedding
 from solomonov.parallel import ParallelConfig
 from solomonov.plan import BatchPlan
 from tests.support import tiny
 from tests.support.ranks import run_ranks
-from tests.support.tiny import BIASES, Layout
+from tests.support.tiny import Layout
 
 VOCAB, SEQUENCE, ROWS = 2000, 64, 8
 MODEL = ModelConfig(layers=6, d_model=192, heads=4)
@@ -100,7 +102,6 @@ def test_what_is_foreseen_is_what_is_there(world: int, layout: Layout) -> None:
 
 NARROW = {"layers": 6, "d_model": 32, "heads": 4, "kv_heads": 1}
 """With long rows: what attention keeps is most of all."""
-LEARNED = {"position": "learned", "train_tokens": 256}
 
 
 @pytest.mark.dist
@@ -127,6 +128,9 @@ def test_what_is_foreseen_with_windows_and_biases_is_what_is_there(
     hold(world, layout, ModelConfig.model_validate({**NARROW, "attention": flags}), 200, 256)
 
 
+LEARNED = {**tiny.BIASES, "attention": {"position": "learned", "train_tokens": 256}}
+
+
 @pytest.mark.dist
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
@@ -142,8 +146,9 @@ def test_what_is_foreseen_with_windows_and_biases_is_what_is_there(
         (1, Layout(zero_stage=0, recompute="selective"), {"value_residual": True, "kv_heads": 4}),
         (1, Layout(zero_stage=0, recompute="full"), {"value_residual": True, "kv_heads": 4, "layers": 12}),
         (2, Layout(zero_stage=1, accumulation=2, pipeline=2), {"value_residual": True, "kv_heads": 4}),
-        (1, Layout(zero_stage=0), {**BIASES, "attention": LEARNED, "layers": 2}),
-        (2, Layout(zero_stage=1, accumulation=2, pipeline=2), {**BIASES, "attention": LEARNED, "tie_embeddings": True}),
+        (1, Layout(zero_stage=0), LEARNED),
+        (1, Layout(zero_stage=3), LEARNED),
+        (2, Layout(zero_stage=1, accumulation=2, pipeline=2), {**LEARNED, "tie_embeddings": True}),
     ],
     ids=str,
 )
@@ -202,21 +207,53 @@ def test_what_a_front_keeps_is_foreseen_without_it(kind: str, precision: str) ->
     initialise(front, model, 0, prefix="front.")
     front = front.bfloat16() if precision == "bf16" else front
     x, documents = example(model.front, 2, 32, torch.Generator().manual_seed(0))
-    own = {each.untyped_storage().data_ptr() for each in (*front.parameters(), x, documents)}
+    foreseen = front_working(model, 2, 32, precision)
+    assert kept_of(lambda: front(x, documents)[0], *front.parameters(), x, documents) == pytest.approx(
+        foreseen.kept, rel=0.02
+    )
+    assert foreseen.backward > 0
+
+
+def kept_of(forward: Callable[[], torch.Tensor], *own: torch.Tensor) -> int:
+    """Bytes that autograd keeps of a forward pass, its result included, less what was there before."""
+    before = {each.untyped_storage().data_ptr() for each in own}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in before:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = front(x, documents)[0]
-    kept[hidden.untyped_storage().data_ptr()] = hidden.untyped_storage().nbytes()
-    foreseen = front_working(model, 2, 32, precision)
-    assert sum(kept.values()) == pytest.approx(foreseen.kept, rel=0.02)
-    assert foreseen.backward > 0
+        storage = forward().untyped_storage()
+    return sum({**kept, storage.data_ptr(): storage.nbytes()}.values())
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+def test_what_an_embedding_keeps_for_its_norm_is_foreseen(
+    architecture: str, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum that is normed, and the numbers of its positions; of both stacks where there are two."""
+    given = {**LEARNED, "architecture": architecture, "norm": norm, "layers": 2, "d_model": 64, "heads": 4}
+    model, layout = ModelConfig.model_validate(given), Layout(zero_stage=0)
+    embedding, ids = Embedding(model, VOCAB), torch.zeros(ROWS, SEQUENCE, dtype=torch.int64)
+    initialise(embedding, model, 0, prefix="embedding.")
+    kept = embedding_kept(model, VOCAB, ROWS, SEQUENCE, "fp32")
+    found = kept_of(lambda: embedding(ids, embedding.positions_of(ids)), *embedding.parameters(), ids)
+    assert found == pytest.approx(kept, rel=0.02)
+    stream = ROWS * SEQUENCE * 4 * 64
+    assert kept > 2 * stream
+
+    def foreseen() -> int:
+        source = SEQUENCE if architecture == "encoder_decoder" else None
+        plan = plan_of(layout, 1, SEQUENCE, source)
+        return footprint(model, VOCAB, plan, ParallelConfig(zero_stage=0), Training("fp32")).total
+
+    whole = foreseen()
+    monkeypatch.setattr("solomonov.activations.embedding_kept", lambda *_: stream)
+    assert whole - foreseen() == (kept - stream) * len(model.stacks)
 
 
 def test_what_a_front_keeps_is_there_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
