@@ -58,6 +58,7 @@ CASES: list[dict[str, Any]] = [
     {"attention": {"position": "alibi", "sink": True}, "heads": 6, "kv_heads": 3, "head_dim": 4},
     {"attention": {"preset": "rope"}, "kv_heads": 1, "residual": "deepnorm"},
     {"architecture": "encoder", "residual": "prenorm"},
+    {"value_residual": True, "kv_heads": 2, "residual": "keel"},
 ]
 
 
