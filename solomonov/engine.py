@@ -41,7 +41,7 @@ from solomonov.partition import (
     parameter_shape,
     refresh_parameters,
 )
-from solomonov.stages import pipeline_module, sum_tied_gradients
+from solomonov.stages import instructions, pipeline_module
 from solomonov.topology import Place, RankGrid, rank_grid
 
 
@@ -126,10 +126,9 @@ class Engine:
         self._ds, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(spec, device), dist_init_required=False
         )
-        if spec.pipeline > 1 and getattr(self._optimizer, "use_grad_accum_attribute", False):
-            from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
-
-            self._ds._INSTRUCTION_MAP = self._ds._INSTRUCTION_MAP | {ReduceTiedGrads: sum_tied_gradients}
+        if spec.pipeline > 1:
+            accumulates = getattr(self._optimizer, "use_grad_accum_attribute", False)
+            self._ds._INSTRUCTION_MAP = self._ds._INSTRUCTION_MAP | instructions(accumulates)
         drops = spec.model.stochastic_depth > 0.0
         self._dropping = [m for m in self._ds.module.modules() if isinstance(m, Block)] if drops else []
         self.names: dict[torch.nn.Parameter, str] = {

@@ -1,8 +1,8 @@
-"""A model as DeepSpeed's pipeline: its stages, and the sum of a tied weight's gradients over them."""
+"""A model as DeepSpeed's pipeline: its stages, and what is done otherwise than by DeepSpeed in their backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -72,6 +72,18 @@ def pipeline_module(spec: EngineSpec, grid: RankGrid | None, loss: Callable[...,
     return module
 
 
+def instructions(accumulates: bool) -> dict[type, Callable[..., None]]:
+    """What of DeepSpeed's schedule is done otherwise.
+
+    Args:
+        accumulates: whether the optimizer keeps the gradients of micro-batches in an attribute of its own.
+    """
+    from deepspeed.runtime.pipe.schedule import BackwardPass, ReduceTiedGrads
+
+    ours: dict[type, Callable[..., None]] = {BackwardPass: backward_together}
+    return ours | ({ReduceTiedGrads: sum_tied_gradients} if accumulates else {})
+
+
 def sum_tied_gradients(pipeline: Any) -> None:
     """Add up the gradients of a tied weight over the stages that hold it, once all micro-batches are done.
 
@@ -83,3 +95,36 @@ def sum_tied_gradients(pipeline: Any) -> None:
         gradient = weight.grad if accumulated is None else accumulated
         assert gradient is not None, "a tied weight has no gradient after all micro-batches"
         dist.all_reduce(gradient, group=group)
+
+
+class _Together(torch.autograd.Function):
+    """One tensor in the place of several: its backward pass is that of all of them, with the gradients they have."""
+
+    @staticmethod
+    def forward(context: Any, gradients: Sequence[torch.Tensor], *outputs: torch.Tensor) -> torch.Tensor:
+        """Nothing is computed from the outputs."""
+        context.gradients = gradients
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(context: Any, _: torch.Tensor) -> tuple[Any, ...]:
+        """The gradients of the outputs."""
+        return None, *context.gradients
+
+
+def backward_together(pipeline: Any, buffer_id: int) -> None:
+    """The backward pass of a stage before the last one, from all that it handed on at once.
+
+    DeepSpeed goes through the stage once for each tensor: where the encoder ends and the decoder begins on one stage,
+    twice through the encoder, for what is made of it there and for what is handed on.
+    """
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    outputs, gradients = pipeline.pipe_buffers["outputs"][buffer_id], pipeline.grad_layer
+    if not pipeline.is_last_stage() and len(gradients) > 1:
+        floating = [output for output in outputs if output.is_floating_point()]
+        together = _Together.apply(gradients, *floating)  # type: ignore[no-untyped-call]
+        pipeline.pipe_buffers["outputs"][buffer_id] = together
+        pipeline.grad_layer = torch.ones_like(together)
+    PipelineEngine._exec_backward_pass(pipeline, buffer_id)
+    pipeline.grad_layer = gradients

@@ -19,6 +19,7 @@ from solomonov.config import OptimizerConfig
 from solomonov.distributed import Control
 from solomonov.engine import Engine
 from solomonov.engine_spec import EngineSpec
+from solomonov.equivalence import LEAST_EPS
 from solomonov.model.config import ModelConfig, Recompute, RecomputeMode
 from solomonov.model.residual import ResidualMode
 from solomonov.parallel import Offload
@@ -144,7 +145,7 @@ def make_spec(layout: Layout, world: int) -> EngineSpec:
         plan=plan,
         precision=layout.precision,
         zero_stage=layout.zero_stage,
-        optimizer=MUON if layout.muon else OptimizerConfig(lr=LEARNING_RATE),
+        optimizer=optimizer_of(layout),
         gradient_clipping=CLIPPING,
         recompute=Recompute(layout.recompute, layout.every),
         compile=layout.compile,
@@ -154,6 +155,13 @@ def make_spec(layout: Layout, world: int) -> EngineSpec:
         z_loss=layout.z_loss,
         ema_decay=layout.ema,
     )
+
+
+def optimizer_of(layout: Layout) -> OptimizerConfig:
+    """What updates; where single numbers are learned, whose gradients all but cancel, with an eps such that a step is
+    none of what rounding leaves of them (see `equivalence.LEAST_EPS`)."""
+    chosen = MUON if layout.muon else OptimizerConfig(lr=LEARNING_RATE)
+    return chosen.model_copy(update={"eps": LEAST_EPS}) if layout.switched else chosen
 
 
 def make_engine(layout: Layout) -> Engine:
