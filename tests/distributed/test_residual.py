@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from solomonov.config import OptimizerConfig
 from solomonov.model.residual import MODES, ResidualMode
 from solomonov.model.transformer import Transformer
 from solomonov.optim import make_optimizer
@@ -67,9 +66,7 @@ def in_plain_pytorch(residual: ResidualMode) -> Outcome:
     """The same updates without DeepSpeed and without a branch that is left out: each is computed, and multiplied by
     b / p, so that its parameters have the gradient 0 where b is."""
     model = Transformer(tiny.make_spec(replace(SWITCHED, residual=residual), 1).model, tiny.VOCAB, seed=tiny.SEED)
-    optimizer = make_optimizer(
-        model.named_parameters(), OptimizerConfig(lr=tiny.LEARNING_RATE), model.config, fused=False
-    )
+    optimizer = make_optimizer(model.named_parameters(), tiny.optimizer_of(SWITCHED), model.config, fused=False)
     losses, norms, drawn = [], [], set()
     for step in range(SWITCHED_STEPS):
         rows, factors = tiny.batch(step, list(range(tiny.ROWS))), factors_of(model.config, step, tiny.SEED)
@@ -120,18 +117,23 @@ def test_with_muon_too(world: int, layout: Layout, changes: dict[str, int]) -> N
     [
         (1, replace(SWITCHED, zero_stage=0), replace(SWITCHED, zero_stage=3)),
         (2, replace(SWITCHED, zero_stage=3, accumulation=2), replace(SWITCHED, zero_stage=1, pipeline=2)),
+        (2, replace(SWITCHED, zero_stage=3), replace(SWITCHED, zero_stage=3)),
     ],
     ids=str,
 )
 def test_a_resumed_run_drops_what_the_whole_one_does(
     tmp_path: Path, world: int, saved: Layout, restored: Layout
 ) -> None:
-    """The number of the update is the checkpoint's step, in any layout: seven updates, saved after the fifth."""
-    run_ranks(tiny.run_and_save, world, saved, SWITCHED_STEPS - 2, tmp_path / "run")
+    """The number of the update is the checkpoint's step, in any layout: seven updates, saved after the fifth. At the
+    same one it goes on to the bit as the run that was not left."""
+    (_, continued), *_ = run_ranks(tiny.run_and_save, world, saved, SWITCHED_STEPS - 2, tmp_path / "run")
     whole = in_plain_pytorch("prenorm")
     rest = replace(whole, losses=whole.losses[-2:], norms=whole.norms[-2:])
     for _, outcome in run_ranks(tiny.restore_and_run, world, restored, tmp_path / "run", tmp_path / "again"):
         assert_equal_within(outcome, rest, 1e-5)
+        if restored == saved:
+            assert (outcome.losses, outcome.norms) == (continued.losses, continued.norms)
+            assert all(torch.equal(tensor, continued.state[key]) for key, tensor in outcome.state.items())
 
 
 @pytest.mark.parametrize(

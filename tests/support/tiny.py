@@ -19,6 +19,7 @@ from solomonov.config import OptimizerConfig
 from solomonov.distributed import Control
 from solomonov.engine import Engine
 from solomonov.engine_spec import EngineSpec
+from solomonov.equivalence import LEAST_EPS
 from solomonov.model.config import ModelConfig, Recompute, RecomputeMode
 from solomonov.model.cross import Source
 from solomonov.model.residual import ResidualMode
@@ -189,6 +190,13 @@ def make_spec(layout: Layout, world: int) -> EngineSpec:
         z_loss=layout.z_loss,
         ema_decay=layout.ema,
     )
+
+
+def optimizer_of(layout: Layout) -> OptimizerConfig:
+    """What updates; where single numbers are learned, whose gradients all but cancel, with an eps such that a step is
+    none of what rounding leaves of them (see `equivalence.LEAST_EPS`)."""
+    chosen = MUON if layout.muon else OptimizerConfig(lr=LEARNING_RATE)
+    return chosen.model_copy(update={"eps": LEAST_EPS}) if layout.switched else chosen
 
 
 def make_engine(layout: Layout) -> Engine:
