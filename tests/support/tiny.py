@@ -161,10 +161,11 @@ def model_of(layout: Layout) -> ModelConfig:
 
 
 def optimizer_of(layout: Layout) -> OptimizerConfig:
-    """Its constants. An encoder_decoder's gradients are small: with the usual eps its first updates are rounding."""
-    if layout.muon:
-        return MUON
-    return OptimizerConfig(lr=LEARNING_RATE, eps=1e-5 if layout.architecture == "encoder_decoder" else 1e-8)
+    """What updates. An encoder_decoder's gradients are small, and those of single learned numbers all but cancel: with
+    the usual eps their first updates are what rounding leaves of them (see `equivalence.LEAST_EPS`)."""
+    chosen = MUON if layout.muon else OptimizerConfig(lr=LEARNING_RATE)
+    is_small = layout.switched or layout.architecture == "encoder_decoder"
+    return chosen.model_copy(update={"eps": LEAST_EPS}) if is_small else chosen
 
 
 def make_spec(layout: Layout, world: int) -> EngineSpec:
@@ -190,13 +191,6 @@ def make_spec(layout: Layout, world: int) -> EngineSpec:
         z_loss=layout.z_loss,
         ema_decay=layout.ema,
     )
-
-
-def optimizer_of(layout: Layout) -> OptimizerConfig:
-    """What updates; where single numbers are learned, whose gradients all but cancel, with an eps such that a step is
-    none of what rounding leaves of them (see `equivalence.LEAST_EPS`)."""
-    chosen = MUON if layout.muon else OptimizerConfig(lr=LEARNING_RATE)
-    return chosen.model_copy(update={"eps": LEAST_EPS}) if layout.switched else chosen
 
 
 def make_engine(layout: Layout) -> Engine:
