@@ -191,7 +191,7 @@ def test_both_stacks_are_watched_where_the_source_is_told() -> None:
     model, source, batch = spread_model(config), random_source(2, 5), rows()
     streams: list[torch.Tensor] = []
     for block in model.blocks():
-        block.register_forward_hook(lambda _, given, result: streams.extend([given[0], result]))
+        block.register_forward_hook(lambda _, given, result: streams.extend([given[0][0], result[0]]))
     watch, blind = (Watch(config, dict(enumerate(model.blocks())), CPU) for _ in range(2))
     for each, told in ((watch, source.document_ids), (blind, None)):
         with each.looking(), torch.no_grad():
