@@ -103,6 +103,7 @@ def test_reduced_precision_is_summed_in_full() -> None:
 @pytest.mark.parametrize("flags", ["rope", "hybrid"])
 def test_compiled_blocks_are_watched_and_passed_by_as_well(flags: str) -> None:
     """What was compiled before takes no notice of hooks, and is what runs again afterwards."""
+    torch._dynamo.reset()  # other tests' blocks count towards the graphs of one function, 8 at most
     model, batch, calls = spread_model(tiny_config(layers=3, attention=ATTENTION[flags])), rows(), [0]
 
     def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
