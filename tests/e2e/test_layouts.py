@@ -90,7 +90,8 @@ def test_a_thousand_layers_are_killed_on_two_stages_and_go_on_elsewhere(prepared
     code, output = alone.solomonov("train", "own.yaml", *size, *one, deadline=400)
     assert code == 0, output
     with user.command("train", "own.yaml", *size, "parallel.pipeline=2") as program:
-        program.wait_for(lambda: user.journal("checkpoint_durable"), deadline=200, what="a checkpoint")
+        program.wait_for(lambda: user.steps_done() >= 2, deadline=200, what="two updates")
+        program.wait_for(lambda: user.journal("checkpoint_durable"), deadline=100, what="a checkpoint")
         killed = sampler("kill in 1,000 layers").randrange(2)
         os.kill(user.journal("attempt_started")[0]["pids"][killed], signal.SIGKILL)
         program.wait_for(lambda: len(user.journal("resumed")) == 2, deadline=200, what="it goes on")
