@@ -24,14 +24,13 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.harness import provenance, table
-from benchmarks.science.runs import add_options, fit, run_all
+from benchmarks.harness import table
+from benchmarks.science.runs import conduct, fit, options_of
 from benchmarks.science.tasks import Batch, Words
 from solomonov.model.config import ModelConfig
 from solomonov.model.residual import MODES
 from solomonov.model.transformer import Transformer
 
-SCHEMA_VERSION: Final = 1
 ROWS: Final = 32
 HELD_OUT_ROWS: Final = 256
 
@@ -97,6 +96,12 @@ def report(rows: Sequence[dict[str, Any]], items: int) -> str:
     return table(f"chance {1 / Words(items).elements:.3f}", ["layers form", "seeds", "all", "last"], lines)
 
 
+def line(record: dict[str, Any]) -> str:
+    """What is said when a training has ended."""
+    what = f"{record['layers']:3d} {record['mode']:10s} seed {record['seed']}"
+    return f"{what}: all {record['all']:.2f}, last quarter {record['last']:.2f}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, print, and keep what came out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.science.words", description=__doc__.partition("\n")[0])
@@ -107,26 +112,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=3)
-    add_options(parser)
-    options = parser.parse_args(arguments)
-    command = "python -m benchmarks.science.words " + " ".join(sys.argv[1:] if arguments is None else arguments)
-    facts = {
-        "schema_version": SCHEMA_VERSION,
-        **provenance(command.strip()),
-        "chance": 1 / Words(options.items).elements,
-    }
+    options = options_of(parser, arguments)
     runs = [
         Run(mode, layers, seed, options.items, options.tokens, options.steps, options.lr)
         for layers in sorted(options.layers, reverse=True)
         for mode in options.modes
         for seed in range(options.seeds)
     ]
-    records = []
-    print(f"{len(runs)} trainings", flush=True)
-    for record in run_all(runs, train, options, facts, summary):
-        records.append(record)
-        what = f"{record['layers']:3d} {record['mode']:10s} seed {record['seed']}"
-        print(f"{what}: all {record['all']:.2f}, last quarter {record['last']:.2f}", flush=True)
+    chance = 1 / Words(options.items).elements
+    records = conduct(runs, train, options, summary, line, chance=chance)
     print(report(summary(records), options.items))
     return 0
 
