@@ -144,7 +144,8 @@ def train(run: Run) -> dict[str, Any]:
     record |= {"gradient_ratio": first.gradient_ratio, "finite": len(losses) == run.steps}
     if record["finite"]:
         # With gradients, a few rows: 256 of them keep 16 GB in 1,000 layers.
-        last = measure_signal(model, *(each[:ROWS] for each in held_out))
+        ids, documents, labels = (each[:ROWS] for each in held_out)
+        last = measure_signal(model, ids, documents, labels)
         skip = skip_eighths(model, *held_out)
         record |= {"loss": mean_loss(model, *held_out), "growth": last.growth, "skip": list(skip)}
     return record

@@ -8,7 +8,7 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -74,8 +74,7 @@ def run_all(
     pool = ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"))
     try:
         jobs = {pool.submit(train, runs[number]): number for number in missing}
-        for job in _ended(jobs):
-            number = jobs[job]
+        for job, number in _ended(jobs):
             kept[number] = {**job.result(), "commit": facts["git_commit"]}
             if out is not None:
                 records = [kept[number] for number in sorted(kept)]
@@ -143,9 +142,10 @@ def fit(model: Transformer, batch: Callable[[int], Batch], *, lr: float, steps: 
     return losses
 
 
-def _ended(jobs: Iterable[Future[Record]]) -> Iterator[Future[Record]]:
-    """Each when it ends, and of those that ended together what failed last, so that the others are kept before."""
+def _ended(jobs: Mapping[Future[Record], int]) -> Iterator[tuple[Future[Record], int]]:
+    """Each with its number when it ends; of those that ended together what failed last, so that the others are kept."""
     waiting = set(jobs)
     while waiting:
         done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-        yield from sorted(done, key=lambda job: job.exception() is not None)
+        for job in sorted(done, key=lambda job: (job.exception() is not None, jobs[job])):
+            yield job, jobs[job]
