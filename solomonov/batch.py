@@ -30,6 +30,10 @@ class TokenBatch:
         """Positions with something to predict."""
         return int((self.labels != -100).sum().item())
 
+    def carry(self) -> tuple[torch.Tensor, ...]:
+        """What the first stage of a pipeline gets (see `model.pipeline`)."""
+        return *(self.source or ()), self.input_ids, self.document_ids
+
     def digest(self) -> int:
         """Sum modulo 2^64 over the rows of xxh3-64 of row id, input ids, labels, document ids and source, read back
         from the tensors themselves."""

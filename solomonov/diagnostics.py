@@ -160,7 +160,7 @@ class Diagnostics:
         rises = []
         with as_written(blocks.values()):  # all of them alike: compiled code rounds otherwise
             with watch.looking():
-                whole = loss(lambda batch: watch.rows(batch.document_ids))
+                whole = loss(lambda batch: watch.rows(batch.document_ids, batch.source and batch.source.document_ids))
             for part in eighths(layers):
                 with bypassed(blocks[layer] for layer in part if layer in blocks):
                     rises.append(loss() - whole)

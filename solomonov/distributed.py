@@ -21,6 +21,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from solomonov.errors import ConfigurationError
+from solomonov.model.attention import SequenceShare, attend
+from solomonov.topology import Place, RankGrid, rank_grid
 
 T = TypeVar("T")
 
@@ -140,6 +142,26 @@ def groups_end_within() -> Iterator[None]:
         kept._release_process_group_references(group)
         del group
     gc.collect()  # their threads end with the objects, which stand in cycles
+
+
+def share_rows(ranks: int, grid: RankGrid | None) -> tuple[SequenceShare, int, Any]:
+    """Ranks that compute rows together (Ulysses, arXiv 2309.14509).
+
+    Args:
+        ranks: that share each row.
+        grid: its stages are the parts of a row; None: ranks in their order.
+
+    Returns:
+        this rank's share of its rows; which of the groups of ranks, each with rows of its own, has them; that group.
+    """
+    from deepspeed.sequence.layer import DistributedAttention
+
+    if grid is None:
+        grid = rank_grid([Place(0, rank) for rank in range(dist.get_world_size())], ranks)
+    part, copy = grid.coordinates()[dist.get_rank()]
+    groups = [dist.new_group(list(row)) for row in zip(*grid.stages, strict=True)]  # all ranks make all of them
+    across = DistributedAttention(attend, groups[copy], scatter_idx=2, gather_idx=1)  # heads, tokens
+    return SequenceShare(part, ranks, across), copy, groups[copy]
 
 
 class Control:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from solomonov.batch import TokenBatch, empty_batch, padded
 from solomonov.checkpoint.fragments import Fragment
 from solomonov.checkpoint.reader import CheckpointReader
+from solomonov.distributed import share_rows
 from solomonov.ema import WeightAverage
 from solomonov.engine_spec import EngineSpec, deepspeed_config
 from solomonov.host import cpu_model
@@ -42,7 +43,7 @@ from solomonov.partition import (
     parameter_shape,
     refresh_parameters,
 )
-from solomonov.stages import instructions, pipeline_module, sequence_share
+from solomonov.stages import instructions, pipeline_module
 from solomonov.topology import RankGrid
 
 
@@ -105,7 +106,7 @@ class Engine:
         self._share, self._copy = None, dist.get_rank()
         self._row_group: Any = None  # of the ranks that share rows
         if spec.sequence > 1:
-            self._share, self._copy, self._row_group = sequence_share(spec.sequence, grid)
+            self._share, self._copy, self._row_group = share_rows(spec.sequence, grid)
         model: torch.nn.Module
         if spec.pipeline > 1:
             model = pipeline_module(spec, grid, self._stage_loss)
@@ -245,7 +246,7 @@ class Engine:
             # The stages have agreed on the size of what travels between them: short micro-batches are filled up.
             full = padded(batch, self.spec.plan.micro_rows)
             one = torch.ones(1, dtype=torch.float32, device=self.device)
-            micro = [(_carry(full), (full.labels, one))] if self.needs_rows else []
+            micro = [(full.carry(), (full.labels, one))] if self.needs_rows else []
             mean = self._ds.eval_batch(iter(micro), num_micro_batches=1)  # over the data-parallel ranks
             return float(mean) / self.spec.pipeline
         self._ds.eval()
@@ -286,7 +287,8 @@ class Engine:
             from deepspeed.utils import groups
 
             p2p._grid = p2p._groups = groups.mpu = None
-            self._ds.pipe_buffers, self._ds.loss = {}, None  # the last micro-batch's graph, whose hooks hold the engine
+            # The last micro-batch's graph, whose hooks hold the engine.
+            self._ds.pipe_buffers, self._ds.loss = {}, None
 
     def _own_tokens(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Input ids, document ids and labels as the model takes them."""
@@ -367,7 +369,7 @@ class Engine:
         # The stages have agreed on the size of what travels between them: short micro-batches are filled up.
         batches = [padded(batch, plan.micro_rows) for batch in batches]
         factor = torch.full((1,), scale, dtype=torch.float32, device=self.device)
-        micro = ((_carry(batch), (batch.labels, factor)) for batch in batches)
+        micro = ((batch.carry(), (batch.labels, factor)) for batch in batches)
         self._ds.train_batch(data_iter=iter(micro))
 
     @property
@@ -491,8 +493,3 @@ class Engine:
         if self._average is not None and without:
             self._average.begin()
         refresh_parameters(self._optimizer)
-
-
-def _carry(batch: TokenBatch) -> tuple[torch.Tensor, ...]:
-    """What the first stage of a pipeline gets of a micro-batch (see `model.pipeline`)."""
-    return *(batch.source or ()), batch.input_ids, batch.document_ids

@@ -24,7 +24,7 @@ REMEDY = "pip install 'solomonov[science]'"
 SUFFIXES = (".png", ".pdf", ".svg")
 DOTS_AN_INCH = 110
 MOST = 1e30
-"""Larger numbers, and on a logarithmic axis those below 1 / MOST, are no measurements, and are drawn as gaps."""
+"""A logarithmic axis reaches no further, nor below 1 / MOST: such numbers are no measurements."""
 TITLE_CHARACTERS = 96
 """Of a line of the title, at the width of a picture."""
 
@@ -110,7 +110,7 @@ def of_layers(found: Diagnosis) -> NDArray[np.uint8]:
         panels[1].set(ylabel="stream, rms")
         _logarithmic(panels[1], found.stream_rms)
         edges = [part.start - 0.5 for part in found.parts] + [layers.stop - 0.5]
-        panels[2].stairs(_finite(found.skip_eighth), edges, fill=True, color="C0", alpha=0.6)
+        panels[2].stairs(found.skip_eighth, edges, fill=True, color="C0", alpha=0.6)
         panels[2].axhline(0.0, color="grey", linewidth=0.5)
         panels[2].set(ylabel="loss without\nthe eighth, +nats")
         for axes, values, name in (
@@ -118,7 +118,7 @@ def of_layers(found: Diagnosis) -> NDArray[np.uint8]:
             (panels[4], found.entropy, "entropy, nats"),
         ):
             heads = len(values[0])
-            axes.scatter(np.repeat(layers, heads), _finite(chain.from_iterable(values)), s=4.0, color="C0", alpha=0.4)
+            axes.scatter(np.repeat(layers, heads), list(chain.from_iterable(values)), s=4.0, color="C0", alpha=0.4)
             _line(axes, layers, [sum(of_layer) / heads for of_layer in values], "C1", "mean of the heads")
             axes.set(ylabel=f"{name}\na point a head", ylim=(0.0, None))
             axes.legend(fontsize=8)
@@ -142,13 +142,7 @@ def _pixels(figure: Any) -> NDArray[np.uint8]:
 
 
 def _line(axes: Any, layers: Sequence[int], values: Sequence[float], colour: str, label: str) -> None:
-    axes.plot(layers, _finite(values), color=colour, label=label, linewidth=1.2, marker=".", markersize=3.0)
-
-
-def _finite(values: Any) -> NDArray[np.float64]:
-    """Numbers that can be drawn; a gap where one cannot."""
-    array = np.array(list(values), dtype=np.float64)
-    return np.where(np.abs(array) <= MOST, array, np.nan)
+    axes.plot(layers, values, color=colour, label=label, linewidth=1.2, marker=".", markersize=3.0)
 
 
 def _logarithmic(axes: Any, values: Sequence[float]) -> None:

@@ -11,12 +11,11 @@ import torch
 import torch.distributed as dist
 
 from solomonov.engine_spec import EngineSpec
-from solomonov.model.attention import SequenceShare, attend
 from solomonov.model.pipeline import BlockStage, pipeline_layers
 from solomonov.model.recompute import in_groups, in_turn
 from solomonov.model.stacks import Stack
 from solomonov.model.transformer import compile_blocks
-from solomonov.topology import Place, RankGrid, rank_grid, stage_bounds
+from solomonov.topology import RankGrid, stage_bounds
 
 
 def pipeline_module(spec: EngineSpec, grid: RankGrid | None, loss: Callable[..., torch.Tensor]) -> torch.nn.Module:
@@ -79,23 +78,6 @@ def pipeline_module(spec: EngineSpec, grid: RankGrid | None, loss: Callable[...,
     if spec.compile:
         compile_blocks(module)
     return module
-
-
-def sequence_share(ranks: int, grid: RankGrid | None) -> tuple[SequenceShare, int, Any]:
-    """This rank's share of its rows, which of the groups of so many ranks has these rows, and that group. A collective.
-
-    Args:
-        grid: where each rank stands, a stage being a run of each row's tokens; None: the first ranks are of the first
-            run, and so on.
-    """
-    from deepspeed.sequence.layer import DistributedAttention
-
-    if grid is None:
-        grid = rank_grid([Place(0, rank) for rank in range(dist.get_world_size())], ranks)
-    part, copy = grid.coordinates()[dist.get_rank()]
-    groups = [dist.new_group(list(row)) for row in zip(*grid.stages, strict=True)]  # all ranks make all of them
-    across = DistributedAttention(attend, groups[copy], scatter_idx=2, gather_idx=1)  # heads, tokens
-    return SequenceShare(part, ranks, across), copy, groups[copy]
 
 
 def instructions(accumulates: bool) -> dict[type, Callable[..., None]]:

@@ -141,7 +141,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if terminalreporter.config.getoption("--coverage-floors"):
+    if terminalreporter.config.getoption("--sampled"):
         terminalreporter.section(f"the {SLOWEST_FILES} slowest files")
         for name, seconds in sorted(_seconds.items(), key=lambda item: -item[1])[:SLOWEST_FILES]:
             terminalreporter.write_line(f"{seconds:7.0f}s {name}")

@@ -68,6 +68,14 @@ def found(value: Any, key: str) -> Iterator[Any]:
             yield from found(each, key)
 
 
+def committed_like(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The committed result of a benchmark, which has all that this one of now has, and is of the whole benchmark."""
+    committed: dict[str, Any] = json.loads(path.read_bytes())
+    assert keys(committed) == keys(result), "run the benchmark again, as its `command` says, and commit its result"
+    assert "--quick" not in committed["command"]
+    return committed
+
+
 @pytest.mark.ray
 @pytest.mark.e2e
 def test_stream_delivers_the_same_rows_inline_and_from_workers(stream_run: tuple[dict[str, Any], str]) -> None:
@@ -123,9 +131,7 @@ def test_stream_shows_what_it_wrote_and_leaves_nothing(
 @pytest.mark.e2e
 def test_committed_stream_result_is_of_this_benchmark(stream_run: tuple[dict[str, Any], str]) -> None:
     result, _ = stream_run
-    committed = json.loads(COMMITTED.read_bytes())
-    assert keys(committed) == keys(result), "run the benchmark again, as its `command` says, and commit its result"
-    assert "--quick" not in committed["command"]
+    committed = committed_like(result, COMMITTED)
     assert not any(found(committed, "unexpected"))
 
 
@@ -193,9 +199,7 @@ def test_a_row_is_named_by_what_differs() -> None:
 @pytest.mark.e2e
 def test_committed_layouts_result_is_of_this_benchmark(layouts_run: tuple[dict[str, Any], str]) -> None:
     result, _ = layouts_run
-    committed = json.loads(COMMITTED_LAYOUTS.read_bytes())
-    assert keys(committed) == keys(result), "run the benchmark again, as its `command` says, and commit its result"
-    assert "--quick" not in committed["command"]
+    committed = committed_like(result, COMMITTED_LAYOUTS)
     assert [(row["ranks"], row["title"]) for row in committed["rows"]] == [
         (row["ranks"], row["title"]) for row in result["rows"]
     ]

@@ -92,6 +92,8 @@ def test_a_part_is_drawn_of_what_is_sampled(options: list[str], full: str, count
     assert len(runs[0]) == count, runs[0]
     assert sum(name.startswith("test_cases") for name in runs[0]) == (2 if count == 4 else 9)
     assert "test_always" in runs[0]
+    timed = re.findall(r"^ +\d+s (\S+)$", output, re.MULTILINE)
+    assert timed == (["test_parts.py"] if options else []), "where the time of a whole run went, file by file"
 
 
 def test_coverage_is_by_package_over_lines_and_branches() -> None:

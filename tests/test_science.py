@@ -174,11 +174,12 @@ def test_words_are_multiplied_as_permutations_are(items: int) -> None:
     """Things are moved by hand, one permutation after the other."""
     task = Words(items)
     elements = list(permutations(range(items)))
-    assert task.vocabulary == len(elements)
+    assert task.vocabulary == 1 + task.elements == 1 + len(elements)
     ids, _, labels = task.batch(5, 12, 4, seed=0)
     for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
         things = list(range(items))
-        for element, product in zip(row, wanted, strict=True):
+        assert (row[0], tuple(things)) == (task.elements, elements[wanted[0]])
+        for element, product in zip(row[1:], wanted[1:], strict=True):
             things = [elements[element][thing] for thing in things]
             assert tuple(things) == elements[product]
     assert not torch.equal(ids, task.batch(5, 12, 5, seed=0)[0])

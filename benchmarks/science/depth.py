@@ -37,16 +37,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from benchmarks.harness import provenance, table
-from benchmarks.science.runs import add_options, fit, run_all
+from benchmarks.harness import table
+from benchmarks.science.runs import conduct, fit, options_of
 from benchmarks.science.tasks import Batch, NoisyPermutation, Text, library_bytes
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_count
 from solomonov.model.residual import MODES
-from solomonov.model.signal import measure_signal, skip_eighths
+from solomonov.model.signal import mean_loss, measure_signal, skip_eighths
 from solomonov.model.transformer import Transformer
 
-SCHEMA_VERSION: Final = 1
 ROWS: Final = 8
 HELD_OUT_ROWS: Final = 256
 BASE_LAYERS: Final = 6
@@ -144,8 +143,11 @@ def train(run: Run) -> dict[str, Any]:
     record: dict[str, Any] = {**asdict(run), "losses": [round(loss, 4) for loss in losses], "seconds_a_step": seconds}
     record |= {"gradient_ratio": first.gradient_ratio, "finite": len(losses) == run.steps}
     if record["finite"]:
-        last = measure_signal(model, *held_out)
-        record |= {"loss": last.loss, "growth": last.growth, "skip": list(skip_eighths(model, *held_out))}
+        # With gradients, a few rows: 256 of them keep 16 GB in 1,000 layers.
+        ids, documents, labels = (each[:ROWS] for each in held_out)
+        last = measure_signal(model, ids, documents, labels)
+        skip = skip_eighths(model, *held_out)
+        record |= {"loss": mean_loss(model, *held_out), "growth": last.growth, "skip": list(skip)}
     return record
 
 
@@ -217,6 +219,12 @@ def runs_of(options: argparse.Namespace) -> list[Run]:
     return sorted(runs, key=lambda run: run.layers * run.steps, reverse=True)
 
 
+def line(record: dict[str, Any]) -> str:
+    """What is said when a training has ended."""
+    loss = f"{record['loss']:.2f}" if record["finite"] else "not finite"
+    return f"{record['layers']:5d} {record['mode']:18s} lr {record['lr']:g} seed {record['seed']}: {loss}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, print, and keep what came out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.science.depth", description=__doc__.partition("\n")[0])
@@ -228,19 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=3, help="up to 100 layers; beyond one")
     parser.add_argument("--steps", type=int, help="default: 150, at 500 layers and more 80, of text 1500")
-    add_options(parser)
-    options = parser.parse_args(arguments)
-    command = "python -m benchmarks.science.depth " + " ".join(sys.argv[1:] if arguments is None else arguments)
-    limits = setting_of(options.task).limits
-    facts = {"schema_version": SCHEMA_VERSION, **provenance(command.strip()), "limits": dict(limits)}
+    options = options_of(parser, arguments)
+    limits = dict(setting_of(options.task).limits)
     runs = runs_of(options)
-    records = []
-    print(f"{len(runs)} trainings", flush=True)
-    for record in run_all(runs, train, options, facts, summary):
-        records.append(record)
-        loss = f"{record['loss']:.2f}" if record["finite"] else "not finite"
-        what = f"{record['layers']:5d} {record['mode']:18s} lr {record['lr']:g} seed {record['seed']}"
-        print(f"{what}: {loss}", flush=True)
+    records = conduct(runs, train, options, summary, line, limits=limits)
     print(report(summary(records), limits))
     return 0
 

@@ -23,14 +23,13 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.harness import provenance, table
-from benchmarks.science.runs import add_options, fit, run_all
+from benchmarks.harness import table
+from benchmarks.science.runs import conduct, fit, options_of
 from benchmarks.science.tasks import IGNORED, Copy, Passkey, Recall, Task, Text
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_count
 from solomonov.model.transformer import Transformer
 
-SCHEMA_VERSION: Final = 1
 TOKENS: Final = 128
 TIMES: Final = (1, 2, 4, 8)
 TASKS: Final[dict[str, Task]] = {"recall": Recall(), "passkey": Passkey(), "copy": Copy(), "text": Text()}
@@ -120,6 +119,12 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     return table("found in rows of so many tokens; trained on 128", ["task, attention", *heads], lines)
 
 
+def line(record: dict[str, Any]) -> str:
+    """What is said when a training has ended."""
+    found = " ".join(f"{record['found'][str(times)]:.2f}" for times in TIMES)
+    return f"{record['task']:8s} {record['kind']:13s} seed {record['seed']}: {found}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, ask, print, and keep what came out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.science.reach", description=__doc__.partition("\n")[0])
@@ -128,22 +133,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="updates (default: 2000)")
     parser.add_argument("--asked-rows", type=int, default=256, help="at each length (default: 256)")
-    add_options(parser)
-    options = parser.parse_args(arguments)
-    command = "python -m benchmarks.science.reach " + " ".join(sys.argv[1:] if arguments is None else arguments)
-    facts = {"schema_version": SCHEMA_VERSION, **provenance(command.strip())}
+    options = options_of(parser, arguments)
     runs = [
         Run(task, kind, seed, options.steps or STEPS[task], asked_rows=options.asked_rows)
         for task in options.tasks
         for kind in options.kinds
         for seed in range(options.seeds)
     ]
-    records = []
-    print(f"{len(runs)} trainings", flush=True)
-    for record in run_all(runs, train, options, facts, summary):
-        records.append(record)
-        found = " ".join(f"{record['found'][str(times)]:.2f}" for times in TIMES)
-        print(f"{record['task']:8s} {record['kind']:13s} seed {record['seed']}: {found}", flush=True)
+    records = conduct(runs, train, options, summary, line)
     print(report(summary(records)))
     return 0
 

@@ -7,28 +7,39 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 
-from benchmarks.harness import BenchmarkError, write_result
+from benchmarks.harness import BenchmarkError, provenance, write_result
 from benchmarks.science.tasks import IGNORED, Batch
 from solomonov.config import OptimizerConfig
 from solomonov.model.transformer import Transformer
 from solomonov.optim import make_optimizer
 
+SCHEMA_VERSION: Final = 1
 RunT = TypeVar("RunT")
 Record = dict[str, Any]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every experiment has."""
+def options_of(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What was asked for, with the options that every experiment has; `command` makes the same result again.
+
+    Args:
+        arguments: None: those of this process.
+    """
     parser.add_argument("--out", metavar="FILE", type=Path, help="keep the result there, after every training")
     parser.add_argument("--more", action="store_true", help="take over the trainings that FILE already has")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="trainings at once")
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(words)
+    options.command = " ".join([parser.prog, *words])
+    return options
 
 
 def run_all(
@@ -42,12 +53,13 @@ def run_all(
 
     Args:
         runs: dataclasses; a record holds the fields of its run, and `commit`, the source that it was trained with.
-        options: of `add_options`.
+        options: of `options_of`.
         facts: what stands in the result beside `commits`, `summary` and `runs`.
         summary: of the records, for the result.
 
     Raises:
         BenchmarkError: there is a result at the place of the new one, and --more was not given.
+        BrokenProcessPool: a worker was killed; what had ended is kept.
     """
     out: Path | None = options.out
     if out is not None and out.exists() and not options.more:
@@ -59,15 +71,42 @@ def run_all(
     }
     yield from kept.values()
     missing = [number for number in range(len(runs)) if number not in kept]
-    with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=4) as pool:
-        jobs = [(number, train, runs[number]) for number in missing]
-        for number, record in pool.imap_unordered(_numbered, jobs):
-            kept[number] = {**record, "commit": facts["git_commit"]}
+    pool = ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"))
+    try:
+        jobs = {pool.submit(train, runs[number]): number for number in missing}
+        for job, number in _ended(jobs):
+            kept[number] = {**job.result(), "commit": facts["git_commit"]}
             if out is not None:
                 records = [kept[number] for number in sorted(kept)]
                 commits = sorted({record["commit"] for record in records})
                 write_result(out, {**facts, "commits": commits, "summary": summary(records), "runs": records})
             yield kept[number]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def conduct(
+    runs: Sequence[RunT],
+    train: Callable[[RunT], Record],
+    options: argparse.Namespace,
+    summary: Callable[[list[Record]], list[Record]],
+    line: Callable[[Record], str],
+    **facts: Any,
+) -> list[Record]:
+    """Train them all, say what came of each, and keep the result.
+
+    Args:
+        options: of `options_of`.
+        line: what is said of a record.
+        facts: more that stands in the result.
+    """
+    print(f"{len(runs)} trainings", flush=True)
+    whole = {"schema_version": SCHEMA_VERSION, **provenance(options.command), **facts}
+    records = []
+    for record in run_all(runs, train, options, whole, summary):
+        records.append(record)
+        print(line(record), flush=True)
+    return records
 
 
 def schedule(step: int, lr: float, steps: int, warmup: int) -> float:
@@ -103,6 +142,10 @@ def fit(model: Transformer, batch: Callable[[int], Batch], *, lr: float, steps: 
     return losses
 
 
-def _numbered(job: tuple[int, Callable[[Any], Record], Any]) -> tuple[int, Record]:
-    number, train, run = job
-    return number, train(run)
+def _ended(jobs: Mapping[Future[Record], int]) -> Iterator[tuple[Future[Record], int]]:
+    """Each with its number when it ends; of those that ended together what failed last, so that the others are kept."""
+    waiting = set(jobs)
+    while waiting:
+        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        for job in sorted(done, key=lambda job: (job.exception() is not None, jobs[job])):
+            yield job, jobs[job]

@@ -176,21 +176,28 @@ class Words:
     items: int = 3
 
     @property
-    def vocabulary(self) -> int:
-        """V: the elements of the group."""
+    def elements(self) -> int:
+        """Of the group."""
         return factorial(self.items)
+
+    @property
+    def vocabulary(self) -> int:
+        """V: the elements, and what a row begins with: a mean over equal tokens is the same for any number of them, so
+        that without it nobody could count."""
+        return self.elements + 1
 
     @cached_property
     def products(self) -> Tensor:
-        """(V, V): number of the element that applying the first, and then the second, is."""
+        """Number of the element that applying the first, and then the second, is."""
         elements = list(permutations(range(self.items)))
         number = {element: at for at, element in enumerate(elements)}
         return torch.tensor([[number[tuple(then[at] for at in first)] for then in elements] for first in elements])
 
     def batch(self, rows: int, tokens: int, number: int, seed: int) -> Batch:
-        """Rows of `tokens` elements, asked about at every place."""
-        ids = torch.randint(0, self.vocabulary, (rows, tokens), generator=_generator(seed, number))
-        state = ids[:, 0]
+        """Rows of `tokens` tokens, the beginning among them, asked about at every place."""
+        ids = torch.randint(0, self.elements, (rows, tokens), generator=_generator(seed, number))
+        ids[:, 0] = self.elements
+        state = torch.zeros(rows, dtype=torch.int64)  # which leaves all things where they are
         labels = [state]
         for place in range(1, tokens):
             state = self.products[state, ids[:, place]]

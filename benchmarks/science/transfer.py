@@ -25,15 +25,14 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.harness import provenance, table
+from benchmarks.harness import table
 from benchmarks.science.depth import BASE_LAYERS, HELD_OUT_ROWS, ROWS, setting_of
-from benchmarks.science.runs import add_options, fit, run_all
+from benchmarks.science.runs import conduct, fit, options_of
 from benchmarks.science.tasks import Batch
 from solomonov.model.config import ModelConfig
 from solomonov.model.signal import mean_loss
 from solomonov.model.transformer import Transformer
 
-SCHEMA_VERSION: Final = 1
 RATES: Final = [2.0**exponent for exponent in range(-12, -4)]
 KINDS: Final[dict[str, dict[str, Any]]] = {
     "sp": {"parameterization": "sp", "residual": "prenorm"},
@@ -128,6 +127,12 @@ def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
     pyplot.close(figure)
 
 
+def line(record: dict[str, Any]) -> str:
+    """What is said when a training has ended."""
+    loss = f"{record['loss']:.2f}" if record["finite"] else "not finite"
+    return f"{record['kind']:10s} {record['layers']:3d} lr {record['lr']:.2g} seed {record['seed']}: {loss}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, print, keep and draw what came out."""
     parser = argparse.ArgumentParser(
@@ -138,11 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--picture", metavar="FILE", type=Path)
-    add_options(parser)
-    options = parser.parse_args(arguments)
-    command = "python -m benchmarks.science.transfer " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    options = options_of(parser, arguments)
     limits = dict(setting_of("permutation").limits)
-    facts = {"schema_version": SCHEMA_VERSION, **provenance(command.strip()), "limits": limits}
     runs = [
         Run(kind, layers, lr, seed, options.steps)
         for layers in sorted(options.layers, reverse=True)
@@ -150,12 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for lr in options.rates
         for seed in range(options.seeds)
     ]
-    records = []
-    print(f"{len(runs)} trainings", flush=True)
-    for record in run_all(runs, train, options, facts, summary):
-        records.append(record)
-        loss = f"{record['loss']:.2f}" if record["finite"] else "not finite"
-        print(f"{record['kind']:10s} {record['layers']:3d} lr {record['lr']:.2g} seed {record['seed']}: {loss}")
+    records = conduct(runs, train, options, summary, line, limits=limits)
     rows = summary(records)
     print(report(rows, limits))
     if options.picture is not None:

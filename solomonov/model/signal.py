@@ -132,7 +132,7 @@ def bypassed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     where those behind it add them to their own."""
 
     def hand_on(block: nn.Module, given: tuple[Any, ...], stream: Stream) -> Stream:
-        assert isinstance(block, Block), "only blocks are passed by"
+        assert isinstance(block, Block), f"a {type(block).__name__} was hooked as a block"
         return block.with_hidden(stream, block.hidden_of(given[0]))
 
     with ExitStack() as hooks:

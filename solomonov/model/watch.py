@@ -78,7 +78,7 @@ class Watch:
             yield
 
     def _passed(self, number: int, block: nn.Module, given: tuple[Any, ...], result: Stream) -> None:
-        assert isinstance(block, Block), "only blocks are watched"
+        assert isinstance(block, Block), f"a {type(block).__name__} was hooked as a block"
         if number == 0:
             self._measure(number, block.hidden_of(given[0]))
         self._measure(number + 1, block.hidden_of(result))

@@ -73,13 +73,15 @@ def test_bf16_losses_stay_near_fp32(layout: Layout) -> None:
     [
         (1, replace(TWO, zero_stage=1)),
         (2, replace(TWO, zero_stage=3)),
+        (4, replace(TWO, zero_stage=1, accumulation=2)),
         (2, replace(TWO, zero_stage=1, accumulation=2, pipeline=2)),
         (4, replace(TWO, zero_stage=1, accumulation=2, pipeline=2)),
     ],
     ids=str,
 )
 def test_evaluation_sums_over_all_ranks(world: int, layout: Layout) -> None:
-    """Micro-batches that are full and one that is short, or missing: padding of both lengths."""
+    """Micro-batches that are full and one that is short, or, where each rank has one row at a time, missing: padding
+    of both lengths."""
     model = Transformer(tiny.model_of(layout), tiny.VOCAB, seed=tiny.SEED)
     rows = tiny.batch(3, list(range(tiny.EVALUATED_ROWS)), source=True)
     with torch.no_grad():

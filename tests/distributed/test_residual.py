@@ -135,18 +135,23 @@ def test_with_muon_too(world: int, layout: Layout, changes: dict[str, int]) -> N
     [
         (1, replace(SWITCHED, zero_stage=0), replace(SWITCHED, zero_stage=3)),
         (2, replace(SWITCHED, zero_stage=3, accumulation=2), replace(SWITCHED, zero_stage=1, pipeline=2)),
+        (2, replace(SWITCHED, zero_stage=3), replace(SWITCHED, zero_stage=3)),
     ],
     ids=str,
 )
 def test_a_resumed_run_drops_what_the_whole_one_does(
     tmp_path: Path, world: int, saved: Layout, restored: Layout
 ) -> None:
-    """The number of the update is the checkpoint's step, in any layout: seven updates, saved after the fifth."""
-    run_ranks(tiny.run_and_save, world, saved, SWITCHED_STEPS - 2, tmp_path / "run")
+    """The number of the update is the checkpoint's step, in any layout: seven updates, saved after the fifth. At the
+    same one it goes on to the bit as the run that was not left."""
+    (_, continued), *_ = run_ranks(tiny.run_and_save, world, saved, SWITCHED_STEPS - 2, tmp_path / "run")
     whole = in_plain_pytorch(SWITCHED)
     rest = replace(whole, losses=whole.losses[-2:], norms=whole.norms[-2:])
     for _, outcome in run_ranks(tiny.restore_and_run, world, restored, tmp_path / "run", tmp_path / "again"):
         assert_equal_within(outcome, rest, 1e-5)
+        if restored == saved:
+            assert (outcome.losses, outcome.norms) == (continued.losses, continued.norms)
+            assert all(torch.equal(tensor, continued.state[key]) for key, tensor in outcome.state.items())
 
 
 @pytest.mark.parametrize(

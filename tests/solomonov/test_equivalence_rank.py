@@ -94,9 +94,10 @@ def test_layouts_of_other_architectures_hold_and_a_fault_is_found_in_its_layer(a
         assert str(verdict.parts).startswith(f"layers.1, by the gradient of {FAULTY} in step 1: 1.0e-03"), case
 
 
-def test_layouts_hold_with_muon() -> None:
+@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+def test_layouts_hold_with_muon(architecture: str) -> None:
     """The first stage of a pipeline has no head, which AdamW updates with decay: its groups of parameters differ."""
-    of = trial("optimizer.kind=muon", "model.tie_embeddings=false")
+    of = trial("optimizer.kind=muon", "model.tie_embeddings=false", f"model.architecture={architecture}")
     [[reference]] = run_ranks(run_cases, 1, of, [REFERENCE], False)
     cases = [
         Case(ranks=2, zero_stage=0, pipeline=2, accumulation=2),

@@ -271,6 +271,17 @@ def test_what_a_front_keeps_is_there_with_the_rest(monkeypatch: pytest.MonkeyPat
     assert whole.total - foreseen().total == kept
 
 
+def test_the_values_of_the_first_block_are_kept_once_beside_the_inputs_of_groups() -> None:
+    """While the head, of many pieces, needs the most, of blocks that are computed again there is nothing else."""
+    plan, full = BatchPlan(256, ROWS, ROWS, 1, 1, 10), Training("fp32", Recompute("full"))
+    without, kept = (
+        footprint(ModelConfig.model_validate({**NARROW, **switch}), 20_000, plan, ParallelConfig(zero_stage=0), full)
+        for switch in ({}, {"value_residual": True})
+    )
+    assert without.moment == kept.moment == "head"
+    assert kept.activations - without.activations == 4 * ROWS * 256 * 8
+
+
 def test_a_model_of_any_size_is_foreseen_without_its_memory() -> None:
     """8 billion parameters on 4,096 ranks, ZeRO 3: 16 bytes a parameter over the ranks, and what is live at once."""
     model = ModelConfig(layers=32, d_model=4096, heads=32, kv_heads=8, d_ff=14336)

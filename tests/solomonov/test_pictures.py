@@ -19,6 +19,8 @@ from solomonov.model.config import ModelConfig
 from solomonov.model.signal import Signal
 from solomonov.signal_check import SignalCheck, check_signal
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 
 def png_size(path: Path) -> tuple[int, int]:
     """Width and height as the header says (PNG specification, sections 5.2 and 11.2.1)."""

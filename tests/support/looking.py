@@ -82,9 +82,9 @@ def look(
         return usual_mix(logits, values, sink)
 
     def added(
-        state: Mapping[str, Array], branch: str, config: ModelConfig, layer: int, x: Array, b: Array, factor: float
+        state: Mapping[str, Array], branch: str, config: ModelConfig, layer: int, x: Array, b: Array, *factor: float
     ) -> Array:
-        after = x if layer in without else usual_added(state, branch, config, layer, x, b, factor)
+        after = x if layer in without else usual_added(state, branch, config, layer, x, b, *factor)
         if branch.endswith("feed_forward"):
             found.streams[layer + 1] += (float((after**2).sum()), len(after))
         return after

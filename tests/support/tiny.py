@@ -19,6 +19,7 @@ from solomonov.config import OptimizerConfig
 from solomonov.distributed import Control
 from solomonov.engine import Engine
 from solomonov.engine_spec import EngineSpec
+from solomonov.equivalence import LEAST_EPS
 from solomonov.model.config import ModelConfig, Recompute, RecomputeMode
 from solomonov.model.cross import Source
 from solomonov.model.residual import ResidualMode
@@ -165,10 +166,11 @@ def model_of(layout: Layout) -> ModelConfig:
 
 
 def optimizer_of(layout: Layout) -> OptimizerConfig:
-    """Its constants. An encoder_decoder's gradients are small: with the usual eps its first updates are rounding."""
-    if layout.muon:
-        return MUON
-    return OptimizerConfig(lr=LEARNING_RATE, eps=1e-5 if layout.architecture == "encoder_decoder" else 1e-8)
+    """What updates. An encoder_decoder's gradients are small, and those of single learned numbers all but cancel: with
+    the usual eps their first updates are what rounding leaves of them (see `equivalence.LEAST_EPS`)."""
+    chosen = MUON if layout.muon else OptimizerConfig(lr=LEARNING_RATE)
+    is_small = layout.switched or layout.architecture == "encoder_decoder"
+    return chosen.model_copy(update={"eps": LEAST_EPS}) if is_small else chosen
 
 
 def make_spec(layout: Layout, world: int) -> EngineSpec:

@@ -112,7 +112,13 @@ def test_of_a_front_what_widens_follows_the_width() -> None:
 
 def test_of_two_stacks_eps_follows_the_depth_of_its_own() -> None:
     config = two_stacks(
-        parameterization="completep", residual="auto", base_d_model=8, base_layers=2, layers=4, encoder_layers=16
+        parameterization="completep",
+        residual="auto",
+        base_d_model=8,
+        base_layers=2,
+        layers=4,
+        encoder_layers=16,
+        value_residual=True,
     )
     expected = {
         "encoder.layers.0.attention.q.weight": (0.5, 2.0, 1 / 16),
@@ -120,6 +126,8 @@ def test_of_two_stacks_eps_follows_the_depth_of_its_own() -> None:
         "layers.3.cross_attention.k.weight": (0.5, 2.0, 1 / 4),
         "encoder.layers.15.attention_norm.weight": (1.0, 0.0, 1 / 16),
         "layers.1.cross_attention.q_norm.weight": (1.0, 0.0, 1 / 4),
+        "encoder.layers.1.attention_value_mix": (1.0, 0.0, 1 / 16),
+        "layers.3.attention_value_mix": (1.0, 0.0, 1 / 4),
         "encoder.final_norm.weight": (1.0, 0.0, 1 / 2),
     }
     for name, (lr, decay, eps) in expected.items():
@@ -149,6 +157,13 @@ def test_what_is_beside_the_matrices_follows_its_row() -> None:
         assert (found.lr, found.decay, found.eps) == (lr, decay, eps), name
         value = initial_value(name, shapes[name], config, 0)
         assert bool(value.any()) == (not name.endswith("bias")), name
+
+
+def test_values_begin_as_the_mean_of_those_of_the_first_block_and_their_own() -> None:
+    """ResFormer with learned numbers (arXiv 2410.17897) starts them at 0.5."""
+    model = Transformer(tiny_config(layers=3, value_residual=True), VOCAB, seed=0)
+    assert model.layers[0].attention_value_mix is None
+    assert [block.attention_value_mix.tolist() for block in list(model.layers)[1:]] == [[0.5, 0.5]] * 2
 
 
 @pytest.mark.parametrize(

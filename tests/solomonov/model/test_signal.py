@@ -57,6 +57,21 @@ def test_signal_is_that_of_a_stack_walked_by_hand(mode: str) -> None:
     assert found.gradient_ratio == pytest.approx(found.gradient_norms[0] / found.gradient_norms[3])
 
 
+def test_a_first_block_that_is_passed_by_leaves_its_values_to_the_others() -> None:
+    model = spread_model(tiny_config(layers=3, value_residual=True))
+    ids, documents, labels = _rows()
+    contexts = layer_contexts(documents, model.config)
+    hidden = model.embedding(ids)
+    _, values = model.layers[0]((hidden,), contexts[0])
+    for layer in (1, 2):
+        hidden, _ = model.layers[layer]((hidden, values), contexts[layer])
+    assert model.final_norm is not None
+    expected = model.head(model.final_norm(hidden), labels)
+    with bypassed([model.layers[0]]):
+        assert torch.equal(model(ids, documents, labels), expected)
+    assert len(measure_signal(model, ids, documents, labels).cosines) == 3
+
+
 def _walk_two(
     model: Transformer, without: range, rows: tuple[Tensor, Tensor, Tensor], source: Source
 ) -> tuple[Tensor, list[Tensor]]:

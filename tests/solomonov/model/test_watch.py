@@ -58,6 +58,7 @@ CASES: list[dict[str, Any]] = [
     {"attention": {"position": "alibi", "sink": True}, "heads": 6, "kv_heads": 3, "head_dim": 4},
     {"attention": {"preset": "rope"}, "kv_heads": 1, "residual": "deepnorm"},
     {"architecture": "encoder", "residual": "prenorm"},
+    {"value_residual": True, "kv_heads": 2, "residual": "keel"},
 ]
 
 
@@ -77,13 +78,14 @@ def test_looking_changes_nothing_and_ends() -> None:
     model, batch = spread_model(tiny_config(attention=ATTENTION["much at once"])), rows()
     before = model(batch.input_ids, batch.document_ids)
     watch = watched(model, batch)
-    first = watch.streams.clone()
+    first, heads = watch.streams.clone(), watch.heads.clone()
     with watch.looking():
         watch.rows(batch.document_ids)
         assert torch.equal(model(batch.input_ids, batch.document_ids), before)
     assert torch.equal(watch.streams, 2 * first), "sums go on"
     assert torch.equal(model(batch.input_ids, batch.document_ids), before)
     assert torch.equal(watch.streams, 2 * first), "and nobody looks any more"
+    assert torch.equal(watch.heads, 2 * heads)
 
 
 def test_reduced_precision_is_summed_in_full() -> None:
@@ -101,6 +103,7 @@ def test_reduced_precision_is_summed_in_full() -> None:
 @pytest.mark.parametrize("flags", ["rope", "hybrid"])
 def test_compiled_blocks_are_watched_and_passed_by_as_well(flags: str) -> None:
     """What was compiled before takes no notice of hooks, and is what runs again afterwards."""
+    torch._dynamo.reset()  # other tests' blocks count towards the graphs of one function, 8 at most
     model, batch, calls = spread_model(tiny_config(layers=3, attention=ATTENTION[flags])), rows(), [0]
 
     def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
@@ -166,15 +169,21 @@ def test_layers_of_a_pipeline_are_watched_on_the_carry() -> None:
 
 @pytest.mark.parametrize("last", [False, True])
 def test_blocks_behind_an_encoder_are_passed_by_in_a_pipeline(last: bool) -> None:
-    """The last block of all hands on less than it is given."""
+    """The last block of all hands on less than it is given: stages agree once on what travels between them."""
     config = two_stacks(layers=2)
     model, source, batch = spread_model(config), random_source(2, 5), rows()
     layers, place = stages(model), 4 if last else 1
     blocks = [layer for layer in layers if isinstance(layer, BlockStage)]
     plain = list(model.blocks())
+    carry = (source.input_ids.long(), source.document_ids.long(), batch.input_ids, batch.document_ids)
+    sizes: list[list[torch.Size]] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda _, given, result: sizes.append([part.shape for part in given[0]]))
+    through(layers, *carry)
+    usual = list(sizes)
     with bypassed([blocks[place]]), bypassed([plain[place]]), torch.no_grad():
-        carry = (source.input_ids.long(), source.document_ids.long(), batch.input_ids, batch.document_ids)
         hidden, weight = through(layers, *carry)
+        assert sizes == 2 * usual
         torch.testing.assert_close(hidden @ weight.T, model(batch.input_ids, batch.document_ids, source=source))
 
 

@@ -1,0 +1,57 @@
+"""The experiment on depth that is needed: a small run, read back, and its figures by hand-made records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.science import words
+from benchmarks.science.tasks import Words
+from benchmarks.science.words import Run, model_of, summary, train
+
+
+def test_a_model_learns_to_multiply_two_permutations_and_is_told_so() -> None:
+    """Two elements of the group of 2 behind the beginning: what is learned in seconds."""
+    found = train(Run("scaled", 2, 0, items=2, tokens=3, steps=150, lr=3e-3))
+    assert found["finite"]
+    assert found["all"] == found["last"] == 1.0
+    none = train(Run("scaled", 2, 0, items=4, tokens=8, steps=5, lr=1e-5))
+    assert none["last"] == pytest.approx(1 / 24, abs=0.05), "chance"
+
+
+def test_shares_are_those_of_the_right_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that says what stands at its own place is right where what came before is together nothing."""
+    monkeypatch.setattr(words, "fit", lambda *_, **__: [0.0])
+
+    class Own(torch.nn.Module):
+        def forward(self, ids: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(ids.long(), 7).float()
+
+    monkeypatch.setattr(words, "Transformer", lambda *_, **__: Own())
+    found = train(Run("scaled", 1, 0, items=3, tokens=8, steps=1, lr=1.0))
+    ids, _, labels = Words(3).batch(words.HELD_OUT_ROWS, 8, -1, 0)
+    assert found["all"] == pytest.approx(float((ids == labels).float().mean()))
+    assert found["last"] == pytest.approx(float((ids == labels)[:, 6:].float().mean()))
+    assert found["all"] > found["last"], "right at the first element, of which there is none in the last quarter"
+
+
+def test_the_depth_and_the_form_are_those_asked_for() -> None:
+    config = model_of(Run("deepnorm", 7, 0, items=3, tokens=8, steps=1, lr=1e-3))
+    assert (config.layers, config.residual) == (7, "deepnorm")
+
+
+def test_medians_and_ranges_over_the_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [{"mode": "scaled", "layers": 4, "all": value, "last": 1 - value} for value in (0.1, 0.2, 0.6)]
+    [row] = summary(records)
+    assert row["all"] == {"median": 0.2, "min": 0.1, "max": 0.6}
+    assert row["last"]["median"] == pytest.approx(0.8)
+    out = tmp_path / "words.json"
+    asked = ["--layers", "2", "1", "--modes", "scaled", "--seeds", "1", "--items", "2", "--tokens", "4", "--steps", "5"]
+    assert words.main([*asked, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert [run["layers"] for run in result["runs"]] == [2, 1]
+    assert result["chance"] == 0.5
+    assert "chance 0.500" in capsys.readouterr().out
