@@ -1,5 +1,4 @@
-"""A model as DeepSpeed's pipeline: its stages, and what is done otherwise than by DeepSpeed in their backward pass. And
-rows that several ranks share by DeepSpeed's exchange."""
+"""A model as DeepSpeed's pipeline: its stages, and what is done otherwise than by DeepSpeed in their backward pass."""
 
 from __future__ import annotations
 
