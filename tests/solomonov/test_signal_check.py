@@ -53,9 +53,11 @@ def test_fates_behind_a_front(kind: str, architecture: str) -> None:
         assert 0.5 < found.signal.stream_rms[0] < 2.0
 
 
-def test_what_is_advised_is_even() -> None:
+def test_what_is_advised_is_even_at_a_thousand_layers() -> None:
+    advice = str(check_signal(deep("postnorm", 120)).advice)
     for mode in ("scaled", "deepnorm"):
-        assert check_signal(deep(mode, 300)).verdict == "even"
+        assert mode in advice.partition("which is even at 1,000 layers")[0]
+        assert check_signal(deep(mode, 1000)).verdict == "even"
 
 
 @pytest.mark.parametrize("mode", MODES)
