@@ -109,8 +109,11 @@ def footprint(
         during = bucket if parallel.zero_stage else 0
         if training.overlap and parallel.zero_stage < 3 and overlaps(parallel, precision):
             during *= 2  # at stage 3 both are always there
-        # At stages 1 and 2 the bucket is made for the first gradient, when the head is done.
-        at = [("head", early, during if parallel.zero_stage == 3 else 0, head)]
+        # At stages 1 and 2 the bucket is made for the first gradient, when the head is done. At stage 1 it then stays
+        # for the micro-batches that follow.
+        plain = precision != "bf16" and parallel.pipeline == 1 and parallel.offload == "none"
+        stays = parallel.zero_stage == 3 or (parallel.zero_stage == 1 and plan.accumulation > 1 and plain)
+        at = [("head", early, during if stays else 0, head)]
         at += [("block", early, during, last_block), ("block", state.gradients, during, first_block)]
         at.append(("update", state.gradients, state.update, 0))
         at.append(("reduction", state.gradients, _reduction(parallel, plan, state, bucket), 0))

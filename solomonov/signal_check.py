@@ -112,7 +112,7 @@ def advice(model: ModelConfig, verdict: Verdict) -> str | None:
         return None
     if model.residual_mode in ("scaled", "deepnorm"):
         return "model.base_layers: the depth at which the learning rate was found, 6 to 12"
-    return "model.residual: scaled (or deepnorm), which is even at any depth"
+    return "model.residual: scaled (or deepnorm), which is even at 1,000 layers"
 
 
 def facts(check: SignalCheck) -> dict[str, Any]:

@@ -185,3 +185,29 @@ def test_evaluation_drops_nothing(world: int, layout: Layout) -> None:
     for first, second in run_ranks(tiny.evaluate_twice, world, layout):
         assert first == pytest.approx(expected, rel=1e-5)
         assert second < first, "a step on these rows was taken in between"
+
+
+def drawn_after_a_skipped_update(layout: Layout) -> tuple[list[bool], dict[str, float]]:
+    """Three updates, of which a NaN in the loss skips the second: which were, and what the third multiplies by."""
+    engine = tiny.make_engine(layout)
+    rows = list(range(tiny.ROWS))
+    skipped = []
+    for step, factor in enumerate((1.0, float("nan"), 1.0)):
+        batch = tiny.batch(step, rows)
+        hook = engine._ds.module.register_forward_hook(lambda module, inputs, loss, by=factor: loss * by)
+        engine.forward_backward([batch], batch.valid_tokens, tiny.LEARNING_RATE, update=step)
+        skipped.append(engine.update().skipped)
+        hook.remove()
+    return skipped, {f"layers.{block.index}": block._factor for block in engine._dropping}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_skipped_update_is_one_of_those_that_are_drawn_for(stage: int) -> None:
+    """Though AdamW does not count it."""
+    layout = replace(SWITCHED, zero_stage=stage)
+    [(skipped, drawn)] = run_ranks(drawn_after_a_skipped_update, 1, layout)
+    assert skipped == [False, True, False]
+    of_each = [factors_of(tiny.model_of(layout), update, tiny.SEED) for update in range(3)]
+    of_each = [{name: factors[name] for name in drawn} for factors in of_each]
+    assert drawn == of_each[2] != of_each[1]
+    assert len(drawn) > 1

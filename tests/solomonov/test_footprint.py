@@ -100,6 +100,14 @@ def test_what_is_foreseen_is_what_is_there(world: int, layout: Layout) -> None:
     hold(world, layout, MODEL, VOCAB, SEQUENCE)
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
+def test_what_earlier_micro_batches_left_is_there_while_the_head_works(precision: str) -> None:
+    """With 4,000 logits a token the head needs the most, and a tenth of that is the bucket of gradients."""
+    layout = Layout(zero_stage=1, accumulation=4, precision=precision)
+    hold(1, layout, ModelConfig(layers=16, d_model=96, heads=4), 2 * VOCAB, 2 * SEQUENCE)
+
+
 NARROW = {"layers": 6, "d_model": 32, "heads": 4, "kv_heads": 1}
 """With long rows: what attention keeps is most of all."""
 

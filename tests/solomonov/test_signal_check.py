@@ -59,9 +59,11 @@ def test_rows_are_no_longer_than_learned_positions(architecture: str) -> None:
     assert check_signal(deep("scaled", 70, architecture=architecture, attention=flags)).verdict == "even"
 
 
-def test_what_is_advised_is_even() -> None:
+def test_what_is_advised_is_even_at_a_thousand_layers() -> None:
+    advice = str(check_signal(deep("postnorm", 120)).advice)
     for mode in ("scaled", "deepnorm"):
-        assert check_signal(deep(mode, 300)).verdict == "even"
+        assert mode in advice.partition("which is even at 1,000 layers")[0]
+        assert check_signal(deep(mode, 1000)).verdict == "even"
 
 
 @pytest.mark.parametrize("mode", MODES)
