@@ -209,8 +209,9 @@ def test_text_is_python_s_own_without_digits_and_what_is_held_out_is_not_trained
 def test_reach_is_asked_at_every_length_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "reach.json"
     words = ["--tasks", "copy", "text", "--kinds", "rope", "windows only", "--seeds", "1", "--steps", "5"]
-    words += ["--asked-rows", "16"]
+    words += ["--asked-rows", "16", "--picture", str(tmp_path / "reach.png")]
     assert reach.main([*words, "--out", str(out)]) == 0
+    assert (tmp_path / "reach.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     printed, result = capsys.readouterr().out, json.loads(out.read_text())
     assert [(run["task"], run["kind"]) for run in result["runs"]] == [
         (task, kind) for task in ("copy", "text") for kind in ("rope", "windows only")

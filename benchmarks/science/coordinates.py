@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import table
+from benchmarks.science.panels import panels
 from benchmarks.science.runs import conduct, options_of
 from benchmarks.science.tasks import NoisyPermutation
 from solomonov.config import OptimizerConfig
@@ -136,27 +137,18 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
     """A column for what grows, a row for what is moved, a line a kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     sweeps = list(dict.fromkeys(row["grows"] for row in rows))
-    figure, axes = pyplot.subplots(len(MOVED), len(sweeps), figsize=(5 * len(sweeps), 6.5), squeeze=False)
-    for line_of, name in zip(axes, MOVED, strict=True):
-        for axis, grows in zip(line_of, sweeps, strict=True):
-            for row in rows:
-                if row["grows"] == grows:
-                    points = zip(*row[name]["medians"], strict=True)
-                    axis.plot(*points, DASHES[row["kind"]], marker="o", markersize=3, label=row["kind"])
-            axis.set(xlabel=grows, ylabel=f"{name}, moved")
-            axis.set_xscale("log", base=2)
-            axis.set_ylim(bottom=0.0)
-            axis.legend()
-    figure.tight_layout()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
-    pyplot.close(figure)
+    with panels(picture, len(MOVED), len(sweeps), width=5.0, height=3.2) as grid:
+        for axes, name in zip(grid, MOVED, strict=True):
+            for axis, grows in zip(axes, sweeps, strict=True):
+                for row in rows:
+                    if row["grows"] == grows:
+                        points = zip(*row[name]["medians"], strict=True)
+                        axis.plot(*points, DASHES[row["kind"]], marker="o", markersize=3, label=row["kind"])
+                axis.set(xlabel=grows, ylabel=f"{name}, moved")
+                axis.set_xscale("log", base=2)
+                axis.set_ylim(bottom=0.0)
+                axis.legend()
 
 
 def line(record: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.science.panels import panels
+
 RATE = 1e-3
 SMOOTHED = 5
 """Updates that a point of a curve is the mean of."""
@@ -21,35 +23,30 @@ SMOOTHED = 5
 
 def draw(result: dict[str, Any], picture: Path) -> None:
     """Draw a result of `depth` as it was written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     runs = [run for run in result["runs"] if run["lr"] == RATE and run["seed"] == 0]
     depths = sorted({run["layers"] for run in runs})
-    figure, axes = pyplot.subplots(len(depths), 2, figsize=(11, 3.2 * len(depths)), squeeze=False)
-    for (left, right), layers in zip(axes, depths, strict=True):
-        for number, run in enumerate(run for run in runs if run["layers"] == layers):
-            losses = run["losses"]
-            smooth = [
-                sum(losses[max(0, at - SMOOTHED + 1) : at + 1]) / min(SMOOTHED, at + 1) for at in range(len(losses))
-            ]
-            left.plot(smooth, label=run["mode"], color=f"C{number}", linewidth=1.2)
-            if "skip" in run:
-                right.plot(range(1, len(run["skip"]) + 1), run["skip"], color=f"C{number}", marker="o", markersize=3)
-        for name, level in result["limits"].items():
-            left.axhline(level, color="grey", linestyle=":", linewidth=0.8)
-            left.text(0, level, name, fontsize=7, color="grey", va="bottom")
-        left.set(title=f"{layers} layers, learning rate {RATE:g}", xlabel="update", ylabel="training loss, nats")
-        left.legend(fontsize=7, ncol=2)
-        right.set(title="without an eighth of the layers", xlabel="eighth", ylabel="rise of the held-out loss, nats")
-        right.set_yscale("symlog", linthresh=0.01)
-        right.axhline(0.0, color="grey", linewidth=0.5)
-    figure.tight_layout()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
-    pyplot.close(figure)
+    with panels(picture, len(depths), 2, width=5.5, height=3.2) as rows:
+        for (left, right), layers in zip(rows, depths, strict=True):
+            for number, run in enumerate(run for run in runs if run["layers"] == layers):
+                losses = run["losses"]
+                smooth = [
+                    sum(losses[max(0, at - SMOOTHED + 1) : at + 1]) / min(SMOOTHED, at + 1) for at in range(len(losses))
+                ]
+                left.plot(smooth, label=run["mode"], color=f"C{number}", linewidth=1.2)
+                if "skip" in run:
+                    right.plot(
+                        range(1, len(run["skip"]) + 1), run["skip"], color=f"C{number}", marker="o", markersize=3
+                    )
+            for name, level in result["limits"].items():
+                left.axhline(level, color="grey", linestyle=":", linewidth=0.8)
+                left.text(0, level, name, fontsize=7, color="grey", va="bottom")
+            left.set(title=f"{layers} layers, learning rate {RATE:g}", xlabel="update", ylabel="training loss, nats")
+            left.legend(fontsize=7, ncol=2)
+            right.set(
+                title="without an eighth of the layers", xlabel="eighth", ylabel="rise of the held-out loss, nats"
+            )
+            right.set_yscale("symlog", linthresh=0.01)
+            right.axhline(0.0, color="grey", linewidth=0.5)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

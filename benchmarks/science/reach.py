@@ -19,11 +19,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from benchmarks.harness import table
+from benchmarks.science.panels import panels
 from benchmarks.science.runs import conduct, fit, options_of
 from benchmarks.science.tasks import IGNORED, Copy, Passkey, Recall, Task, Text
 from solomonov.model.config import ModelConfig
@@ -119,6 +121,23 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     return table("found in rows of so many tokens; trained on 128", ["task, attention", *heads], lines)
 
 
+def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
+    """What is found against the length of the row, a panel a task, a line a kind, from the least seed to the best."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lengths = [times * TOKENS for times in TIMES]
+    with panels(picture, 1, len(tasks), width=5.0, height=4.0) as [axes]:
+        for axis, task in zip(axes, tasks, strict=True):
+            for row in (row for row in rows if row["task"] == task):
+                found = [row[str(times)] for times in TIMES]
+                medians = [each["median"] for each in found]
+                below, above = ([abs(each[end] - each["median"]) for each in found] for end in ("min", "max"))
+                axis.errorbar(lengths, medians, (below, above), marker="o", markersize=3, capsize=2, label=row["kind"])
+            what = "loss of the last tokens, nats a byte" if task == "text" else "share found"
+            axis.set(title=f"{task}, trained on {TOKENS} tokens", xlabel="tokens of a row", ylabel=what)
+            axis.set_xscale("log", base=2)
+            axis.legend(fontsize=7)
+
+
 def line(record: dict[str, Any]) -> str:
     """What is said when a training has ended."""
     found = " ".join(f"{record['found'][str(times)]:.2f}" for times in TIMES)
@@ -133,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="updates (default: 2000)")
     parser.add_argument("--asked-rows", type=int, default=256, help="at each length (default: 256)")
+    parser.add_argument("--picture", metavar="FILE", type=Path)
     options = options_of(parser, arguments)
     runs = [
         Run(task, kind, seed, options.steps or STEPS[task], asked_rows=options.asked_rows)
@@ -140,8 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind in options.kinds
         for seed in range(options.seeds)
     ]
-    records = conduct(runs, train, options, summary, line)
-    print(report(summary(records)))
+    rows = summary(conduct(runs, train, options, summary, line))
+    print(report(rows))
+    if options.picture is not None:
+        draw(rows, options.picture)
     return 0
 
 

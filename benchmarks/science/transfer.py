@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.harness import table
 from benchmarks.science.depth import BASE_LAYERS, HELD_OUT_ROWS, ROWS, setting_of
+from benchmarks.science.panels import panels
 from benchmarks.science.runs import conduct, fit, options_of
 from benchmarks.science.tasks import Batch
 from solomonov.model.config import ModelConfig
@@ -106,25 +107,18 @@ def report(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> str:
 
 def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
     """Loss against the rate, a panel a parameterisation, a line a depth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     kinds = sorted({row["kind"] for row in rows}, key=list(KINDS).index)
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 4), squeeze=False, sharey=True)
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        for row in rows:
-            if row["kind"] == kind:
-                points = [(rate, loss) for rate, loss in row["losses"] if loss is not None]
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{row['layers']} layers")
-        axis.set(title=kind, xlabel="learning rate", ylabel="held-out loss, nats")
-        axis.set_xscale("log", base=2)
-        axis.legend()
-    figure.tight_layout()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
-    pyplot.close(figure)
+    with panels(picture, 1, len(kinds), width=5.5, height=4.0) as [axes]:
+        for axis in axes[1:]:
+            axis.sharey(axes[0])
+        for axis, kind in zip(axes, kinds, strict=True):
+            for row in rows:
+                if row["kind"] == kind:
+                    points = [(rate, loss) for rate, loss in row["losses"] if loss is not None]
+                    axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{row['layers']} layers")
+            axis.set(title=kind, xlabel="learning rate", ylabel="held-out loss, nats")
+            axis.set_xscale("log", base=2)
+            axis.legend()
 
 
 def line(record: dict[str, Any]) -> str:
