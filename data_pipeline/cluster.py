@@ -8,6 +8,7 @@ from a thread of its own (`WorkerDirectory`).
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import os
 import re
 import socket
@@ -407,14 +408,21 @@ def run_tasks(
         DataError: a task's process died each time.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task = ray.remote(function).options(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")
-    running: dict[Any, Any] = {}
+    # On the driver's own node, whose death is the driver's as well.
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    gate = ray.remote(_Gate).options(num_cpus=0, scheduling_strategy=here).remote()
+    options = {"num_cpus": 1, "max_retries": 3, "scheduling_strategy": "SPREAD", "name": function.__name__}
+    task = ray.remote(_if_let_in).options(**options)
+    numbers = itertools.count()
+    running: dict[Any, tuple[int, Any]] = {}
     heard = time.monotonic()
     try:
         while True:
             while len(running) < in_flight and (entry := next(calls, None)) is not None:
-                running[task.remote(*entry[1])] = entry[0]
+                number = next(numbers)
+                running[task.remote(gate, number, function, *entry[1])] = (number, entry[0])
             if not running:
                 return
             if time.monotonic() - heard > QUIET_SECONDS:
@@ -422,7 +430,7 @@ def run_tasks(
                 on_quiet()
             for call in wait_calls(list(running), 1.0):
                 heard = time.monotonic()
-                key = running.pop(call)
+                _, key = running.pop(call)
                 try:
                     yield key, result_of(call)
                 except WorkerLost as error:
@@ -434,7 +442,51 @@ def run_tasks(
                         "finished tasks are kept",
                     ) from error
     finally:
-        for call in running:
-            ray.cancel(call, force=True)
         if running:
-            ray.wait(list(running), num_returns=len(running), timeout=10.0)
+            _end(running, gate)
+        ray.kill(gate)
+
+
+def _end(running: Mapping[Any, tuple[int, Any]], gate: Any) -> None:
+    """End the tasks that run, and begin none of those that wait, as far as the cluster answers within 10 s.
+
+    Those that wait are not cancelled: Ray 2.60 aborts the driver where a task that it has given up answers all the
+    same (compare ray-project/ray issue 54260), which one on its way to a worker may do. The gate turns them back.
+    """
+    import ray
+
+    try:
+        begun = ray.get(gate.close.remote(), timeout=10.0)
+    except ray.exceptions.RayError:
+        return  # the tasks end some time after this driver has left
+    for call, (number, _) in running.items():
+        if number in begun:
+            ray.cancel(call, force=True)
+    ray.wait(list(running), num_returns=len(running), timeout=10.0)
+
+
+class _Gate:
+    """An actor that tasks ask before they begin; it knows which have."""
+
+    def __init__(self) -> None:
+        self._begun: set[int] = set()
+        self._closed = False
+
+    def let_in(self, number: int) -> bool:
+        """Whether the task may begin."""
+        if not self._closed:
+            self._begun.add(number)
+        return not self._closed
+
+    def close(self) -> set[int]:
+        """No task may begin any more; those that have."""
+        self._closed = True
+        return self._begun
+
+
+def _if_let_in(gate: Any, number: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """A task: the function's result; None where the gate was closed before it could begin."""
+    # Not by ray.get, which gives the task's CPU away while it waits.
+    if not gate.let_in.remote(number).future().result():
+        return None
+    return function(*arguments)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.cluster import _Gate, _if_let_in
 from tests.support.processes import program_environment, run_program
 
 JOIN = """
@@ -61,3 +63,30 @@ def test_where_nobody_listens_nothing_is_joined(tmp_path: Path) -> None:
     assert "LOST 127.0.0.1:" in output
     assert "refused" in output
     assert "joined: False" in output
+
+
+class Called:
+    """A gate as a task's process has it: each method is called by `remote`, and answers in the future."""
+
+    def __init__(self, gate: _Gate) -> None:
+        self._gate = gate
+        self.let_in = self
+
+    def remote(self, number: int) -> Called:
+        self._answer: Future[bool] = Future()
+        self._answer.set_result(self._gate.let_in(number))
+        return self
+
+    def future(self) -> Future[bool]:
+        return self._answer
+
+
+def test_behind_a_closed_gate_nothing_begins_and_what_has_is_known() -> None:
+    gate = _Gate()
+    began = []
+    assert _if_let_in(Called(gate), 4, began.append, "four") is None
+    assert _if_let_in(Called(gate), 7, lambda text: began.append(text) or len(text), "seven") == 5  # type: ignore[func-returns-value]
+    assert gate.close() == {4, 7}
+    assert _if_let_in(Called(gate), 5, began.append, "five") is None
+    assert began == ["four", "seven"]
+    assert gate.close() == {4, 7}

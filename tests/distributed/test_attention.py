@@ -33,7 +33,7 @@ def alone(attention: str, tied: bool) -> Outcome:
     return outcome
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("attention", ["vanilla", "hybrid", "alibi", "learned"])
 @pytest.mark.parametrize(("world", "layout"), LAYOUTS, ids=[f"ranks{world}-{layout}" for world, layout in LAYOUTS])
 def test_every_kind_of_attention_is_the_same_in_every_layout(world: int, layout: Layout, attention: str) -> None:

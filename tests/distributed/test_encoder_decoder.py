@@ -68,6 +68,7 @@ def test_bf16_losses_stay_near_fp32(layout: Layout) -> None:
         torch.testing.assert_close(torch.tensor(outcome.losses), torch.tensor(expected.losses), rtol=5e-3, atol=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("world", "layout"),
     [
@@ -99,6 +100,7 @@ RESHARDED = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("before", "source", "after", "target"), RESHARDED, ids=[f"{b}-{s}-to-{a}-{t}" for b, s, a, t in RESHARDED]
 )
@@ -111,6 +113,7 @@ def test_a_checkpoint_loads_in_another_layout(
     assert_same_rest(goes_on, rest, exact=False)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("world", "layout"), [(3, STAGES), (2, replace(TWO, zero_stage=3, accumulation=2))], ids=str)
 def test_the_same_layout_goes_on_to_the_bit(world: int, layout: Layout, tmp_path: Path) -> None:
     results = run_ranks(tiny.run_and_save, world, layout, 3, tmp_path / "a")

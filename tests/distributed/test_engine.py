@@ -222,6 +222,7 @@ def test_ranks_stand_where_the_grid_says() -> None:
     assert places == [(False, 0), (True, 0), (True, 1), (False, 1)]
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize(("world", "layout"), CASES, ids=[f"ranks{world}-{layout}" for world, layout in CASES])
 def test_layout_equals_plain_pytorch(world: int, layout: Layout) -> None:
     outcomes = run_ranks(tiny.run, world, layout, STEPS)

@@ -95,7 +95,7 @@ def order_of_blocks(layout: Layout, recompute: Recompute) -> list[int]:
     return calls
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("world", "pipeline"), [(1, 1), (2, 2)])
 @pytest.mark.parametrize("recompute", [NOTHING_AGAIN, *MODES], ids=str)
 def test_blocks_run_again_in_groups_from_the_last_on(world: int, pipeline: int, recompute: Recompute) -> None:

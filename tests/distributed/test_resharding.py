@@ -92,7 +92,7 @@ SAME = [
 ]
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("world", "layout"), SAME, ids=[f"ranks{w}-{s}" for w, s in SAME])
 def test_same_layout_goes_on_to_the_bit(world: int, layout: Layout, tmp_path: Path) -> None:
     results = run_ranks(tiny.run_and_save, world, layout, 3, tmp_path / "a")

@@ -75,7 +75,7 @@ def status(user: User) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.sampled(3, group="Slurm")
+@pytest.mark.sampled(2, group="Slurm")
 def test_preempted_saved_queued_again_and_finished(user: User, undisturbed: User, cluster: SlurmCluster) -> None:
     job = submit(user, *TWO_BY_TWO, "launch.partition=low")
     reached(user, sampler("preemption by Slurm").randrange(3, 15))
@@ -101,7 +101,7 @@ def test_preempted_saved_queued_again_and_finished(user: User, undisturbed: User
     nothing_left(user.folder)
 
 
-@pytest.mark.sampled(3, group="Slurm")
+@pytest.mark.sampled(2, group="Slurm")
 def test_saved_before_the_time_limit_and_queued_again(user: User, cluster: SlurmCluster) -> None:
     """Slurm counts in minutes, and warns some 20 s earlier than it was asked to."""
     limit = ("launch.slurm.time_minutes=1", "launch.slurm.save_seconds=5", "launch.max_no_progress=9")
@@ -125,7 +125,7 @@ def test_saved_before_the_time_limit_and_queued_again(user: User, cluster: Slurm
     assert not unexpected(user.journal())
 
 
-@pytest.mark.sampled(3, group="Slurm")
+@pytest.mark.sampled(2, group="Slurm")
 def test_cancelled_it_saves_and_resume_goes_on(user: User, cluster: SlurmCluster) -> None:
     """By our own command; then by Slurm's, and Slurm does not start it again."""
     submit(user, *LONG, "launch.slurm.gpus_per_node=0")
@@ -156,7 +156,7 @@ def test_cancelled_it_saves_and_resume_goes_on(user: User, cluster: SlurmCluster
     assert not unexpected(user.journal())
 
 
-@pytest.mark.sampled(3, group="Slurm")
+@pytest.mark.sampled(2, group="Slurm")
 def test_a_lost_node_is_replaced_and_its_orphans_are_fenced_off(user: User, cluster: SlurmCluster) -> None:
     """The daemon of the first node dies; its ranks and their supervisor live on and know nothing of it."""
     job = submit(user, *LONG, "launch.slurm.gpus_per_node=0", "launch.partition=main")
@@ -184,7 +184,7 @@ def test_a_lost_node_is_replaced_and_its_orphans_are_fenced_off(user: User, clus
     nothing_left(user.folder)
 
 
-@pytest.mark.sampled(3, group="Slurm")
+@pytest.mark.sampled(2, group="Slurm")
 def test_a_node_on_which_ranks_crash_is_avoided(tmp_path: Path, cluster: SlurmCluster) -> None:
     """The job is two ranks on two nodes; the first rank names its node, and from then on ranks crash there."""
     script = """
@@ -232,7 +232,7 @@ def test_data_workers_on_a_private_ray_of_the_job(
     shutil.rmtree(temporary)  # torch has put an empty folder there
 
 
-@pytest.mark.sampled(3, group="Slurm")
+@pytest.mark.sampled(2, group="Slurm")
 def test_a_sweep_is_an_array_of_runs(user: User, undisturbed: User, cluster: SlurmCluster) -> None:
     """One at a time; the second one, long enough to be met at work, is cancelled, its element alone, and resumed."""
     words = ("--sweep", "run.seed=5,6", "launch.slurm.array_at_once=1", "launch.slurm.gpus_per_node=0")

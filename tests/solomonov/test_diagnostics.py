@@ -108,7 +108,7 @@ def float64(weights: WEIGHTS, config: ModelConfig) -> dict[str, Array]:
 
 
 @pytest.mark.dist
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("world", "layout"), CASES, ids=[f"ranks{world}-{layout}" for world, layout in CASES])
 def test_each_measure_in_each_layout(world: int, layout: Layout) -> None:
     config = tiny.tiny_model(layout.tied, attention=layout.attention, residual=layout.residual)

@@ -80,6 +80,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("architecture", OTHERS)
 @pytest.mark.parametrize("tied", ["false", "true"])
 def test_layouts_of_other_architectures_hold_and_a_fault_is_found_in_its_layer(architecture: str, tied: str) -> None:

@@ -57,7 +57,7 @@ def measured_peak(layout: Layout, model: ModelConfig, vocab: int, sequence: int,
 
 
 @pytest.mark.dist
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(
     ("world", "layout"),
     [
