@@ -280,6 +280,7 @@ def _in_bf16(trial: Trial, ranks: int, precision: str) -> list[Case]:
     wanted += [(ranks, 3, 1, 2, "none"), (ranks, 3, 1, 1, "parameters"), (ranks, 1, 2, 4, "none")]
     names = ("ranks", "zero_stage", "pipeline", "accumulation", "offload")
     cases = [Case.model_validate({**dict(zip(names, each, strict=True)), "precision": kind}) for each in wanted]
+    cases.append(Case(ranks=ranks, zero_stage=2, sequence=2, precision=kind))
     return [case for case in dict.fromkeys(cases) if _is_legal(case, trial)]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from solomonov.branch import Branch, branch_of, check_branch, open_branch
 from solomonov.checkpoint.agreement import SingleProcess
+from solomonov.checkpoint.reader import CheckpointReader
 from solomonov.config import parse_config
 from solomonov.distributed import Control
 from solomonov.errors import ConfigurationError, DamagedCheckpointError
@@ -72,6 +73,24 @@ def test_another_model_seed_data_or_batch_is_refused(overrides: tuple[str, ...],
     assert got in error.got
     assert error.what == "tiny@3 cannot go on with this configuration"
     assert error.remedy.startswith("take these from the other run")
+
+
+def test_an_average_that_the_parent_did_not_keep_begins_as_its_weights(folder: Path) -> None:
+    """avg_n = 0.5 avg_{n-1} + 0.5 w_n from there on, by the weights of each checkpoint."""
+    made = branched(folder, "training.ema_decay=0.5", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
+    made.write()
+    assert run_ranks(train_run, 2, made.run.path, timeout=180) == [0, 0]
+    parent = CheckpointReader.open(folder / "runs/tiny/checkpoints/step-00000003")
+    assert "ema" not in parent.kinds()
+    readers = [CheckpointReader.open(made.run.checkpoints / f"step-{step:08d}") for step in (3, 4, 5, 6)]
+    for name in parent.names("master"):
+        average = parent.read_tensor(name, "master").double()
+        for reader in readers:
+            if reader.step > 3:
+                average = 0.5 * average + 0.5 * reader.read_tensor(name, "master").double()
+            kept = reader.read_tensor(name, "ema").double()
+            assert float((kept - average).norm() / average.norm()) < 1e-6, (name, reader.step)
+            assert reader.step == 3 or not kept.equal(reader.read_tensor(name, "master").double()), name
 
 
 def test_a_run_or_step_that_is_not_there_is_refused(folder: Path) -> None:

@@ -156,6 +156,8 @@ def test_four_ranks_see_every_kind_of_layout_in_about_thirty() -> None:
         (1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")
     }  # fmt: skip
     assert Case(ranks=4, zero_stage=3, accumulation=2, precision="bf16") in drawn
+    assert Case(ranks=4, zero_stage=2, sequence=2, precision="bf16") in drawn
+    assert not any(case.sequence > 1 for case in draw_cases(trial(), 3, "auto") if case.ranks == 3)
     assert {case.precision for case in draw_cases(trial(), 4, "bf16_autocast")} == {"fp32", "bf16_autocast"}
     assert {case.precision for case in draw_cases(trial(), 4, "fp32")} == {"fp32"}
 

@@ -52,6 +52,7 @@ CASES = [
     Case(ranks=2, zero_stage=0, sequence=2, recompute="full"),
     Case(ranks=2, zero_stage=3, offload="parameters", accumulation=2),
     Case(ranks=2, zero_stage=1, precision="bf16"),
+    Case(ranks=2, zero_stage=2, sequence=2, precision="bf16"),
 ]
 
 
