@@ -1,7 +1,8 @@
 """Models that no class of Hugging Face holds, exported with code of their own: its files, and its config.json.
 
-The code stands in `modeling_solomonov.py` and `configuration_solomonov.py`, which go into the folder as they are. What
-each layer does is written out for it, so that it knows no modes and no presets. Weights keep our names, unfolded.
+The code stands in `modeling_solomonov.py`, `layers_solomonov.py` and `configuration_solomonov.py`, which go into the
+folder as they are. What each layer does is written out for it, so that it knows no modes and no presets. Weights keep
+our names, unfolded.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from typing import Any
 from solomonov.interop_families import misfits, nearest_family
 from solomonov.model.config import ModelConfig
 from solomonov.model.residual import branch_form, has_final_norm
-from solomonov.model.stacks import Architecture
+from solomonov.model.stacks import Architecture, Stack
 
 MODEL_TYPE = "solomonov"
 CLASSES: dict[Architecture, tuple[str, str]] = {
     "decoder": ("AutoModelForCausalLM", "SolomonovForCausalLM"),
     "encoder": ("AutoModelForMaskedLM", "SolomonovForMaskedLM"),
+    "encoder_decoder": ("AutoModelForSeq2SeqLM", "SolomonovForSeq2SeqLM"),
 }
-"""What `transformers` looks for, and the class of the code; what is not here has none."""
-FILES = tuple(Path(__file__).with_name(f"{name}_solomonov.py") for name in ("modeling", "configuration"))
+"""What `transformers` looks for, and the class of the code."""
+FILES = tuple(Path(__file__).with_name(f"{name}_solomonov.py") for name in ("modeling", "layers", "configuration"))
 """The code."""
 
 
@@ -44,8 +46,7 @@ def bundled_config(model: ModelConfig, sequence_tokens: int) -> dict[str, Any]:
         sequence_tokens: T of training, written as the longest position.
     """
     flags = model.attention
-    kinds = [model.layer_attention(layer) for layer in range(model.layers)]
-    forms = [branch_form(model, layer) for layer in range(model.layers)]
+    *encoders, stack = model.stacks
     sinusoidal = flags.position == "sinusoidal"
     auto_class, architecture = CLASSES[model.architecture]
     return {
@@ -63,16 +64,15 @@ def bundled_config(model: ModelConfig, sequence_tokens: int) -> dict[str, Any]:
         "head_dim": model.head_width,
         "max_position_embeddings": sequence_tokens,
         "tie_word_embeddings": model.tie_embeddings,
-        "blocks": [
-            dataclasses.asdict(kind) | dataclasses.asdict(form) for kind, form in zip(kinds, forms, strict=True)
-        ],
+        "is_encoder_decoder": bool(encoders),
+        "blocks": _blocks(model, stack),
+        "encoder_blocks": [block for encoder in encoders for block in _blocks(model, encoder)],
         "feed_forward": model.feed_forward,
         "bias": model.bias,
         "norm": model.norm,
         "norm_eps": model.norm_eps,
         "qk_norm": flags.qk_norm_over if flags.qk_norm else "none",
         "gate": flags.gate,
-        "sink": flags.sink,
         "value_residual": model.value_residual,
         "sinusoidal": sinusoidal,
         "embedding_scale": math.sqrt(model.d_model) if sinusoidal and model.tie_embeddings else 1.0,
@@ -80,4 +80,13 @@ def bundled_config(model: ModelConfig, sequence_tokens: int) -> dict[str, Any]:
         "embedding_norm": model.embedding_norm,
         "output_head": model.output_head,
         "final_norm": has_final_norm(model),
+        "encoder_final_norm": any(has_final_norm(model, encoder) for encoder in encoders),
     }
+
+
+def _blocks(model: ModelConfig, stack: Stack) -> list[dict[str, Any]]:
+    """What each block of a stack does, by the names that the code knows."""
+    return [
+        dataclasses.asdict(model.layer_attention(layer, stack)) | dataclasses.asdict(branch_form(model, layer, stack))
+        for layer in range(stack.layers)
+    ]

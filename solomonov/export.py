@@ -111,8 +111,8 @@ def export_hf(
         shard_bytes: most bytes of one weight file (a larger tensor gets a file of its own).
 
     Raises:
-        ConfigurationError: the state is not the model's, `folder` holds something else than an export, or no class
-            holds an encoder_decoder of these flags, or what a front reads.
+        ConfigurationError: the state is not the model's, `folder` holds something else than an export, or the model
+            has a front.
         NumericalError: the loaded export does not give the same logits.
     """
     target, family = Path(folder), stock_family(model)
@@ -169,7 +169,7 @@ def export_hf(
 
 
 def _require_code(model: ModelConfig) -> None:
-    """Refuse what no class of transformers holds, and the code that goes into exports does not either."""
+    """Refuse what the code that goes into exports does not hold."""
     if model.front.kind != "tokens":
         raise ConfigurationError(
             f"A model with a front of {model.front.kind} is not exported.",
@@ -177,15 +177,6 @@ def _require_code(model: ModelConfig) -> None:
             rule="what is exported reads token ids, with the tokenizer beside it; no class of transformers, and not "
             "the code that is written beside the weights, has this front",
             remedy="use the weights with solomonov.loading.load_model, which reads the run itself",
-        )
-    if model.architecture not in bundled.CLASSES:
-        raise ConfigurationError(
-            f"No class of transformers holds this {model.architecture}, and there is no code to write beside it.",
-            got=", ".join(bundled.forcing_flags(model)),
-            rule="an encoder_decoder is written as a Marian, which has sinusoidal positions without qk_norm, Post-LN "
-            "(postnorm or deepnorm), layernorm with norm_eps 1e-5, bias: true, gelu, relu or silu, and tied embeddings",
-            remedy="train it with these flags where it is to be exported, or use the weights with "
-            "solomonov.loading.load_model",
         )
 
 

@@ -50,7 +50,7 @@ DOORS: dict[str, set[str]] = {
     "ray": {"launcher/ray_door.py", "data_pipeline/cluster.py"},
 }
 # What goes into exports as it is: it stands alone, and nothing of ours imports it.
-GIVEN_AWAY = {"solomonov/modeling_solomonov.py", "solomonov/configuration_solomonov.py"}
+GIVEN_AWAY = {f"solomonov/{name}_solomonov.py" for name in ("modeling", "layers", "configuration")}
 GIVEN_AWAY_NEEDS = {"torch", "transformers", *sys.stdlib_module_names}
 ALIASES = {"torch.utils.tensorboard": "tensorboard"}  # other names of the same dependency
 HEAVY_AT_START = {"torch", *DOORS}  # absent from sys.modules after `solomonov --help`

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from solomonov import bundled
+from solomonov.bundled import forcing_flags
 from solomonov.errors import ConfigurationError, DamagedCheckpointError, NumericalError
 from solomonov.export import AUTO_CLASSES, export_hf
 from solomonov.fast_tokenizer import build_tokenizer
@@ -144,6 +145,10 @@ MARIAN: dict[str, Any] = {
         ({**BERT, "residual": "keel"}, "SolomonovForMaskedLM", 1),
         ({**BERT, "residual": "postnorm", "value_residual": True}, "SolomonovForMaskedLM", 1),
         ({"architecture": "encoder"}, "SolomonovForMaskedLM", 1),
+        ({**MARIAN, "residual": "postnorm", "value_residual": True}, "SolomonovForSeq2SeqLM", 1),
+        ({**MARIAN, "residual": "postnorm", "kv_heads": 2}, "SolomonovForSeq2SeqLM", 1),
+        ({**MARIAN, "residual": "keel", "norm_eps": 1e-6}, "SolomonovForSeq2SeqLM", 2),
+        ({**MARIAN, "residual": "postnorm", "tie_embeddings": False}, "SolomonovForSeq2SeqLM", 1),
     ],
     ids=str,
 )
@@ -181,21 +186,12 @@ def test_encoders_and_pairs_are_written_as_a_class_that_holds_them(
         ({**MARIAN, "residual": "postnorm", "bias": False}, "model.bias: False (not in MarianMTModel)"),
         ({**MARIAN, "residual": "postnorm", "norm_eps": 1e-6}, "model.norm_eps: 1e-06 (not in MarianMTModel)"),
         ({**MARIAN, "residual": "postnorm", "kv_heads": 2}, "model.kv_heads: 2 (not in MarianMTModel)"),
-        ({**MARIAN, "residual": "postnorm", "tie_embeddings": False}, "model.tie_embeddings: False (not in"),
-        ({**MARIAN, "residual": "postnorm", "value_residual": True}, "model.value_residual: True (not in"),
         ({"architecture": "encoder_decoder"}, "model.attention.position: rope (not in MarianMTModel)"),
     ],
     ids=str,
 )
-def test_a_pair_that_no_class_holds_is_refused_by_its_flags(
-    tmp_path: Path, tokenizer_path: Path, changes: dict[str, Any], named: str
-) -> None:
-    config = tiny_config(**changes)
-    with pytest.raises(ConfigurationError) as caught:
-        export_hf(_state(config), config, tokenizer_path, tmp_path / "out", sequence_tokens=32)
-    assert named in caught.value.got
-    assert "written as a Marian" in caught.value.rule
-    assert not (tmp_path / "out").exists()
+def test_flags_that_keep_a_pair_out_of_a_class_are_named(changes: dict[str, Any], named: str) -> None:
+    assert named in forcing_flags(tiny_config(**changes))
 
 
 @pytest.mark.parametrize(
@@ -282,10 +278,11 @@ def test_wrong_code_keeps_the_export_from_its_name(
     tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(residual="keel", layers=3)
-    code, other = bundled.FILES
-    wrong = tmp_path / code.name
-    wrong.write_text(code.read_text().replace('self.form["alpha"] * hidden', "hidden"))
-    monkeypatch.setattr(bundled, "FILES", (wrong, other))
+    models, layers, settings = bundled.FILES
+    wrong, right = tmp_path / layers.name, layers.read_text()
+    wrong.write_text(right.replace('self.form["alpha"] * hidden', "hidden"))
+    assert wrong.read_text() != right
+    monkeypatch.setattr(bundled, "FILES", (models, wrong, settings))
     with pytest.raises(NumericalError, match="largest difference"):
         export_hf(_state(config), config, tokenizer_path, tmp_path / "out", sequence_tokens=16)
     assert not (tmp_path / "out").exists()
