@@ -450,8 +450,8 @@ def run_tasks(
 def _end(running: Mapping[Any, tuple[int, Any]], gate: Any) -> None:
     """End the tasks that run, and begin none of those that wait, as far as the cluster answers within 10 s.
 
-    Those that wait are not cancelled: Ray 2.60 aborts the driver where a task that it has given up answers all the
-    same (compare ray-project/ray issue 54260), which one on its way to a worker may do. The gate turns them back.
+    Those that wait are not cancelled, but turned back at the gate: Ray 2.60 was once seen to abort the driver, after
+    all had been cancelled, since one of them answered all the same (compare ray-project/ray issue 54260).
     """
     import ray
 
