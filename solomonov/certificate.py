@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -17,6 +19,7 @@ from solomonov.config import Config, flatten
 from solomonov.equivalence import (
     MOST_RANKS,
     REFERENCE,
+    STEPS,
     Case,
     Outcome,
     Trial,
@@ -28,7 +31,7 @@ from solomonov.equivalence import (
 )
 from solomonov.equivalence_rank import TRIAL, load_outcome
 from solomonov.errors import ConfigurationError, SolomonovError
-from solomonov.host import cpu_model, versions
+from solomonov.host import cpu_model, git_facts, versions
 from solomonov.metrics import LOSS_BOUND
 
 SCHEMA_VERSION = 1
@@ -144,6 +147,8 @@ def _certificate(
         },
         "machine": {"device": "cpu", "processor": cpu_model(), "threads": 1},
         "versions": versions(),
+        "source": git_facts(),
+        "command": shlex.join(["solomonov", *sys.argv[1:]]),
         "counts": counts,
         "worst_fp32": worst,
         "cases": [{**dataclasses.asdict(each), "case": each.case.model_dump(mode="json")} for each in verdicts],
@@ -164,21 +169,83 @@ def lines(certificate: Mapping[str, Any]) -> Iterator[str]:
     yield f"rows        {certificate['rows']}; rate: {certificate['rate']}"
     machine = certificate["machine"]
     yield f"machine     {machine['processor']}, 1 thread a rank; torch {found['torch']}, deepspeed {found['deepspeed']}"
+    yield f"source      {_source(certificate['source'])}"
     yield f"reference   {REFERENCE}: loss {' '.join(f'{loss:.6f}' for loss in certificate['reference']['losses'])}"
     for precision, bound in certificate["bounds"].items():
         yield f"bound {precision:<5} {bound}"
     yield ""
     yield from _table([_row(case) for case in certificate["cases"]])
     yield ""
+    yield from _failures(certificate)
+    worst = ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in certificate["worst_fp32"].items())
+    yield f"worst fp32  {worst}"
+    yield f"verdict     {_outcome(certificate)}"
+
+
+def page(certificate: Mapping[str, Any]) -> Iterator[str]:
+    """The certificate as a page of Markdown: a row for the layouts that differ in accumulation and recomputation alone,
+    with the largest difference among them."""
+    config, machine, found = certificate["config"], certificate["machine"], certificate["versions"]
+    yield f"# Layouts of `{config['name']}`: {_outcome(certificate)}"
+    yield ""
+    yield f"```console\n$ {certificate['command']}\n```"
+    yield ""
+    yield f"Each layout trains {STEPS} updates of the configuration, scaled down, and is compared with one rank that"
+    yield "shares and accumulates nothing."
+    yield ""
+    yield f"- Source: {_source(certificate['source'])}."
+    yield f"- Layouts: {certificate['layouts']}, on up to {certificate['ranks']} ranks."
+    yield f"- Machine: {machine['processor']}, 1 thread a rank; torch {found['torch']}, deepspeed {found['deepspeed']}."
+    yield f"- Rows: {certificate['rows']}; rate: {certificate['rate']}."
+    for precision, bound in certificate["bounds"].items():
+        yield f"- Bound in {precision}: {bound}."
+    for key, change in certificate["scaled"].items():
+        yield f"- `{key}`: {change['from']} scaled to {change['to']}."
+    yield ""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for item in certificate["cases"]:
+        groups.setdefault(tuple(item["case"][axis] for axis in AXES), []).append(item)
+    rows = [_summary(axes, items) for axes, items in groups.items()]
+    yield f"| {' | '.join(rows[0])} |"
+    yield f"|{'---|' * len(rows[0])}"
+    for row in sorted(rows, key=lambda row: row["precision"] != "fp32"):
+        yield f"| {' | '.join(row.values())} |"
+    failures = list(_failures(certificate))
+    if failures:
+        yield "\n".join(["", "```text", *failures, "```"])
+
+
+AXES = ("ranks", "zero_stage", "pipeline", "sequence", "offload", "precision")
+"""Of a case, those by which a page has its rows."""
+
+
+def _summary(axes: Sequence[Any], items: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    ranks, zero_stage, stages, sequence, offload, precision = map(str, axes)
+    row = {"ranks": ranks, "ZeRO": zero_stage, "stages": stages, "sequence": sequence, "offload": offload}
+    row |= {"precision": precision, "layouts": str(len(items))}
+    for name in MEASURES:
+        differences = [item[name] for item in items if item[name] is not None]
+        row[name.replace("_", " ")] = _number(max(differences, default=None))
+    return row | {"verdict": max((item["verdict"] for item in items), key=VERDICTS.index)}
+
+
+def _source(facts: Mapping[str, Any]) -> str:
+    if not facts:
+        return "no checkout"
+    return f"commit {facts['commit']}" + (", changed since" if facts["changed"] else "")
+
+
+def _outcome(certificate: Mapping[str, Any]) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in certificate["counts"].items() if count)
+    return f"{'holds' if certificate['holds'] else 'does not hold'}: {counts}"
+
+
+def _failures(certificate: Mapping[str, Any]) -> Iterator[str]:
     for item in certificate["cases"]:
         if item["verdict"] == "differs":
             yield f"differs     {Case.model_validate(item['case'])}: parts first in {item['parts']}"
         if item["verdict"] == "did not run":
             yield f"not run     {Case.model_validate(item['case'])}: {item['problem']}"
-    counts = ", ".join(f"{count} {name}" for name, count in certificate["counts"].items() if count)
-    worst = ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in certificate["worst_fp32"].items())
-    yield f"worst fp32  {worst}"
-    yield f"verdict     {'holds' if certificate['holds'] else 'does not hold'}: {counts}"
 
 
 def _row(item: Mapping[str, Any]) -> dict[str, str]:
@@ -226,5 +293,11 @@ def check_target(path: Path) -> None:
 
 
 def write(path: Path, certificate: Mapping[str, Any]) -> None:
-    """Write the certificate as JSON."""
-    path.write_text(json.dumps(certificate, indent=1) + "\n", encoding="utf-8")
+    """Write the certificate: as a page where the name ends in .md, else as JSON, with a line a case."""
+    if path.suffix == ".md":
+        text = "\n".join(page(certificate)) + "\n"
+    else:
+        rest = json.dumps({key: value for key, value in certificate.items() if key != "cases"}, indent=1)
+        cases = ",\n".join(f"  {json.dumps(item)}" for item in certificate["cases"])
+        text = rest.removesuffix("\n}") + f',\n "cases": [\n{cases}\n ]\n}}\n'
+    path.write_text(text, encoding="utf-8")

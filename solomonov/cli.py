@@ -123,7 +123,9 @@ def _add_what_is_asked_beforehand(verbs: argparse._SubParsersAction[argparse.Arg
     prove.add_argument("--layouts", action="store_true", required=True, help="that all layouts train the same numbers")
     prove.add_argument("--ranks", type=_at_least_one, default=4, metavar="N", help="most ranks (default: 4)")
     prove.add_argument("--all", action="store_true", help="every legal layout, some 1,000; half an hour and more")
-    prove.add_argument("--to", metavar="FILE", help="write the certificate there, as JSON")
+    prove.add_argument(
+        "--to", metavar="FILE", action="append", default=[], help="write the certificate there, as JSON or a page (.md)"
+    )
 
 
 def _add_job_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -259,7 +261,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def prove(options: argparse.Namespace) -> int:
-    """`solomonov prove CONFIG --layouts [--ranks N] [--all] [--to FILE]`."""
+    """`solomonov prove CONFIG --layouts [--ranks N] [--all] [--to FILE ...]`."""
     from solomonov import commands
     from solomonov.config import load_config
 

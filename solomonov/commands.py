@@ -73,8 +73,9 @@ def prove(options: argparse.Namespace, config: Config, start: Start) -> int:
     """
     from solomonov.certificate import check_target, lines, prove_layouts, write
 
-    if options.to is not None:
-        check_target(Path(options.to))
+    targets = [Path(target) for target in options.to]
+    for target in targets:
+        check_target(target)
     certificate = prove_layouts(
         config,
         options.ranks,
@@ -83,8 +84,8 @@ def prove(options: argparse.Namespace, config: Config, start: Start) -> int:
         every=options.all,
     )
     print(json.dumps(certificate) if options.json else "\n".join(lines(certificate)))
-    if options.to is not None:
-        write(Path(options.to), certificate)
+    for target in targets:
+        write(target, certificate)
     return exits.DONE if certificate["holds"] else exits.DIFFERS
 
 

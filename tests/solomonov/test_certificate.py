@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from solomonov import commands, exits
-from solomonov.certificate import RANK_MODULE, check_target, config_digest, lines, prove_layouts
+from solomonov.certificate import AXES, RANK_MODULE, VERDICTS, check_target, config_digest, lines, prove_layouts
 from solomonov.cli import run_module
 from solomonov.config import Config, flatten, parse_config
 from solomonov.errors import ConfigurationError, SolomonovError
@@ -41,8 +41,8 @@ def test_a_fault_and_a_death_are_told_and_the_rest_is_proven(
     ranks_find_the_tests: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the body of the command: it leaves with 1, says what differs, and writes the file all the same."""
-    path = tmp_path / "certificate.json"
-    options = Namespace(ranks=1, all=False, to=str(path), json=True)
+    path, told = tmp_path / "certificate.json", tmp_path / "certificate.md"
+    options = Namespace(ranks=1, all=False, to=[str(path), str(told)], json=True)
     assert commands.prove(options, config(), faulty) == exits.DIFFERS == 1
     certificate = json.loads(path.read_text())
     shown = capsys.readouterr()
@@ -67,6 +67,34 @@ def test_a_fault_and_a_death_are_told_and_the_rest_is_proven(
     text = "\n".join(lines(certificate))
     assert "parts first in layers.1" in text
     assert text.splitlines()[-1].startswith("verdict     does not hold: ")
+    check_page(told.read_text(), certificate)
+
+
+def check_page(text: str, certificate: dict[str, Any]) -> None:
+    """A row for all that differ in accumulation and recomputation alone, with what is worst among them."""
+    assert text.startswith("# Layouts of `proven`: does not hold: ")
+    assert str(certificate["source"].get("commit", "no checkout")) in text
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    head, rows = rows[0], rows[1:]
+    found = [dict(zip(head, row, strict=True)) for row in rows]
+    assert sum(int(row["layouts"]) for row in found) == len(certificate["cases"])
+    for row in found:
+        items = [
+            item
+            for item in certificate["cases"]
+            if [str(item["case"][axis]) for axis in AXES] == [row[name] for name in head[: len(AXES)]]
+        ]
+        assert int(row["layouts"]) == len(items)
+        losses = [item["loss"] for item in items if item["loss"] is not None]
+        if losses:
+            assert float(row["loss"]) == pytest.approx(max(losses), rel=0.05)
+        else:
+            assert row["loss"] == "-"
+        verdicts = {item["verdict"] for item in items}
+        assert row["verdict"] == next(name for name in reversed(VERDICTS) if name in verdicts)
+    assert {row["verdict"] for row in found} >= {"differs", "did not run", "within bound"}
+    assert "parts first in layers.1" in text
+    assert "out of luck" in text
 
 
 def test_without_its_reference_nothing_is_proven() -> None:
