@@ -11,10 +11,12 @@ import platform
 import select
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,6 +35,8 @@ STEADY_SECONDS = 10.0
 """Room for more ranks that has been there for so long will stay: a node that just came may go again."""
 SETTLE_SECONDS = 3.0
 """What an attempt waits for more room, once there is room for its smallest world: what ended gives its place back."""
+LISTENS_SECONDS = 2.0
+"""What a node gets to take a connection."""
 NOT_PASSED_ON = (SECRET, "OMP_NUM_THREADS")
 
 
@@ -196,7 +200,7 @@ def hold(plan: Mapping[str, Any]) -> int:
 
     world = _find_room(room)
     if world is None:
-        error = no_room(room, _slots(room))
+        error = no_room(room, _slots(room, asked=True))
         os.write(2, f"error: {error}\n".encode())
         # At the start it is a mistake; later, a node may come back.
         return error.exit_code if plan["attempt"] == plan["spec"]["first_attempt"] else 1
@@ -260,7 +264,8 @@ def _trainer(plan: Mapping[str, Any], room: RayRoom, world: int, supervisor: str
         run_config=RunConfig(
             name=f"attempt-{plan['attempt']}",
             storage_path=str(Path(plan["folder"]).absolute() / "ray-train"),
-            failure_config=FailureConfig(max_failures=0),  # what follows a death is the supervisor's to decide
+            # What follows a death, or workers that do not start in time, is the supervisor's to decide.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             worker_runtime_env={"env_vars": passed_on},
         ),
     )
@@ -288,19 +293,38 @@ def _tell(kind: str, **fields: object) -> None:
     os.write(1, json.dumps({"kind": kind, **fields}).encode() + b"\n")
 
 
-def _slots(room: RayRoom) -> int:
-    """Ranks that could be started now, on nodes that live and stay."""
+def _slots(room: RayRoom, *, asked: bool = False) -> int:
+    """Ranks that could be started now, on nodes that live and stay.
+
+    Args:
+        asked: each node with room is asked whether it is there. Ray takes 14 s to know that one is lost, by its health
+            checks; what is placed on that one until then waits for ever.
+    """
     import ray
     from ray._private.state import available_resources_per_node
 
-    staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - set(_draining())
-    total = 0
+    staying = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in _draining()}
+    ranks: dict[str, int] = {}
     for node, free in available_resources_per_node().items():
         if node in staying:
             shares = [free.get("CPU", 0.0) / room.cpus] if room.cpus else []
             shares += [free.get("GPU", 0.0) / room.gpus] if room.gpus else []
-            total += int(min(shares, default=0.0) + 1e-9)
-    return total
+            ranks[node] = int(min(shares, default=0.0) + 1e-9)
+    having = [node for node, count in ranks.items() if count]
+    if asked and having:
+        addresses = [(staying[node]["NodeManagerAddress"], staying[node]["NodeManagerPort"]) for node in having]
+        with ThreadPoolExecutor(min(32, len(having))) as pool:
+            having = [node for node, there in zip(having, pool.map(_listens, addresses), strict=True) if there]
+    return sum(ranks[node] for node in having)
+
+
+def _listens(address: tuple[str, int]) -> bool:
+    """Whether someone takes connections there."""
+    try:
+        socket.create_connection(address, LISTENS_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _draining() -> dict[str, int]:
@@ -320,7 +344,7 @@ def _find_room(room: RayRoom) -> int | None:
     settled = None
     while True:
         now = time.monotonic()
-        world = _largest(room, _slots(room))
+        world = _largest(room, _slots(room, asked=True))
         if world == room.worlds[-1]:
             return world
         if world is not None:

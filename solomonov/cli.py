@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,8 @@ ANSWERING = (
 )
 """Verbs whose answer a script may want to read."""
 OVERRIDABLE = ("plan", "prove", "prepare", "train", "submit", "resume")
+READER_GONE = 141
+"""Exit code where nobody reads what the command prints any more, as after `| head`; SIGPIPE ends others so."""
 """Verbs that take key=value words."""
 
 EXIT_CODES = """\
@@ -194,7 +197,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from solomonov.errors import SolomonovError
 
     try:
-        return _dispatch(options)
+        code = _dispatch(options)
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _reader_is_gone()  # all is done nevertheless
+        return code
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return READER_GONE
     except (SolomonovError, DataError, LauncherError) as error:
         if options.debug:
             raise
@@ -203,6 +215,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return exits.INTERRUPTED
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what we print any more, as after `| head`; what is left to print goes nowhere then."""
+    looked = select.poll()
+    looked.register(sys.stdout.fileno(), select.POLLOUT)
+    gone = any(state & (select.POLLERR | select.POLLHUP) for _, state in looked.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _dispatch(options: argparse.Namespace) -> int:

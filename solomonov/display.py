@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from solomonov import exits
+from solomonov.output import Unfailing
 from solomonov.runfolder import RunFolder
 
 PLAIN_LINE_SECONDS = 15.0
@@ -32,7 +33,8 @@ class TrainingDisplay:
 
     def __init__(self, run: RunFolder, total_steps: int, plan: str) -> None:
         self._run, self._total, self._plan = run, total_steps, plan
-        self._console = Console(highlight=False)
+        # Who watches may leave; the training stays.
+        self._console = Console(file=cast(TextIO, Unfailing(sys.stdout)), highlight=False)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -41,16 +43,33 @@ def test_the_largest_world_that_there_is_room_for(worlds: set[int], slots: int) 
 def test_ranks_that_could_be_started_now(
     free: dict[str, dict[str, float]], cpus: float, gpus: float, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    answer_for_ray(free, [], monkeypatch)
+    assert ray_door._slots(RayRoom("host:1", [1], cpus=cpus, gpus=gpus)) == slots
+
+
+def test_a_node_that_does_not_answer_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray still holds it for alive; and so it counts, until it is asked."""
+    with socket.create_server(("127.0.0.1", 0)) as there, socket.create_server(("127.0.0.1", 0)) as gone:
+        ports = [there.getsockname()[1], gone.getsockname()[1]]
+        gone.close()
+        answer_for_ray({"a": {"CPU": 3.0}, "b": {"CPU": 2.0}}, ports, monkeypatch)
+        assert ray_door._slots(RayRoom("host:1", [1])) == 5
+        assert ray_door._slots(RayRoom("host:1", [1]), asked=True) == 3
+        assert ray_door._find_room(RayRoom("host:1", [3, 5], start_seconds=0.1)) == 3
+
+
+def answer_for_ray(free: dict[str, dict[str, float]], ports: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of Ray a module with its answers: by node, what of it is free."""
     modules = {name: ModuleType(name) for name in ("ray", "ray._private", "ray._private.state")}
     for name, made in modules.items():
         monkeypatch.setitem(sys.modules, name, made)
-    nodes = [{"NodeID": name, "Alive": name != "dead"} for name in ("a", "b", "draining", "dead")]
+    nodes: list[dict[str, Any]] = [{"NodeID": name, "Alive": name != "dead"} for name in ("a", "b", "draining", "dead")]
+    for node, port in zip(nodes, ports, strict=False):
+        node |= {"NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
     monkeypatch.setattr(modules["ray"], "nodes", lambda: nodes, raising=False)
     state = modules["ray._private.state"]
     monkeypatch.setattr(state, "available_resources_per_node", lambda: free, raising=False)
     monkeypatch.setattr(ray_door, "_draining", lambda: {"draining": 0})
-    assert ray_door._slots(RayRoom("host:1", [1], cpus=cpus, gpus=gpus)) == slots
 
 
 @pytest.mark.parametrize(
@@ -67,13 +86,13 @@ def test_an_attempt_takes_what_there_is(slots: list[int], world: int | None, mon
     """`slots` is the room at each look; the last one stays."""
     looks = iter(slots)
     last = slots[-1]
-    monkeypatch.setattr(ray_door, "_slots", lambda room: next(looks, last))
+    monkeypatch.setattr(ray_door, "_slots", lambda room, asked: next(looks, last))
     monkeypatch.setattr(ray_door, "SETTLE_SECONDS", 0.5)
     assert ray_door._find_room(RayRoom("host:1", [2, 4], start_seconds=1.0)) == world
 
 
 def test_room_that_came_in_time_may_settle_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_door, "_slots", lambda room: 3)
+    monkeypatch.setattr(ray_door, "_slots", lambda room, asked: 3)
     monkeypatch.setattr(ray_door, "SETTLE_SECONDS", 0.5)
     assert ray_door._find_room(RayRoom("host:1", [2, 4], start_seconds=0.1)) == 2
 

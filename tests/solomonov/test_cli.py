@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from data_pipeline.errors import DamagedDataError, DataConfigurationError
 from launcher.errors import LaunchConfigurationError
 from solomonov import commands, exits, jobs
-from solomonov.cli import JOB_VERBS, build_parser, main
+from solomonov.cli import JOB_VERBS, READER_GONE, build_parser, main
 from solomonov.errors import ConfigurationError, DamagedCheckpointError, NumericalError
 from solomonov.runfolder import RunFolder
 from tests.support.processes import ROOT, assert_no_process, program_environment, run_program
@@ -218,3 +219,34 @@ def test_an_interrupt_leaves_with_130_and_nothing_running(run: RunFolder) -> Non
         assert program.wait(deadline=60) == exits.INTERRUPTED, program.output()
         assert "interrupted" in program.output()
     assert_no_process(str(Path("own:runs/own/tensorboard")))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("words", [("logs", "own"), ("runs",), ("plan", "own.yaml")])
+def test_who_stops_reading_sees_no_traceback(words: tuple[str, ...], run: RunFolder) -> None:
+    """As after `| head`: where it is found out at the end all is done."""
+    assert unread(*words, PYTHONUNBUFFERED="") == (exits.DONE, "")
+    assert unread(*words, PYTHONUNBUFFERED="1") == (READER_GONE, "")
+
+
+@pytest.mark.e2e
+def test_a_training_goes_on_when_nobody_reads_what_it_prints(user: User) -> None:
+    words = ("train", "own.yaml", "training.total_steps=2", "schedule.warmup_steps=1", "launch.ranks_per_node=1")
+    assert unread(*words, PYTHONUNBUFFERED="") == (exits.DONE, "")
+    assert [line["step"] for line in user.metrics()] == [1, 2]
+
+
+def unread(*words: str, **environment: str) -> tuple[int, str]:
+    """Exit code and errors of a command whose output goes into a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "solomonov.cli", *words],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+    )
+    os.close(writer)
+    return done.returncode, done.stderr
