@@ -26,9 +26,9 @@ ANSWERING = (
 )
 """Verbs whose answer a script may want to read."""
 OVERRIDABLE = ("plan", "prove", "prepare", "train", "submit", "resume")
+"""Verbs that take key=value words."""
 READER_GONE = 141
 """Exit code where nobody reads what the command prints any more, as after `| head`; SIGPIPE ends others so."""
-"""Verbs that take key=value words."""
 
 EXIT_CODES = """\
 exit codes:
