@@ -21,6 +21,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.control import Control
+from rich.segment import ControlType
 from rich.table import Table
 
 from solomonov import exits
@@ -216,6 +218,8 @@ class HalfwayKill:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             return  # it has just ended by itself
+        # Over the progress bar, which comes again below.
+        self._console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
         self._console.print(f"kill    SIGKILL to rank {rank} (process {pid}) at step {step}, on purpose", markup=False)
 
 

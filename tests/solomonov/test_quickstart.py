@@ -257,6 +257,17 @@ def test_a_kill_is_in_the_journal_before_it_happens(tmp_path: Path, monkeypatch:
     assert [event["victim"] for event in before] == [PIDS[1]]
 
 
+def test_a_kill_is_told_over_the_progress_bar(tmp_path: Path, killed: list[tuple[int, int]]) -> None:
+    """And without signs for terminals where there is none."""
+    for terminal, before in ((True, "\r\x1b[2K"), (False, "")):
+        run, shown = RunFolder(tmp_path / str(terminal)), io.StringIO()
+        run.path.mkdir()
+        trains(run, 1)()
+        HalfwayKill(run, 5, Console(file=shown, force_terminal=terminal, highlight=False))._strike(5)
+        assert shown.getvalue() == f"{before}kill    SIGKILL to rank 1 (process {PIDS[1]}) at step 5, on purpose\n"
+    assert len(killed) == 2
+
+
 def test_a_rank_that_has_just_ended_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(pid: int, number: int) -> None:
         raise ProcessLookupError(pid)
