@@ -24,8 +24,8 @@ SECONDS = 240.0
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    """A Ray that takes jobs, with two nodes of two CPUs."""
-    with RayCluster(dashboard=True) as found, pytest.MonkeyPatch.context() as patch:
+    """A Ray that takes jobs, with two nodes of three CPUs: none is full, and so a dead one seems to have room."""
+    with RayCluster((3, 3), dashboard=True) as found, pytest.MonkeyPatch.context() as patch:
         for name, value in found.environment.items():
             patch.setenv(name, value)
         yield found
@@ -65,7 +65,7 @@ def test_whatever_dies_it_goes_on_with_what_is_there(user: User, cluster: RayClu
     cluster.kill_node(1)
     assert [world for world, _ in resumed(user, 3)] == [4, 4, 2], "it goes on with the node that is left"
     reached(user, resumed(user, 3)[2][1] + 7)
-    cluster.add_node(2)
+    cluster.add_node(3)
     assert [world for world, _ in resumed(user, 4)] == [4, 4, 2, 4], "and with both when there are two again"
     assert user.journal("resize")[-1]["reason"] == "there is room for 4 ranks instead of 2"
 
