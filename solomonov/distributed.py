@@ -129,8 +129,9 @@ def groups_end_within() -> Iterator[None]:
 
     Nothing else ends them: torch and DeepSpeed keep each one for the life of the process. A pipeline makes seven; gloo
     has three threads for each, of which one wakes a hundred times a second: with 600 groups two thirds of two cores'
-    time went there.
+    time went there. ZeRO 3 also keeps each model, and its group with it.
     """
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
     from deepspeed.utils import groups as kept
 
     registered = distributed_c10d._world.pg_map
@@ -141,6 +142,7 @@ def groups_end_within() -> Iterator[None]:
         dist.destroy_process_group(group)
         kept._release_process_group_references(group)
         del group
+    FWD_MODULE_STACK.clear()  # it pushes a model once more than it pops it
     gc.collect()  # their threads end with the objects, which stand in cycles
 
 

@@ -174,9 +174,13 @@ def threads_after(layouts: list[Layout]) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout(zero_stage=2), Layout(zero_stage=1, pipeline=2), Layout(sequence=2)], ids=str
-)
+CLOSED = [
+    *(Layout(zero_stage=2), Layout(zero_stage=1, pipeline=2), Layout(sequence=2)),
+    *(Layout(zero_stage=3), Layout(zero_stage=3, sequence=2)),
+]
+
+
+@pytest.mark.parametrize("layout", CLOSED, ids=str)
 def test_an_engine_that_is_closed_takes_its_process_groups_along(layout: Layout) -> None:
     for first, *later in run_ranks(threads_after, 2, [layout] * 4):
         assert later == [first] * 3
