@@ -27,7 +27,6 @@ import argparse
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -137,10 +136,8 @@ def train(run: Run) -> dict[str, Any]:
 
     held_out = setting.batch(HELD_OUT_ROWS, -1, 0)
     first = measure_signal(model, *batch(0))
-    begun = time.monotonic()
     losses = fit(model, batch, lr=run.lr, steps=run.steps, warmup=run.warmup)
-    seconds = (time.monotonic() - begun) / max(1, len(losses))
-    record: dict[str, Any] = {**asdict(run), "losses": [round(loss, 4) for loss in losses], "seconds_a_step": seconds}
+    record: dict[str, Any] = {**asdict(run), "losses": [round(loss, 4) for loss in losses]}
     record |= {"gradient_ratio": first.gradient_ratio, "finite": len(losses) == run.steps}
     if record["finite"]:
         # With gradients, a few rows: 256 of them keep 16 GB in 1,000 layers.
@@ -172,7 +169,6 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row = {"layers": layers, "mode": mode, "lr": lr, "warmup": warmup, "seeds": len(runs), "finite": len(whole)}
         row["steps"] = runs[0]["steps"]
         row["gradient_ratio"] = statistics.median(run["gradient_ratio"] for run in runs)
-        row["seconds_a_step"] = statistics.median(run["seconds_a_step"] for run in runs)
         if whole:
             row["loss"] = statistics.median(run["loss"] for run in whole)
             row["loss_range"] = [min(run["loss"] for run in whole), max(run["loss"] for run in whole)]
@@ -196,9 +192,9 @@ def report(rows: Sequence[dict[str, Any]], limits: Mapping[str, float]) -> str:
         else:
             line += ["nan", "", "", ""]
         growth = f"{row['growth']:.1f}" if "growth" in row else ""
-        lines.append([*line, f"{row['gradient_ratio']:.2g}", growth, f"{row['seconds_a_step']:.2f}"])
+        lines.append([*line, f"{row['gradient_ratio']:.2g}", growth])
     title = ", ".join(f"{name} {nats:.3f} nats" for name, nats in limits.items())
-    return table(title, [*heads, "s/step"], lines)
+    return table(title, heads, lines)
 
 
 def runs_of(options: argparse.Namespace) -> list[Run]:
