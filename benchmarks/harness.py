@@ -99,6 +99,10 @@ def machine() -> dict[str, Any]:
     }
 
 
+NO_RESULTS = (":!docs/results", ":!benchmarks/results")
+"""For git: but for what came out, which makes no figures, and is gone on with by --more."""
+
+
 def provenance(command: str) -> dict[str, Any]:
     """When and from which source a result was made."""
 
@@ -109,7 +113,7 @@ def provenance(command: str) -> dict[str, Any]:
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": git("rev-parse", "HEAD"),
-        "git_changed_files": len(git("status", "--porcelain").splitlines()),
+        "git_changed_files": len(git("status", "--porcelain", "--", ".", *NO_RESULTS).splitlines()),
         "machine": machine(),
     }
 
