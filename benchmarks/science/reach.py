@@ -2,7 +2,7 @@
 
     python -m benchmarks.science.reach [--tasks recall copy] [--kinds rope hybrid] [--seeds 3] [--out FILE] [--more]
 
-A decoder of 4 layers of width 64 with 4 heads, trained on rows of 128 tokens, 32 rows an update, AdamW at 2e-3; then
+A decoder of 4 layers of width 64 with 4 heads, trained on rows of 128 tokens, 16 rows an update, AdamW at 2e-3; then
 asked on rows of 1, 2, 4 and 8 times that length. One core a run.
 
 recall, passkey, copy    Share of the asked tokens that are the likeliest one (see `tasks`).
@@ -54,7 +54,7 @@ class Run:
     kind: str
     seed: int
     steps: int
-    rows: int = 32
+    rows: int = 16
     asked_rows: int = 256
     """At each length, in batches of 16."""
     lr: float = 2e-3
