@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -242,11 +241,12 @@ def export(options: argparse.Namespace) -> int:
 def tensorboard(options: argparse.Namespace) -> int:
     """`solomonov tensorboard RUN ...`: TensorBoard's own server on the runs' event files, until Ctrl-C."""
     from solomonov.runfolder import find_run
+    from solomonov.tensorboard import serve
 
     runs = [find_run(name) for name in options.runs]
-    spec = ",".join(f"{run.path.name}:{run.path / 'tensorboard'}" for run in runs)
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir_spec", spec, "--port", str(options.port)]
-    return subprocess.run(command, check=False).returncode
+    if not serve({run.path.name: run.path / "tensorboard" for run in runs}, options.port):
+        return exits.CONFIGURATION
+    raise KeyboardInterrupt
 
 
 def doctor(options: argparse.Namespace) -> int:

@@ -58,6 +58,24 @@ DIAGNOSTICS_LAYOUT = {
 """What stands there too where diagnostics are on: a line an eighth of the layers."""
 
 
+def serve(folders: Mapping[str, Path], port: int) -> bool:
+    """TensorBoard's own server, in this process, so that what ends one ends the other; SIGTERM leaves with 0.
+
+    Args:
+        folders: of event files, by the names that they are shown under.
+        port: 0: any free one.
+
+    Returns:
+        True after Ctrl-C, which TensorBoard takes for itself; False: it could not start, and has said why.
+    """
+    from tensorboard import default, program
+
+    board = program.TensorBoard(plugins=default.get_plugins())
+    spec = ",".join(f"{name}:{folder}" for name, folder in folders.items())
+    board.configure(["tensorboard", "--logdir_spec", spec, "--port", str(port)])
+    return board.main() == 0
+
+
 Draw = Callable[[], NDArray[np.uint8]]
 """Gives a picture: (height, width, 3), red, green, blue."""
 

@@ -6,7 +6,9 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +221,31 @@ def test_an_interrupt_leaves_with_130_and_nothing_running(run: RunFolder) -> Non
         assert program.wait(deadline=60) == exits.INTERRUPTED, program.output()
         assert "interrupted" in program.output()
     assert_no_process(str(Path("own:runs/own/tensorboard")))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, exits.DONE), (signal.SIGKILL, -signal.SIGKILL)])
+def test_tensorboards_server_ends_with_the_command(number: signal.Signals, code: int, run: RunFolder) -> None:
+    user = User(Path.cwd())
+    with user.command("tensorboard", "own", "--port", "0") as program:
+        address = program.wait_for(
+            lambda: re.search(r"http://localhost:(\d+)", program.output()), deadline=120, what="the server"
+        )
+        with socket.create_connection(("localhost", int(address[1])), timeout=10):
+            pass  # it listens
+        os.kill(program.pid, number)
+        assert program.wait(deadline=60) == code, program.output()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("localhost", int(address[1])), timeout=10).close()
+
+
+@pytest.mark.e2e
+def test_a_port_that_is_taken_is_refused(run: RunFolder) -> None:
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, output = User(Path.cwd()).solomonov("tensorboard", "own", "--port", str(port))
+    assert code == exits.CONFIGURATION, output
+    assert f"port {port}, it was already in use" in output
 
 
 @pytest.mark.e2e
