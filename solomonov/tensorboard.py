@@ -73,7 +73,8 @@ def serve(folders: Mapping[str, Path], port: int) -> bool:
     board = program.TensorBoard(plugins=default.get_plugins())
     spec = ",".join(f"{name}:{folder}" for name, folder in folders.items())
     board.configure(["tensorboard", "--logdir_spec", spec, "--port", str(port)])
-    return board.main() == 0
+    code: int = board.main()
+    return code == 0
 
 
 Draw = Callable[[], NDArray[np.uint8]]
