@@ -14,13 +14,26 @@ FOLLOW_SECONDS = 0.3
 """Between two looks at the files."""
 
 
+HOLDER = -1
+"""In place of a rank: the process that holds the ranks of an attempt on Ray."""
+
+
 def newest_attempt(run: RunFolder) -> tuple[int, list[tuple[int, Path]]]:
-    """Number of the newest attempt and (rank, log) of each of its ranks; (0, []) before the first."""
+    """Number of the newest attempt and (rank, log) of each of its ranks; (0, []) before the first.
+
+    Of an attempt on Ray that has started no rank (HOLDER, log), which says why.
+    """
     attempts = _numbered(run.logs, r"attempt-(\d+)")
     if not attempts:
         return 0, []
     number, folder = attempts[-1]
-    return number, _numbered(folder, r"rank-(\d+)\.log")
+    ranks = _numbered(folder, r"rank-(\d+)\.log")
+    holder = folder / "holder.log"
+    return number, ranks or ([(HOLDER, holder)] if holder.exists() else [])
+
+
+def _label(rank: int) -> str:
+    return "[ray]" if rank == HOLDER else f"[{rank}]"
 
 
 def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
@@ -33,10 +46,11 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
 def show(run: RunFolder, *, lines: int) -> None:
     """The last lines of every rank of the newest attempt, rank by rank."""
     number, logs = newest_attempt(run)
-    print(f"{run.path}: attempt {number}, {len(logs)} ranks" if logs else f"{run.path}: no attempt has begun yet")
+    ranks = sum(rank != HOLDER for rank, _ in logs)
+    print(f"{run.path}: attempt {number}, {ranks} ranks" if logs else f"{run.path}: no attempt has begun yet")
     for rank, path in logs:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]:
-            print(f"[{rank}] {line}")
+            print(f"{_label(rank)} {line}")
 
 
 def follow(run: RunFolder, *, lines: int, goes_on: Callable[[], bool]) -> None:
@@ -68,7 +82,7 @@ def follow(run: RunFolder, *, lines: int, goes_on: Callable[[], bool]) -> None:
 def _flush(files: dict[int, _Tail]) -> None:
     for rank, tail in sorted(files.items()):
         for line in tail.new_lines():
-            sys.stdout.write(f"[{rank}] {line}\n")
+            sys.stdout.write(f"{_label(rank)} {line}\n")
     sys.stdout.flush()
 
 

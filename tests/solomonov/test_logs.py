@@ -57,6 +57,16 @@ def test_the_last_lines_of_every_rank_are_shown(run: RunFolder, capsys: pytest.C
     assert capsys.readouterr().out == f"{run.path}: attempt 2, 2 ranks\n[0] only �\n[0] half a li\n[1] b\n[1] c\n"
 
 
+def test_ray_is_heard_where_no_rank_was_started(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    (log(run, 1, 0, "of a rank\n").parent / "holder.log").write_text("of Ray\n")
+    show(run, lines=3)
+    assert capsys.readouterr().out == f"{run.path}: attempt 1, 1 ranks\n[0] of a rank\n", "the ranks say what happens"
+    log(run, 2, 0, "").rename(run.logs / "attempt-2" / "holder.log")
+    (run.logs / "attempt-2" / "holder.log").write_text("one\ntwo\nthe start timed out\nno room\n")
+    show(run, lines=2)
+    assert capsys.readouterr().out == f"{run.path}: attempt 2, 0 ranks\n[ray] the start timed out\n[ray] no room\n"
+
+
 def looks(*acts: Callable[[], object]) -> Callable[[], bool]:
     """`goes_on` of a run that does one thing before each look, and has ended after the last."""
     left = list(acts)
