@@ -6,6 +6,7 @@ Heavy modules are imported inside the commands that need them, so that `solomono
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import select
 import sys
@@ -210,11 +211,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SolomonovError, DataError, LauncherError) as error:
         if options.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _complain("interrupted")
         return exits.INTERRUPTED
+
+
+def _complain(text: str) -> None:
+    """On standard error, if anybody reads it: the exit code says the same."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _reader_is_gone() -> bool:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from solomonov.logs import follow, show
 from solomonov.runfolder import RunFolder, all_runs, find_run, is_locked, lock_holder, run_lock, submission_lock
 from solomonov.snapshot import snapshot
 from solomonov.start import PreparedRun, prepare_run
-from solomonov.status import Live, RunStatus, read_status
+from solomonov.status import NO_END, Live, RunStatus, read_status
 from solomonov.supervise import launch_section, one_machine, request_file, slurm_scripts
 from solomonov.sweep import combinations
 
@@ -418,13 +418,27 @@ def status(options: argparse.Namespace) -> int:
 
 
 def runs(options: argparse.Namespace) -> int:
-    """`solomonov runs`."""
-    found = [look(run) for run in all_runs(Path(options.folder))]
+    """`solomonov runs`; a scheduler that does not answer hides no other run."""
+    found = [_seen(run) for run in all_runs(Path(options.folder))]
     if not found and not options.json:
         print(f"no runs in {options.folder}/")
     if found:
         table(options, [each.row() for each in found])
     return exits.DONE
+
+
+def _seen(run: RunFolder) -> RunStatus:
+    """Where a run stands, or `unknown` where only a scheduler that does not answer could tell."""
+    from launcher.errors import LauncherError
+
+    try:
+        return look(run)
+    except LauncherError as error:
+        found = read_status(run, Live())
+        if found.state not in NO_END:
+            return found
+        print(f"{run.path}: {error.what} ({error.got})", file=sys.stderr)
+        return replace(found, state="unknown")
 
 
 def logs(options: argparse.Namespace) -> int:

@@ -12,6 +12,8 @@ from solomonov.runfolder import RunFolder
 from solomonov.start import finished_step
 
 LIVE = ("pending", "running", "stopping")
+NO_END = ("created", "lost")
+"""States of a run that does not live, and whose records know of no end."""
 _BY_EXIT_CODE = {exits.DONE: "done", exits.AGAIN: "saved", exits.INTERRUPTED: "cancelled"}
 
 
@@ -21,7 +23,8 @@ class RunStatus:
 
     run: str
     state: str
-    """created, pending, running, stopping, done, saved, cancelled, failed, or lost: it ended without a word."""
+    """created, pending, running, stopping, done, saved, cancelled, failed, lost: it ended without a word;
+    unknown: its scheduler does not answer."""
     backend: str | None
     job: str | None
     step: int

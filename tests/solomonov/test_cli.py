@@ -257,6 +257,15 @@ def test_who_stops_reading_sees_no_traceback(words: tuple[str, ...], run: RunFol
 
 
 @pytest.mark.e2e
+def test_a_complaint_that_nobody_reads_leaves_the_code_as_it_is() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "solomonov.cli", "status", "nowhere"], stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == exits.CONFIGURATION
+
+
+@pytest.mark.e2e
 def test_a_training_goes_on_when_nobody_reads_what_it_prints(user: User) -> None:
     words = ("train", "own.yaml", "training.total_steps=2", "schedule.warmup_steps=1", "launch.ranks_per_node=1")
     assert unread(*words, PYTHONUNBUFFERED="") == (exits.DONE, "")

@@ -86,3 +86,21 @@ def test_the_word_of_the_user_is_taken_for_a_folder_that_looks_unshared(user: Us
         record = json.loads(Path(memory, "runs", "own", "resolved.json").read_text())
     assert record["launch"]["shared_folder"]["value"] == "yes"
     assert len(calls(slurm, "sbatch")) == 1
+
+
+def test_a_scheduler_that_does_not_answer_hides_no_other_run(
+    user: User, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin_run(user, "run.name=other")
+    assert submit("--on", "slurm") == 0
+    fake_commands(slurm, scontrol="echo 'Unable to contact slurm controller' >&2; exit 1")
+    capsys.readouterr()
+    assert main(["runs"]) == 0
+    output, errors = capsys.readouterr()
+    assert [line.split()[:2] for line in output.splitlines()[1:]] == [["other", "created"], ["own", "unknown"]]
+    assert "runs/own: scontrol failed (Unable to contact slurm controller)" in errors
+    RunFolder(user.run()).journal.write("left", exit_code=75, reason="saved")
+    assert main(["runs"]) == 0
+    output, errors = capsys.readouterr()
+    assert ("own", "saved") in [tuple(line.split()[:2]) for line in output.splitlines()], "its own records tell"
+    assert errors == ""
