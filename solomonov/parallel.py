@@ -163,15 +163,15 @@ def _check_pipeline(parallel: ParallelConfig, *, precision: str, world: int, lay
             rule="what travels between pipeline stages has the parameters' own type",
             remedy="set training.precision to bf16 or fp32",
         )
+    legal = [count for count in range(1, min(world, layers) + 1) if world % count == 0]
     if stages > layers:
         raise ConfigurationError(
             "there are more pipeline stages than layers",
             got=f"parallel.pipeline: {stages}, layers of all stacks: {layers}",
-            rule="each stage holds at least one layer",
-            remedy=f"set parallel.pipeline to at most {layers}",
+            rule="each stage holds at least one layer, and the same number of ranks",
+            remedy=f"set parallel.pipeline to {legal[-1]}",
         )
     if world % stages:
-        legal = [count for count in range(1, min(world, layers) + 1) if world % count == 0]
         nearest = min(legal, key=lambda count: (abs(count - stages), count))
         raise ConfigurationError(
             "the pipeline does not divide the ranks",

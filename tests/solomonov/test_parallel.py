@@ -71,6 +71,25 @@ def test_a_row_with_a_source_is_not_shared_and_an_encoder_s_is() -> None:
         copies(two, world=6, pipeline=6)
 
 
+@given(world=st.integers(1, 64), layers=st.integers(1, 32), stages=st.integers(2, 48))
+def test_the_named_number_of_stages_is_legal(world: int, layers: int, stages: int) -> None:
+    """The remedy of a pipeline that does not fit, taken at its word; a legal one is not refused."""
+    model = ModelConfig(layers=layers, heads=4, d_model=64)
+
+    def check_stages(count: int) -> int:
+        parallel = ParallelConfig(zero_stage=1, pipeline=count)
+        return check_layout(parallel, precision="fp32", world=world, model=model, sequence_tokens=64)
+
+    if stages <= layers and world % stages == 0:
+        assert check_stages(stages) == world // stages
+        return
+    with pytest.raises(ConfigurationError) as caught:
+        check_stages(stages)
+    named = re.match(r"set parallel.pipeline to (\d+)", caught.value.remedy)
+    assert named, caught.value.remedy
+    assert check_stages(int(named[1])) == world // int(named[1])
+
+
 @pytest.mark.parametrize(("world", "stages", "copies"), [(2, 2, 1), (4, 2, 2), (12, 4, 3), (12, 12, 1)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
 def test_the_ranks_of_a_stage_are_data_parallel(world: int, stages: int, copies: int, precision: str) -> None:
@@ -89,7 +108,7 @@ def test_the_ranks_of_a_stage_are_data_parallel(world: int, stages: int, copies:
         ({"zero_stage": 2}, "set parallel.zero_stage to 1"),
         ({"zero_stage": 3}, "set parallel.zero_stage to 1"),
         ({"precision": "bf16_autocast"}, "set training.precision to bf16 or fp32"),
-        ({"layers": 1}, "set parallel.pipeline to at most 1"),
+        ({"layers": 1}, "set parallel.pipeline to 1"),
         ({"world": 5}, "set parallel.pipeline to 1, or use 4 ranks"),
         ({"world": 1}, "set parallel.pipeline to 1, or use 2 ranks"),
     ],
