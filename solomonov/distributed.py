@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -129,9 +130,10 @@ def groups_end_within() -> Iterator[None]:
 
     Nothing else ends them: torch and DeepSpeed keep each one for the life of the process. A pipeline makes seven; gloo
     has three threads for each, of which one wakes a hundred times a second: with 600 groups two thirds of two cores'
-    time went there. ZeRO 3 also keeps each model, and its group with it.
+    time went there. ZeRO 3 also keeps each model, and its group with it, in two places.
     """
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import groups as kept
 
     registered = distributed_c10d._world.pg_map
@@ -143,6 +145,8 @@ def groups_end_within() -> Iterator[None]:
         kept._release_process_group_references(group)
         del group
     FWD_MODULE_STACK.clear()  # it pushes a model once more than it pops it
+    release = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(release).nonlocals["func"].cache_clear()  # from the second update on, by coordinator
     gc.collect()  # their threads end with the objects, which stand in cycles
 
 
