@@ -83,9 +83,12 @@ def test_the_best_rate_of_each_depth_and_the_price_of_the_shallow_one() -> None:
     assert "nan" in transfer.report([shallow, deep], {})
 
 
-def test_the_sweep_is_kept_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("task", "symbols"), [("permutation", 64), ("text", 256)])
+def test_the_sweep_is_kept_and_drawn(
+    task: str, symbols: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, picture = tmp_path / "transfer.json", tmp_path / "transfer.png"
-    words = ["--layers", "2", "4", "--rates", "0.001", "0.01", "--seeds", "1", "--steps", "10"]
+    words = ["--layers", "2", "4", "--rates", "0.001", "0.01", "--seeds", "1", "--steps", "10", "--task", task]
     assert transfer.main([*words, "--out", str(out), "--picture", str(picture)]) == 0
     result = json.loads(out.read_text())
     assert len(result["runs"]) == 8
@@ -97,4 +100,5 @@ def test_the_sweep_is_kept_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert all(0.7 < loss < 6.0 for _, loss in row["losses"])
         assert f"{row['kind']:10s}" in printed
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert math.isclose(result["limits"]["uniform"], math.log(64))
+    assert {run["task"] for run in result["runs"]} == {task}
+    assert math.isclose(result["limits"]["uniform"], math.log(symbols))
