@@ -224,8 +224,9 @@ def test_an_interrupt_leaves_with_130_and_nothing_running(run: RunFolder) -> Non
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, exits.DONE), (signal.SIGKILL, -signal.SIGKILL)])
-def test_tensorboards_server_ends_with_the_command(number: signal.Signals, code: int, run: RunFolder) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_tensorboards_server_ends_with_the_command(number: signal.Signals, run: RunFolder) -> None:
+    """At SIGTERM with 0; where coverage is measured its own handler comes first, and ends the process by the signal."""
     user = User(Path.cwd())
     with user.command("tensorboard", "own", "--port", "0") as program:
         address = program.wait_for(
@@ -234,7 +235,8 @@ def test_tensorboards_server_ends_with_the_command(number: signal.Signals, code:
         with socket.create_connection(("localhost", int(address[1])), timeout=10):
             pass  # it listens
         os.kill(program.pid, number)
-        assert program.wait(deadline=60) == code, program.output()
+        ends = (exits.DONE, -signal.SIGTERM) if number == signal.SIGTERM else (-signal.SIGKILL,)
+        assert program.wait(deadline=60) in ends, program.output()
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("localhost", int(address[1])), timeout=10).close()
 
