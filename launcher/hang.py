@@ -2,7 +2,8 @@
 
 Ranks wait for each other in collectives, so all of them stand still when one does. The one to judge is the hindmost:
 the lowest step, there the earliest section, there the oldest sign of life. The others wait for it, and that says
-nothing about them.
+nothing about them. Where several are in that section, the oldest sign of life is chance: whoever is not in a
+collective by its stack (`stacks.culprit`) is the one.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Hang:
     section: str
     seconds: float
     limit_seconds: float
+    beside: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    """Seconds of other ranks in the same section of the same step: stacks tell for which one the others wait."""
 
     def describe(self) -> str:
         """One clause for people."""
@@ -129,7 +132,12 @@ class GangWatch:
         rank, beat = min(beats.items(), key=lambda item: (item[1].step, item[1].section_id, item[1].since))
         limit = self.limit(beat.section)
         seconds = self._blamed(beat.since, now, limit)
-        return Hang(rank, beat.step, beat.section, seconds, limit) if seconds > limit else None
+        if seconds <= limit:
+            return None
+        place = (beat.step, beat.section_id)
+        others = {other: at for other, at in beats.items() if other != rank and (at.step, at.section_id) == place}
+        beside = {other: self._blamed(at.since, now, limit) for other, at in others.items()}
+        return Hang(rank, beat.step, beat.section, seconds, limit, beside)
 
     def _blamed(self, since: float, now: float, limit: float) -> float:
         """Seconds of a stay that count: those after the last gap, or all but the gaps where these are many."""

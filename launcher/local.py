@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -26,7 +27,7 @@ from launcher.job import Attempt, EventCallback, JobSpec, JobState, ignore_event
 from launcher.mailbox import Mailbox
 from launcher.ports import free_port, require_free
 from launcher.sidecar import SidecarFailure, Sidecars
-from launcher.stacks import innermost_call
+from launcher.stacks import culprit, innermost_call
 from launcher.supervisor import Action, Decision, RestartPolicy, Supervisor, SupervisorState
 
 PEER_EXIT_SECONDS = 2.0
@@ -274,12 +275,13 @@ class LocalJob:
         hang = watch.look(gang.beats(), time.monotonic())
         if hang is None:
             return False
-        attempt.hang = hang
-        log = attempt.logs[hang.rank]
-        before = log.stat().st_size if log.exists() else 0
+        logs = {rank: attempt.logs[rank] for rank in (hang.rank, *hang.beside)}
+        before = {rank: log.stat().st_size if log.exists() else 0 for rank, log in logs.items()}
         gang.dump_stacks()
         time.sleep(STACKS_SECONDS)  # nothing tells that a dump is complete; who is frozen gives none
-        call = innermost_call(_text_from(log, before))
+        calls = {rank: innermost_call(_text_from(log, before[rank])) for rank, log in logs.items()}
+        rank = culprit(calls)
+        attempt.hang = hang = replace(hang, rank=rank, seconds=hang.beside.get(rank, hang.seconds), beside={})
         self._emit(
             "hang",
             attempt=attempt.number,
@@ -288,7 +290,7 @@ class LocalJob:
             section=hang.section,
             seconds=hang.seconds,
             limit_seconds=hang.limit_seconds,
-            call=call,
+            call=calls[hang.rank],
         )
         return True
 

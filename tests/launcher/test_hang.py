@@ -99,19 +99,20 @@ def test_a_gang_that_never_begins_is_not_blamed_for_it_either() -> None:
 
 
 @pytest.mark.parametrize(
-    ("beats", "hindmost"),
+    ("beats", "hindmost", "beside"),
     [
-        ({0: at(5, "data", 9.0), 1: at(4, "backward", 8.0)}, 1),  # the lowest step
-        ({0: at(5, "backward", 1.0), 1: at(5, "data", 8.0)}, 1),  # there the earliest section
-        ({0: at(5, "data", 3.0), 1: at(5, "data", 2.0), 2: at(5, "data", 2.5)}, 1),  # there the oldest sign of life
-        ({0: at(5, "data", 3.0), 3: at(4, "forward", 2.0), 2: at(4, "forward", 7.0)}, 3),
+        ({0: at(5, "data", 9.0), 1: at(4, "backward", 8.0)}, 1, []),  # the lowest step
+        ({0: at(5, "backward", 1.0), 1: at(5, "data", 8.0)}, 1, []),  # there the earliest section
+        ({0: at(5, "data", 3.0), 1: at(5, "data", 2.0), 2: at(5, "data", 2.5)}, 1, [0, 2]),  # the oldest sign of life
+        ({0: at(5, "data", 3.0), 3: at(4, "forward", 2.0), 2: at(4, "forward", 7.0)}, 3, [2]),
     ],
 )
-def test_the_hindmost_rank_is_the_one_to_judge(beats: dict[int, Beat], hindmost: int) -> None:
+def test_the_hindmost_rank_is_the_one_to_judge(beats: dict[int, Beat], hindmost: int, beside: list[int]) -> None:
     watch = watching(HangLimits(minimum_seconds=1.0, start_seconds=100.0))
     hang = watch.look(beats, 1000.0)
     assert hang is not None
     assert (hang.rank, hang.seconds) == (hindmost, 1000.0 - beats[hindmost].since)
+    assert hang.beside == {rank: 1000.0 - beats[rank].since for rank in beside}
 
 
 def test_those_who_wait_for_the_hindmost_do_not_hang() -> None:
@@ -247,7 +248,8 @@ class Naive:
         oldest = min(beat.since for beat in there.values())
         rank = next(rank for rank, beat in there.items() if beat.since == oldest)
         limit, seconds = self.limit(beats[rank].section), now - oldest
-        return Hang(rank, lowest, beats[rank].section, seconds, limit) if seconds > limit else None
+        beside = {other: now - beat.since for other, beat in there.items() if other != rank}
+        return Hang(rank, lowest, beats[rank].section, seconds, limit, beside) if seconds > limit else None
 
     def limit(self, section: str) -> float:
         stays = self.stays(section)

@@ -18,7 +18,7 @@ from launcher.config import LaunchConfig
 from launcher.hang import HangLimits
 from launcher.job import JobSpec
 from launcher.local import LocalJob, LocalLauncher
-from launcher.stacks import innermost_call
+from launcher.stacks import culprit, innermost_call
 from tests.support.processes import assert_no_process, wait_for
 
 SECONDS = 60.0
@@ -81,6 +81,26 @@ def test_without_a_whole_dump_there_is_no_call(text: str) -> None:
     assert innermost_call(text) is None
 
 
+REDUCES = "all_reduce (/env/torch/distributed/distributed_c10d.py:3252)"
+WORKS = "backward (/env/torch/autograd/graph.py:979)"
+
+
+@pytest.mark.parametrize(
+    ("calls", "rank"),
+    [
+        ({3: WORKS}, 3),
+        ({3: None}, 3),
+        ({3: REDUCES, 0: WORKS, 1: REDUCES}, 0),
+        ({3: REDUCES, 0: REDUCES, 1: None}, 1),  # frozen: it gave no stack
+        ({3: REDUCES, 0: REDUCES}, 3),
+        ({3: WORKS, 0: None}, 3),
+        ({3: None, 0: WORKS}, 3),
+    ],
+)
+def test_whoever_is_in_no_collective_is_waited_for(calls: dict[int, str | None], rank: int) -> None:
+    assert culprit(calls) == rank
+
+
 # --- real ranks ----------------------------------------------------------------------------------------------
 
 # Some steps, then rank 1 stops at step 5 in its own way, while rank 0 waits for it one section further on.
@@ -114,6 +134,11 @@ def waits_for_its_peer():
     while not (folder / "never").exists():
         time.sleep(0.01)
 
+def stands_beside_a_collective():
+    time.sleep(1.0)  # the one that waits has got there first
+    (folder / "there").touch()
+    time.sleep(600)
+
 for step in range(5):
     beat(step, 1, b"data")
     beat(step, 2, b"forward")
@@ -121,6 +146,11 @@ for step in range(5):
         time.sleep(0.4)
 if attempt > 1 or how == "is_slow":
     sys.exit(0)
+if rank == 0 and how == "stands_beside_a_collective":
+    beat(5, 1, b"data")
+    code = "import time\\ndef all_reduce(): time.sleep(600)"
+    exec(compile(code, "/env/torch/distributed/distributed_c10d.py", "exec"))
+    all_reduce()
 if rank == 0:
     beat(5, 2, b"forward")
     waits_for_its_peer()
@@ -163,12 +193,15 @@ class Watched:
         return [path.read_text() for path in self.job.attempts[0].logs]
 
 
-HANGS = ("sleeps_for_ever", "is_stopped_by_another", "holds_the_lock_of_the_interpreter")
+HANGS = (
+    *("sleeps_for_ever", "is_stopped_by_another", "holds_the_lock_of_the_interpreter"),
+    "stands_beside_a_collective",
+)
 
 
 @pytest.fixture(scope="module")
 def hung(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Watched]]:
-    """Three jobs that hang, all at once, at their ends."""
+    """Jobs that hang, all at once, at their ends."""
     jobs = {how: Watched(tmp_path_factory.mktemp(how), how, limit_seconds=4.0) for how in HANGS}
     try:
         os.kill(jobs["is_stopped_by_another"].there(), signal.SIGSTOP)
@@ -214,6 +247,12 @@ def test_both_ranks_tell_where_they_were(hung: dict[str, Watched], how: str) -> 
         assert f"in {function}\n" in log
     line = RANK.splitlines().index(f"def {how}():") + 3
     assert hung[how].found("hang")[0]["call"] == f"{how} ({hung[how].folder / 'rank.py'}:{line})"
+
+
+def test_the_call_is_that_of_the_rank_that_the_others_wait_for(hung: dict[str, Watched]) -> None:
+    call = hung["stands_beside_a_collective"].found("hang")[0]["call"]
+    assert call is not None
+    assert call.startswith("stands_beside_a_collective (")
 
 
 def test_a_rank_that_is_stopped_tells_nothing_and_its_peer_does(hung: dict[str, Watched]) -> None:
