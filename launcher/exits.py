@@ -94,6 +94,8 @@ class RankExit:
     """Exit code; -n: died of signal n."""
     killed: bool = False
     """The launcher sent SIGKILL before the rank ended: its code says nothing about the rank."""
+    lost: bool = False
+    """Nobody saw it end: its machine, or the process that watched it there, is gone. When is not known."""
     seconds: float = 0.0
     """From the start of the process to its end."""
     step: int | None = None
@@ -130,14 +132,18 @@ def first_cause(ends: Sequence[RankExit]) -> RankExit:
 
     The first failure is the cause, with one exception: a rank that knows the reason (70, 74, 78, 2) may take
     longer to leave than a peer that merely lost its connection and raised, so such a verdict outranks an
-    earlier ordinary crash code, though not an earlier signal. Ranks that the launcher killed count only where
-    no rank failed by itself. 75 stands for the attempt if every rank left with 75 or 0.
+    earlier ordinary crash code, though not an earlier signal. So does the end of a rank that was lost, of which
+    one hears last. Ranks that the launcher killed count only where no rank failed by itself. 75 stands for the
+    attempt if every rank left with 75 or 0.
     """
     assert ends, "an attempt has at least one rank"
     failures = [end for end in ends if end.outcome.is_failure and not end.killed]
     if failures:
-        verdict = next((end for end in failures if end.outcome.is_verdict), None)
-        return verdict if verdict is not None and failures[0].code > 0 else failures[0]
+        if failures[0].code > 0:
+            for known in ([end for end in failures if end.outcome.is_verdict], [end for end in failures if end.lost]):
+                if known:
+                    return known[0]
+        return failures[0]
     for wanted in (Outcome.CRASH, Outcome.AGAIN):
         for end in ends:
             if end.outcome is wanted:

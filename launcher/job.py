@@ -291,16 +291,18 @@ class EventCallback(Protocol):
 
     * attempt_started: attempt, ranks, pids (those on this machine), master_port
     * rank_exited: attempt, rank, host (None: this machine), pid, exit_code (None: a signal), signal (its name or None),
-      seconds, killed_by_launcher, and of the last heartbeat, or None: step, section, heartbeat_age_seconds
+      seconds, killed_by_launcher, lost (nobody saw it end), and of the last heartbeat, or None: step, section,
+      heartbeat_age_seconds
     * hang: attempt, rank, step, section, seconds, limit_seconds, call (where its main thread was, or None)
     * world: attempt, ranks (where that turned out after the start)
     * resize: attempt, reason: its ranks are asked to save, and are started again in another number
-    * restart: attempt (the one that will start), cause, backoff_seconds
+    * restart: attempt (the one that will start), cause, rank (whose end that was; None: of another number of ranks),
+      backoff_seconds
     * stopping: signal (its name, or `cancel`), now
     * sidecar_started: name, pid, starts (1 for the first)
     * sidecar_exited: name, pid, exit_code (None: a signal), signal (its name or None), seconds
     * sidecar_restart: name, cause, backoff_seconds
-    * finished: exit_code, attempts (how many ran), reason
+    * finished: exit_code, attempts (how many ran), reason, rank (whose end explains it; None: no rank's)
     """
 
     def __call__(self, kind: str, /, **fields: object) -> None:

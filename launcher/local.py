@@ -218,7 +218,8 @@ class LocalJob:
         self._over = True
         code = supervisor.exit_code
         assert code is not None, "a terminal state has an exit code"
-        self._emit("finished", exit_code=code, attempts=len(self.attempts), reason=supervisor.reason)
+        end = {"exit_code": code, "reason": supervisor.reason, "rank": self._rank_of_cause()}
+        self._emit("finished", attempts=len(self.attempts), **end)
         return code
 
     def _run_attempt(self, number: int) -> Decision:
@@ -352,6 +353,7 @@ class LocalJob:
             "restart",
             attempt=number,
             cause=decision.reason if resized else self.attempts[-1].describe(),
+            rank=None if resized else self._rank_of_cause(),
             backoff_seconds=decision.backoff_seconds,
         )
         deadline = time.monotonic() + decision.backoff_seconds
@@ -364,6 +366,11 @@ class LocalJob:
             if time.monotonic() >= deadline:
                 return
 
+    def _rank_of_cause(self) -> int | None:
+        """The rank whose end explains that of the newest attempt; None before the first."""
+        cause = self.attempts[-1].cause if self.attempts else None
+        return cause.rank if cause is not None else None
+
     def _emit_exit(self, attempt: int, end: RankExit) -> None:
         self._emit(
             "rank_exited",
@@ -374,6 +381,7 @@ class LocalJob:
             exit_code=end.code if end.code >= 0 else None,
             signal=signal_name(end.code),
             killed_by_launcher=end.killed,
+            lost=end.lost,
             step=end.step,
             section=end.section,
             heartbeat_age_seconds=end.heartbeat_age_seconds,

@@ -241,6 +241,7 @@ class RayGang:
                     connection.pid,
                     -signal.SIGKILL,
                     killed=self._killed,
+                    lost=not self._killed,
                     seconds=time.monotonic() - self._started_at,
                     step=beat.step if beat is not None else None,
                     section=beat.section if beat is not None else None,

@@ -168,7 +168,9 @@ class Cycle:
     folder: Path
     allocation: Allocation
     hosts_of_crashes: dict[int, str | None] = field(default_factory=dict)
-    """By attempt: where its first crash was, which brought the other ranks down."""
+    """By attempt that crashed: where the rank was that brought the others down."""
+    ends: dict[int, Mapping[str, object]] = field(default_factory=dict)
+    """By rank: how it ended in the newest attempt."""
     stops: list[str] = field(default_factory=list)
     """Requests to save and leave, by whom they came."""
 
@@ -197,11 +199,15 @@ class Cycle:
         """Take note of an event of the job: who caused a crash, and requests to leave."""
         if kind == "stopping":
             self.stops.append(str(fields["signal"]))
-        if kind == "rank_exited" and not fields["killed_by_launcher"]:
-            code = fields["exit_code"]
-            if code is None or classify(int(str(code))) is Outcome.CRASH:
-                host, attempt = fields["host"], int(str(fields["attempt"]))
-                self.hosts_of_crashes.setdefault(attempt, str(host) if host is not None else None)
+        if kind == "attempt_started":
+            self.ends.clear()
+        if kind == "rank_exited":
+            self.ends[int(str(fields["rank"]))] = fields
+        if kind in ("restart", "finished") and fields["rank"] is not None:
+            end = self.ends[int(str(fields["rank"]))]
+            code, host = end["exit_code"], end["host"]
+            if not end["killed_by_launcher"] and (code is None or classify(int(str(code))) is Outcome.CRASH):
+                self.hosts_of_crashes[int(str(end["attempt"]))] = str(host) if host is not None else None
 
     def end(self, step: int) -> None:
         """Note the end, before the process leaves; where it cannot be written, what it leaves with still counts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import selectors
 import signal
 import sys
@@ -22,6 +23,23 @@ from launcher.job import JobSpec
 
 END_SECONDS = 30.0
 """What srun gets to leave after all of its tasks have ended: it asks the controller."""
+REPORT_SECONDS = 1.0
+"""From srun's word that a task has ended to the report of its agent, which comes another way; longer: there is none."""
+MOST_TASKS = 1 << 20
+"""A line that names more of them at once is none of srun's."""
+TASKS_ENDED = re.compile(rb"^srun: error: \S+: tasks? ([0-9,-]+): .*\n", re.MULTILINE)
+"""What srun writes of tasks that did not end well, whether or not their agents lived to report."""
+
+
+def tasks_ended(text: bytes) -> list[int]:
+    """Numbers of the tasks that ended by srun's log, as they come: `srun: error: node[1-2]: tasks 0-2,5: Killed`."""
+    found: list[int] = []
+    for listed in TASKS_ENDED.findall(text):
+        for part in listed.decode().split(","):
+            first, _, last = part.partition("-")
+            if first.isdigit() and (last or first).isdigit() and int(last or first) - int(first) < MOST_TASKS:
+                found += range(int(first), int(last or first) + 1)
+    return found
 
 
 @dataclass(frozen=True)
@@ -104,12 +122,18 @@ class SlurmGang:
     ) -> None:
         self._folder = folder
         self._pids: dict[int, int] = {}
+        self._hosts: dict[int, str] = {}
         self._beats: dict[int, Beat] = {}
         self.world_size = spec.world_size
         self.resize_reason: str | None = None
         self._living = set(range(spec.world_size))
-        self._killed = False
+        self._killed = self._srun_ended = False
         self._unread = b""
+        self._gone: dict[int, float] = {}
+        """When srun's word was seen that a task has ended."""
+        log = folder / "srun.log"
+        self._log_read = log.stat().st_size if log.exists() else 0
+        """Bytes of srun's log that were looked at: whole lines. A job that was queued again may add to an old one."""
         self._started_at = time.monotonic()
         agent = [sys.executable, "-m", "launcher", "agent", str(folder), str(attempt)]
         command = [
@@ -135,7 +159,7 @@ class SlurmGang:
                 ChildCommand(
                     command,
                     environment,
-                    folder / "srun.log",
+                    log,
                     spec.working_directory,
                     output_fd=writer,
                     input_fd=reader,
@@ -166,7 +190,8 @@ class SlurmGang:
         """See `Gang.wait`."""
         for fd in also:
             self._selector.register(fd, selectors.EVENT_READ)
-        self._selector.select(timeout)
+        # Nothing wakes us when srun writes into its log.
+        self._selector.select(REPORT_SECONDS if timeout is None else min(timeout, REPORT_SECONDS))
         for fd in also:
             self._selector.unregister(fd)
         return order_of_death(self._read())
@@ -189,20 +214,36 @@ class SlurmGang:
                 ends.append(end)
         if over:
             self._selector.unregister(self._output)
-            for rank in sorted(self._living):  # it did not live to tell: we killed it, or its machine is gone
-                ends.append(
-                    RankExit(
-                        rank,
-                        self._pids.get(rank, 0),
-                        -signal.SIGKILL,
-                        killed=self._killed,
-                        seconds=time.monotonic() - self._started_at,
-                        step=self._beats[rank].step if rank in self._beats else None,
-                        section=self._beats[rank].section if rank in self._beats else None,
-                    )
-                )
-            self._living.clear()
-        return ends
+            return ends + [self._lost(rank) for rank in sorted(self._living)]
+        self._read_log()
+        late = time.monotonic() - REPORT_SECONDS
+        return ends + [self._lost(rank) for rank, seen in self._gone.items() if rank in self._living and seen < late]
+
+    def _lost(self, rank: int) -> RankExit:
+        """The end of a rank whose agent did not live to tell: we ended the step, or it is gone with its machine."""
+        self._living.discard(rank)
+        beat = self._beats.pop(rank, None)
+        return RankExit(
+            rank,
+            self._pids.get(rank, 0),
+            -signal.SIGKILL,
+            killed=self._srun_ended,
+            lost=not self._srun_ended,
+            seconds=time.monotonic() - self._started_at,
+            step=beat.step if beat is not None else None,
+            section=beat.section if beat is not None else None,
+            host=self._hosts.get(rank),
+        )
+
+    def _read_log(self) -> None:
+        """Take in what srun says of tasks: peers that wait for a lost one do not end by themselves."""
+        with (self._folder / "srun.log").open("rb") as log:
+            log.seek(self._log_read)
+            text = log.read()
+        text = text[: text.rfind(b"\n") + 1]
+        self._log_read += len(text)
+        for rank in tasks_ended(text):
+            self._gone.setdefault(rank, time.monotonic())
 
     def _heard(self, line: bytes) -> RankExit | None:
         report = read_report(line)
@@ -215,6 +256,7 @@ class SlurmGang:
         assert isinstance(rank, int), "an agent says which rank it stands beside"
         if kind == "started":
             self._pids[rank] = int(str(fields["pid"]))
+            self._hosts[rank] = str(fields["host"])
         elif kind == "beat":
             self._beats[rank] = beat_of(fields, time.monotonic())
         elif kind == "ended":
@@ -244,6 +286,7 @@ class SlurmGang:
         self._order("kill")
         if self._killed or not self._pids:
             self._srun.send_signal(signal.SIGTERM)
+            self._srun_ended = True
         self._killed = True
 
     def _order(self, order: str) -> None:

@@ -315,8 +315,8 @@ class Session:
         self._run = prepared.run
         self._attempt = self._run.journal.next_attempt() - 1
         """The newest one of ours; before the first, the newest of an earlier command."""
-        self._cause: dict[str, Any] = {}
-        """The first end that was a failure, of the newest attempt."""
+        self._ends: dict[int, dict[str, Any]] = {}
+        """By rank: its end in the newest attempt, unless it was asked for."""
         self._hang: dict[str, Any] = {}
         self._asked = False
         """The ranks of the newest attempt were asked to leave."""
@@ -371,7 +371,7 @@ class Session:
         if kind == "attempt_started":
             journal.write(kind, **fields)  # the number fences off earlier attempts: it must stand before training
             self._attempt = fields["attempt"]
-            self._cause, self._hang = {}, {}
+            self._ends, self._hang = {}, {}
         else:
             journal.try_write(kind, **fields)
         if self._cycle is not None:
@@ -381,19 +381,21 @@ class Session:
         obeyed = fields.get("exit_code") in (exits.DONE, exits.AGAIN) or (
             self._asked and fields.get("signal") == "SIGTERM"
         )
-        if kind == "rank_exited" and not self._cause and not obeyed:
-            self._cause = fields
+        if kind == "rank_exited" and not obeyed:
+            self._ends[fields["rank"]] = fields
         if kind == "hang":
             self._hang = fields
         self._display.event(kind, fields)
-        if kind == "restart" and (self._cause or self._hang):  # not where the number of ranks changes
-            self._incident(f"attempt {fields['attempt']} begins in {fields['backoff_seconds']:g} s", fields["cause"])
+        if kind == "restart" and fields["rank"] in self._ends:  # not where the number of ranks changes
+            done = f"attempt {fields['attempt']} begins in {fields['backoff_seconds']:g} s"
+            self._incident(fields["rank"], done, fields["cause"])
         elif kind == "finished" and fields["exit_code"] not in (exits.DONE, exits.AGAIN, exits.INTERRUPTED):
-            self._incident("given up", fields["reason"])
+            self._incident(fields["rank"], "given up", fields["reason"])
 
-    def _incident(self, done: str, what: str) -> None:
+    def _incident(self, rank: int | None, done: str, what: str) -> None:
         """The report of a fault: what, where, at which step, what is lost, what was done."""
-        place = self._hang or self._cause
+        end = {} if rank is None else self._ends.get(rank, {})
+        place = {**end, **self._hang}
         step, durable = place.get("step"), durable_step(self._run) or 0
         # The heartbeat names the update that was under way; those before it were done.
         lost = max(0, step - 1 - durable) if step is not None else None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import hypothesis
 import pytest
 
+from tests.support import measuring
 from tests.support.coverage_floors import measure_and_check
 from tests.support.ranks import close_pools
 from tests.support.sampling import FULL, sample, tree_seed
@@ -106,6 +108,14 @@ def not_drawn(items: list[pytest.Item]) -> list[pytest.Item]:
             groups.setdefault((group, mark.args[0]), []).append(item)
     kept = {id(item) for (group, count), cases in groups.items() for item in sample(cases, count, f"tests: {group}")}
     return [item for cases in groups.values() for item in cases if id(item) not in kept]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    whole = item.get_closest_marker("measured") is not None
+    ends = item.get_closest_marker("e2e") is not None
+    with contextlib.nullcontext() if whole else measuring.not_at_all() if ends else measuring.briefly():
+        return (yield)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import coverage
 import pytest
 
 from tests.support.coverage_floors import FLOORS, shares
@@ -94,6 +95,56 @@ def test_a_part_is_drawn_of_what_is_sampled(options: list[str], full: str, count
     assert "test_always" in runs[0]
     timed = re.findall(r"^ +\d+s (\S+)$", output, re.MULTILINE)
     assert timed == (["test_parts.py"] if options else []), "where the time of a whole run went, file by file"
+
+
+WATCHED = """
+import subprocess, sys, time
+import pytest
+import works
+
+def child(name: str) -> None:
+    subprocess.run([sys.executable, "-c", f"import works; works.{name}()"], check=True)
+
+def test_long() -> None:
+    works.at_once()
+    child("child_at_once")
+    end = time.process_time() + 1.5
+    while time.process_time() < end:
+        pass
+    works.late()
+
+def test_next() -> None:
+    works.in_the_next_test()
+
+@pytest.mark.e2e
+def test_end() -> None:
+    works.in_an_end_to_end_test()
+    child("child_of_an_end_to_end_test")
+
+@pytest.mark.e2e
+@pytest.mark.measured
+def test_measured() -> None:
+    works.in_a_measured_one()
+    child("child_of_a_measured_one")
+"""
+SEEN = ["at_once", "child_at_once", "in_the_next_test", "in_a_measured_one", "child_of_a_measured_one"]
+UNSEEN = ["late", "in_an_end_to_end_test", "child_of_an_end_to_end_test"]
+
+
+def test_coverage_watches_for_as_long_as_it_tells_something(tmp_path: Path) -> None:
+    (tmp_path / "test_watched.py").write_text(WATCHED)
+    (tmp_path / "works.py").write_text("".join(f"def {name}():\n    return 1\n" for name in SEEN + UNSEEN))
+    (tmp_path / ".coveragerc").write_text("[run]\nsource = .\nparallel = true\npatch = subprocess\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
+    argv = [sys.executable, "-m", "coverage", "run", "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider"]
+    argv += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), str(tmp_path / "test_watched.py")]
+    code, output = run_program(argv, log=tmp_path / "log.txt", deadline=120, cwd=tmp_path, env=environment)
+    assert code == 0, output
+    joined = coverage.Coverage(config_file=str(tmp_path / ".coveragerc"), data_file=str(tmp_path / "joined"))
+    joined.combine([str(path) for path in tmp_path.glob(".coverage.*")])
+    ran = set(joined.get_data().lines(str(tmp_path / "works.py")) or ())
+    assert [name for number, name in enumerate(SEEN + UNSEEN) if 2 * number + 2 in ran] == SEEN
 
 
 def test_coverage_is_by_package_over_lines_and_branches() -> None:

@@ -118,6 +118,7 @@ def names(folder: Path, pattern: str) -> list[str]:
     return sorted(path.name for path in folder.glob(pattern))
 
 
+@pytest.mark.measured
 def test_success_logs_and_environment(submit: Submit, tmp_path: Path) -> None:
     """Two ranks meet: each waits for the file of the other. Logs hold both streams, the environment is whole."""
     script = """

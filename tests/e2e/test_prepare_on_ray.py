@@ -149,6 +149,7 @@ def assert_whole(base: Path, whole: tuple[Path, int]) -> None:
     assert corpus.contents(base / "dataset") == corpus.contents(whole[0] / "dataset")
 
 
+@pytest.mark.measured
 def test_the_bytes_are_those_of_this_machine_and_a_second_run_needs_no_ray(
     base: Path, whole: tuple[Path, int], ray_cluster: RayCluster
 ) -> None:

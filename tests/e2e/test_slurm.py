@@ -184,14 +184,20 @@ def test_a_lost_node_is_replaced_and_its_orphans_are_fenced_off(user: User, clus
     nothing_left(user.folder)
 
 
-@pytest.mark.sampled(2, group="Slurm")
-def test_a_node_on_which_ranks_crash_is_avoided(tmp_path: Path, cluster: SlurmCluster) -> None:
-    """The job is two ranks on two nodes; the first rank names its node, and from then on ranks crash there."""
-    script = """
+@pytest.mark.measured
+@pytest.mark.parametrize("killed", ["rank", "agent"])
+def test_a_node_on_which_ranks_crash_is_avoided(killed: str, tmp_path: Path, cluster: SlurmCluster) -> None:
+    """The job is two ranks on two nodes; the first rank names its node, and from then on ranks crash there. Its peer
+    raises first, as one that has lost its connection; in the second attempt it waits, as one that did not notice. Of a
+    rank whose agent was killed, and which went with it, nobody reports.
+    """
+    victim = {"rank": "$$", "agent": "$PPID"}[killed]
+    script = f"""
         [ $RANK = 0 ] && [ ! -e "$1/bad" ] && echo "$SOLOMONOV_NODE" > "$1/bad"
         while [ ! -e "$1/bad" ]; do sleep 0.05; done
         echo "$SOLOMONOV_NODE" >> "$1/nodes"
-        [ "$SOLOMONOV_NODE" = "$(cat "$1/bad")" ] && kill -9 $$
+        [ "$SOLOMONOV_NODE" = "$(cat "$1/bad")" ] && kill -9 {victim} && sleep 600
+        case ${{SLURM_RESTART_COUNT:-0}}-$SOLOMONOV_ATTEMPT in 0-1) sleep 0.2; exit 1;; 0-2) sleep 600;; esac
         sleep 2
     """
     (tmp_path / "logs").mkdir()
@@ -211,6 +217,7 @@ def test_a_node_on_which_ranks_crash_is_avoided(tmp_path: Path, cluster: SlurmCl
 
 
 @pytest.mark.ray
+@pytest.mark.measured
 def test_data_workers_on_a_private_ray_of_the_job(
     user: User, undisturbed: User, cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,9 +18,11 @@ from launcher.exits import (
 )
 
 
-def ends(*codes: int, killed: tuple[int, ...] = ()) -> list[RankExit]:
+def ends(*codes: int, killed: tuple[int, ...] = (), lost: tuple[int, ...] = ()) -> list[RankExit]:
     """Ends of ranks 0.. in the order given."""
-    return [RankExit(rank=n, pid=100 + n, code=code, killed=n in killed) for n, code in enumerate(codes)]
+    return [
+        RankExit(rank=n, pid=100 + n, code=code, killed=n in killed, lost=n in lost) for n, code in enumerate(codes)
+    ]
 
 
 def test_classify_follows_the_table() -> None:
@@ -74,6 +76,19 @@ def test_words_and_shell_codes() -> None:
 )
 def test_first_cause(codes: tuple[int, ...], killed: tuple[int, ...], cause: int) -> None:
     assert first_cause(ends(*codes, killed=killed)).rank == cause
+
+
+@pytest.mark.parametrize(
+    ("codes", "cause"),
+    [
+        ((1, -9), 1),  # one hears of it last, and it was the first
+        ((1, -9, 78), 2),
+        ((-11, -9), 0),
+        ((75, -9), 1),
+    ],
+)
+def test_a_rank_that_nobody_saw_end_explains_the_crash_of_a_peer(codes: tuple[int, ...], cause: int) -> None:
+    assert first_cause(ends(*codes, lost=(1,))).rank == cause
 
 
 def test_ends_seen_together_are_ordered_by_likelihood() -> None:

@@ -237,11 +237,12 @@ def test_events_tell_what_happened(tmp_path: Path) -> None:
         "exit_code": None,
         "signal": "SIGKILL",
         "killed_by_launcher": False,
+        "lost": False,
         "step": 41,
         "section": "backward",
     }
-    assert events[2][1] == {"attempt": 6, "cause": "rank 0: killed by SIGKILL", "backoff_seconds": 0.25}
-    assert events[5][1] == {"exit_code": 0, "attempts": 2, "reason": "done"}
+    assert events[2][1] == {"attempt": 6, "cause": "rank 0: killed by SIGKILL", "rank": 0, "backoff_seconds": 0.25}
+    assert events[5][1] == {"exit_code": 0, "attempts": 2, "reason": "done", "rank": 0}
 
 
 def test_durable_steps_are_the_progress_where_they_are_told(tmp_path: Path) -> None:

@@ -171,8 +171,21 @@ def test_idle_cycles_are_the_last_starts_that_led_nowhere(starts: list[int], ste
 # --- a cycle -------------------------------------------------------------------------------------------------
 
 
+End = tuple[int | None, str | None, bool]
+"""Exit code (None: a signal), machine, killed by us."""
+
+
 def again(restart: int) -> Allocation:
     return Allocation(job_id=NO_JOB, restart=restart, nodes=2, node_list="node[1-2]")
+
+
+def attempted(cycle: Cycle, number: int, blamed: int | None, *ends: End) -> None:
+    """An attempt whose ranks ended so, in order of rank; the end of one of them explains it."""
+    cycle.note("attempt_started", {"attempt": number})
+    for rank, (code, host, killed) in enumerate(ends):
+        end = {"attempt": number, "rank": rank, "killed_by_launcher": killed, "exit_code": code, "host": host}
+        cycle.note("rank_exited", end)
+    cycle.note("restart", {"attempt": number + 1, "rank": blamed})
 
 
 def test_the_start_and_the_end_of_a_cycle_are_noted(tmp_path: Path) -> None:
@@ -180,7 +193,7 @@ def test_the_start_and_the_end_of_a_cycle_are_noted(tmp_path: Path) -> None:
     assert first.begin(0, 3) is None
     assert CycleRecord.read(tmp_path, NO_JOB) == CycleRecord(starts=(0,))
     for attempt in (1, 2):
-        first.note("rank_exited", {"attempt": attempt, "killed_by_launcher": False, "exit_code": 1, "host": "node2"})
+        attempted(first, attempt, 0, (1, "node2", False))
     first.end(40)
     assert CycleRecord.read(tmp_path, NO_JOB) == CycleRecord(starts=(0,), step=40, suspect="node2", ended=True)
     second = Cycle(tmp_path, again(1))
@@ -234,28 +247,28 @@ def test_nodes_to_avoid_outlive_a_cycle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("exits", "suspect"),
+    ("attempts", "suspect"),
     [
         ([], None),
-        ([(1, 1, "node1", False)], None),  # once is no pattern
-        ([(1, 1, "node1", False), (2, 1, "node1", False)], "node1"),
-        ([(1, None, "node1", False), (1, 1, "node2", False), (2, None, "node1", False)], "node1"),  # None: a signal
-        ([(1, 1, "node1", False), (2, 1, "node2", False)], None),
-        ([(1, None, "node2", True), (1, 1, "node1", False), (2, 1, "node1", False)], "node1"),  # killed by us
-        ([(1, 75, "node1", False), (2, 0, "node1", False), (3, 78, "node1", False)], None),  # no crashes
-        ([(1, 1, None, False), (2, 1, None, False)], None),  # this machine has no name
-        ([(1, 1, None, False), (2, 1, "node1", False)], None),
+        ([(0, [(1, "node1", False)])], None),  # once is no pattern
+        ([(0, [(1, "node1", False)])] * 2, "node1"),
+        ([(0, [(None, "node1", False), (1, "node2", False)]), (0, [(None, "node1", False)])], "node1"),  # a signal
+        ([(1, [(1, "node1", False), (None, "node2", False)])] * 2, "node2"),  # whose end was known last
+        ([(0, [(1, "node1", False)]), (0, [(1, "node2", False)])], None),
+        ([(0, [(None, "node1", True)])] * 2, None),  # killed by us
+        ([(0, [(75, "node1", False)]), (0, [(0, "node1", False)]), (0, [(78, "node1", False)])], None),  # no crashes
+        ([(None, [(75, "node1", False)])] * 2, None),  # another number of ranks
+        ([(0, [(1, None, False)])] * 2, None),  # this machine has no name
+        ([(0, [(1, None, False)]), (0, [(1, "node1", False)])], None),
     ],
 )
-def test_the_suspect_is_the_node_on_which_every_attempt_crashed_first(
-    exits: list[tuple[int, int | None, str | None, bool]], suspect: str | None, tmp_path: Path
+def test_the_suspect_is_the_node_of_the_rank_to_blame_in_every_attempt(
+    attempts: list[tuple[int | None, list[End]]], suspect: str | None, tmp_path: Path
 ) -> None:
     cycle = Cycle(tmp_path, again(0))
     cycle.begin(0, 3)
-    cycle.note("attempt_started", {"attempt": 1})
-    for attempt, code, host, killed in exits:
-        fields = {"attempt": attempt, "killed_by_launcher": killed, "exit_code": code, "host": host}
-        cycle.note("rank_exited", fields)
+    for number, (blamed, ends) in enumerate(attempts, 1):
+        attempted(cycle, number, blamed, *ends)
     cycle.end(0)
     assert CycleRecord.read(tmp_path, NO_JOB).suspect == suspect
 
@@ -264,7 +277,7 @@ def test_the_only_node_is_no_suspect(tmp_path: Path) -> None:
     cycle = Cycle(tmp_path, replace(again(0), nodes=1))
     cycle.begin(0, 3)
     for attempt in (1, 2, 3):
-        cycle.note("rank_exited", {"attempt": attempt, "killed_by_launcher": False, "exit_code": 1, "host": "node1"})
+        attempted(cycle, attempt, 0, (1, "node1", False))
     cycle.end(0)
     assert CycleRecord.read(tmp_path, NO_JOB).suspect is None
 

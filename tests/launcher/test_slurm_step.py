@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from launcher.errors import LaunchConfigurationError
-from launcher.slurm_step import Allocation
+from launcher.slurm_step import Allocation, tasks_ended
 
 GIVEN = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-3]", "SLURM_JOB_NUM_NODES": "3"}
 
@@ -55,3 +57,22 @@ def test_what_an_allocation_says_of_the_launch_section() -> None:
     found = Allocation.from_environment({**given, "SLURM_NTASKS_PER_NODE": "8"})
     assert found is not None
     assert found.as_overrides == ["launch.nodes=2", "launch.ranks_per_node=8"]
+
+
+SAID = """srun: error: node2: task 1: Segmentation fault
+srun: error: node[1-2]: tasks 0,2-4: Killed
+something that a rank wrote: srun: error: node2: task 9: Killed
+srun: error: Node failure on node3
+srun: launch/slurm: _task_finish: Received task exit notification for 1 task of StepId=8.0 (status=0x000b).
+srun: error: node1: task 7: Exited with exit code 1
+srun: error: node1: task 8: Exi"""
+
+
+def test_tasks_that_ended_by_the_log_of_srun() -> None:
+    assert tasks_ended(SAID.encode()) == [1, 0, 2, 3, 4, 7]
+
+
+@given(st.binary(max_size=60))
+def test_whatever_a_log_holds_is_read(text: bytes) -> None:
+    assert tasks_ended(b"srun: error: n: task 5: " + text.replace(b"\n", b"") + b"\n") == [5]
+    assert isinstance(tasks_ended(b"srun: error: n: tasks " + text + b": x\n"), list)

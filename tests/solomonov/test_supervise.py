@@ -285,24 +285,24 @@ def ended(made: Session, rank: int, code: int | None, step: int | None = 15, *, 
     made._on_event("rank_exited", rank=rank, exit_code=code, step=step, signal=None, **fields)
 
 
-def restarted(made: Session) -> None:
-    made._on_event("restart", attempt=made._attempt + 1, cause="rank 1 crashed", backoff_seconds=0.5)
+def restarted(made: Session, rank: int | None = 1) -> None:
+    made._on_event("restart", attempt=made._attempt + 1, cause="rank 1 crashed", rank=rank, backoff_seconds=0.5)
 
 
-def finished(made: Session, code: int) -> None:
-    made._on_event("finished", exit_code=code, attempts=1, reason="used up")
+def finished(made: Session, code: int, rank: int | None = 0) -> None:
+    made._on_event("finished", exit_code=code, attempts=1, reason="used up", rank=rank)
 
 
 def incidents(made: Session) -> list[dict[str, Any]]:
     return list(made._run.journal.events("incident"))
 
 
-def test_an_incident_tells_the_first_rank_that_failed(user: User) -> None:
+def test_an_incident_tells_the_rank_that_the_launcher_blames(user: User) -> None:
     made = session(user)
     started(made, 1)
     ended(made, 1, None)
     ended(made, 0, 1, killed=True)
-    restarted(made)
+    restarted(made, rank=1)
     (found,) = incidents(made)
     told = {name: found[name] for name in ("what", "attempt", "rank", "host", "section", "call", "step", "done")}
     assert told == {
@@ -357,10 +357,10 @@ def test_each_attempt_has_its_own_incident(user: User) -> None:
     started(made, 1)
     ended(made, 0, 1)
     made._on_event("hang", attempt=1, rank=0, step=13, section="data", seconds=9.0, limit_seconds=8.0, call="f (x:1)")
-    restarted(made)
+    restarted(made, rank=0)
     started(made, 2)
     ended(made, 1, None)
-    finished(made, 137)
+    finished(made, 137, rank=1)
     found = incidents(made)
     assert [(each["attempt"], each["rank"], each["call"]) for each in found] == [(1, 0, "f (x:1)"), (2, 1, None)]
     assert (found[1]["what"], found[1]["done"]) == ("used up", "given up")
@@ -372,7 +372,7 @@ def test_ranks_that_save_for_another_number_of_them_are_no_incident(user: User) 
     made._on_event("resize", attempt=1, reason="a node is about to leave")
     for rank in (0, 1):
         ended(made, rank, 75)
-    restarted(made)
+    restarted(made, rank=None)
     started(made, 2)
     ended(made, 0, 0)
     finished(made, 0)
@@ -386,7 +386,7 @@ def test_a_rank_that_was_asked_before_it_could_save_is_no_incident(number: str, 
     made._on_event("resize", attempt=1, reason="a node is about to leave")
     end = {"attempt": 1, "rank": 0, "exit_code": None, "signal": number, "host": None, "step": None, "section": None}
     made._on_event("rank_exited", **end, killed_by_launcher=False)
-    restarted(made)
+    restarted(made, rank=0)
     assert len(incidents(made)) == told
 
 
@@ -429,9 +429,11 @@ def test_another_command_that_has_begun_an_attempt_ends_ours(user: User) -> None
 
 
 def test_a_slurm_job_takes_note_of_crashes(user: User, tmp_path: Path) -> None:
-    """They are what a node is suspected by."""
+    """They are what a node is suspected by: that of the rank to blame, however late its end is known."""
     cycle = Cycle(tmp_path, Allocation("12", 3, 2, "node[1-2]"))
     made = session(user, cycle)
     started(made, 1)
+    ended(made, 0, 1)
     ended(made, 1, None)
+    restarted(made, rank=1)
     assert cycle.hosts_of_crashes == {1: "node1"}

@@ -69,13 +69,14 @@ def answer(request: bytes) -> bytes:
     import torch
 
     from solomonov.distributed import groups_end_within
+    from tests.support import measuring
 
     environment, folder = dict(os.environ), os.getcwd()
     torch.manual_seed(0)
     try:
         call: Request = pickle.loads(request)
         function = resolve(call.module, call.qualname)
-        with groups_end_within():
+        with groups_end_within(), measuring.briefly():
             reply = pickle.dumps((True, function(*call.args, **call.kwargs)))
             close_engines()
     except BaseException as error:  # noqa: BLE001 - whatever a test raises is its result
