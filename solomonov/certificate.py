@@ -8,7 +8,8 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,11 @@ from solomonov.equivalence_rank import TRIAL, load_outcome
 from solomonov.errors import ConfigurationError, SolomonovError
 from solomonov.host import cpu_model, git_facts, versions
 from solomonov.metrics import LOSS_BOUND
+from solomonov.snapshot import code_digest
 
 SCHEMA_VERSION = 1
+CLAIM = "proof.json"
+"""What a kept folder is the proof of."""
 RANK_MODULE = "solomonov.equivalence_rank"
 MEASURES = ("loss", "grad_norm", "master", "first_moment")
 """Fields of a verdict that are differences."""
@@ -48,17 +52,21 @@ Say = Callable[[str], None]
 """Takes a line on how far it is."""
 
 
-def prove_layouts(config: Config, ranks: int, start: Start, say: Say, *, every: bool = False) -> dict[str, Any]:
+def prove_layouts(
+    config: Config, ranks: int, start: Start, say: Say, *, every: bool = False, keep: Path | None = None
+) -> dict[str, Any]:
     """Train a configuration, scaled down, in many layouts on up to so many ranks, and compare.
 
     Args:
         every: in all that are legal, not in some that show each pair of values.
+        keep: what the layouts gave stays in this folder, and what is there already is not run again; None: nothing
+            stays.
 
     Returns:
         the certificate: plain JSON.
 
     Raises:
-        ConfigurationError: more ranks than one machine should start.
+        ConfigurationError: more ranks than one machine should start, or the folder holds something else.
         SolomonovError: the reference, one rank with ZeRO 0, did not run.
     """
     if ranks > MOST_RANKS:
@@ -70,8 +78,12 @@ def prove_layouts(config: Config, ranks: int, start: Start, say: Say, *, every: 
         )
     trial = scale_down(config, ranks)
     cases = [REFERENCE, *(all_cases if every else draw_cases)(trial, ranks, config.training.precision)]
-    with tempfile.TemporaryDirectory(prefix="solomonov-prove-") as name:
-        folder = Path(name)
+    with ExitStack() as stack:
+        if keep is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="solomonov-prove-")))
+        else:
+            folder = keep
+            _claim(folder, trial, cases)
         (folder / TRIAL).write_text(trial.model_dump_json(), encoding="utf-8")
         failures = run_cases(folder, cases, start, say)
         reference = load_outcome(folder, 0)
@@ -91,15 +103,41 @@ def prove_layouts(config: Config, ranks: int, start: Start, say: Say, *, every: 
     return found | {"layouts": "all that are legal" if every else "each two values of two axes"}
 
 
+def _claim(folder: Path, trial: Trial, cases: Sequence[Case]) -> None:
+    """Make the folder of a proof, or see that what it holds was run for the same one, by the same code."""
+    mine = {
+        "trial": trial.model_dump(mode="json"),
+        "cases": [case.model_dump(mode="json") for case in cases],
+        "code": code_digest(Path(__file__).resolve().parent.parent),
+        "versions": versions(),
+        "processor": cpu_model(),
+    }
+    path = folder / CLAIM
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps(mine), encoding="utf-8")
+        aside.rename(path)
+    theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if other := [name for name, value in mine.items() if theirs.get(name) != value]:
+        raise ConfigurationError(
+            "this folder holds something else than the beginning of this proof",
+            got=f"--keep {folder}, " + (f"of another {' and '.join(other)}" if theirs else "without a proof"),
+            rule="it is new or empty, or has what the same code gave for the same configuration on such a machine",
+            remedy="name another folder, or delete this one",
+        )
+
+
 def run_cases(folder: Path, cases: Sequence[Case], start: Start, say: Say) -> dict[int, str]:
-    """Run all cases, those of one number of ranks in the same processes; after a failure the rest in new ones.
+    """Run the cases that have no outcome yet, those of one number of ranks in the same processes; after a failure the
+    rest in new ones.
 
     Returns:
         number of a case that did not run -> how it ended.
     """
     failures: dict[int, str] = {}
     for ranks, group in groupby(enumerate(cases), key=lambda item: item[1].ranks):
-        waiting = list(group)
+        waiting = _without_outcome(folder, group)
         while waiting:
             say(f"{ranks} rank{'s' * (ranks > 1)}: {len(waiting)} layout{'s' * (len(waiting) > 1)}")
             first = waiting[0][0]
@@ -107,11 +145,15 @@ def run_cases(folder: Path, cases: Sequence[Case], start: Start, say: Say) -> di
             listed = [[number, case.model_dump(mode="json")] for number, case in waiting]
             (folder / name).write_text(json.dumps(listed), encoding="utf-8")
             ended = start((RANK_MODULE, str(folder), name), ranks, folder / f"logs-{first:03d}")
-            waiting = [(number, case) for number, case in waiting if not (folder / f"case-{number:03d}.json").exists()]
+            waiting = _without_outcome(folder, waiting)
             if waiting:
                 failures[waiting[0][0]] = ended or "the ranks ended without an outcome"
                 del waiting[0]
     return failures
+
+
+def _without_outcome(folder: Path, cases: Iterable[tuple[int, Case]]) -> list[tuple[int, Case]]:
+    return [(number, case) for number, case in cases if not (folder / f"case-{number:03d}.json").exists()]
 
 
 def _verdict(case: Case, trial: Trial, found: Outcome | None, reference: Outcome, failure: str | None) -> Verdict:

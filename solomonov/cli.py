@@ -127,6 +127,7 @@ def _add_what_is_asked_beforehand(verbs: argparse._SubParsersAction[argparse.Arg
     prove.add_argument("--layouts", action="store_true", required=True, help="that all layouts train the same numbers")
     prove.add_argument("--ranks", type=_at_least_one, default=4, metavar="N", help="most ranks (default: 4)")
     prove.add_argument("--all", action="store_true", help="every legal layout, some 1,000; half an hour and more")
+    prove.add_argument("--keep", metavar="FOLDER", help="what layouts gave stays there; what is there is not run again")
     prove.add_argument(
         "--to", metavar="FILE", action="append", default=[], help="write the certificate there, as JSON or a page (.md)"
     )
@@ -290,7 +291,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def prove(options: argparse.Namespace) -> int:
-    """`solomonov prove CONFIG --layouts [--ranks N] [--all] [--to FILE ...]`."""
+    """`solomonov prove CONFIG --layouts [--ranks N] [--all] [--keep FOLDER] [--to FILE ...]`."""
     from solomonov import commands
     from solomonov.config import load_config
 

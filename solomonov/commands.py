@@ -81,6 +81,7 @@ def prove(options: argparse.Namespace, config: Config, start: Start) -> int:
         start,
         lambda line: print(line, file=sys.stderr, flush=True),
         every=options.all,
+        keep=Path(options.keep) if options.keep is not None else None,
     )
     print(json.dumps(certificate) if options.json else "\n".join(lines(certificate)))
     for target in targets:

@@ -42,7 +42,7 @@ def test_a_fault_and_a_death_are_told_and_the_rest_is_proven(
 ) -> None:
     """By the body of the command: it leaves with 1, says what differs, and writes the file all the same."""
     path, told = tmp_path / "certificate.json", tmp_path / "certificate.md"
-    options = Namespace(ranks=1, all=False, to=[str(path), str(told)], json=True)
+    options = Namespace(ranks=1, all=False, keep=None, to=[str(path), str(told)], json=True)
     assert commands.prove(options, config(), faulty) == exits.DIFFERS == 1
     certificate = json.loads(path.read_text())
     shown = capsys.readouterr()
@@ -95,6 +95,37 @@ def check_page(text: str, certificate: dict[str, Any]) -> None:
     assert {row["verdict"] for row in found} >= {"differs", "did not run", "within bound"}
     assert "parts first in layers.1" in text
     assert "out of luck" in text
+
+
+def test_an_interrupted_proof_goes_on(tmp_path: Path) -> None:
+    """The first command is interrupted behind some layouts; the second one runs the others, and the third none."""
+    folder = tmp_path / "proofs" / "kept"
+    ran: list[list[int]] = []
+
+    def interrupted(module: Sequence[str], ranks: int, logs: Path) -> str:
+        path = Path(module[1]) / module[2]
+        listed = json.loads(path.read_text())
+        ran.append([number for number, _ in listed])
+        if len(ran) > 1:
+            return run_module(module, ranks, logs)
+        path.write_text(json.dumps(listed[:3]))
+        run_module(module, ranks, logs)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prove_layouts(config(), 1, interrupted, lambda line: None, keep=folder)
+    first = prove_layouts(config(), 1, interrupted, lambda line: None, keep=folder)
+    again = prove_layouts(config(), 1, interrupted, lambda line: None, keep=folder)
+    every = list(range(len(first["cases"]) + 1))
+    assert ran == [every, every[3:]]
+    assert first == again
+    assert first["holds"]
+    with pytest.raises(ConfigurationError, match="holds something else") as caught:
+        prove_layouts(config("optimizer.lr=0.004"), 1, interrupted, lambda line: None, keep=folder)
+    assert "of another trial" in caught.value.got
+    with pytest.raises(ConfigurationError, match="holds something else") as caught:
+        prove_layouts(config(), 1, interrupted, lambda line: None, keep=tmp_path)
+    assert "without a proof" in caught.value.got
 
 
 def test_without_its_reference_nothing_is_proven() -> None:
