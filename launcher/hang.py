@@ -70,8 +70,8 @@ class Hang:
     section: str
     seconds: float
     limit_seconds: float
-    beside: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
-    """Seconds of other ranks in the same section of the same step: stacks tell for which one the others wait."""
+    beside: tuple[int, ...] = ()
+    """Other ranks in the same section of the same step: stacks tell for which one the others wait."""
 
     def describe(self) -> str:
         """One clause for people."""
@@ -135,8 +135,7 @@ class GangWatch:
         if seconds <= limit:
             return None
         place = (beat.step, beat.section_id)
-        others = {other: at for other, at in beats.items() if other != rank and (at.step, at.section_id) == place}
-        beside = {other: self._blamed(at.since, now, limit) for other, at in others.items()}
+        beside = tuple(other for other, at in beats.items() if other != rank and (at.step, at.section_id) == place)
         return Hang(rank, beat.step, beat.section, seconds, limit, beside)
 
     def _blamed(self, since: float, now: float, limit: float) -> float:

@@ -281,8 +281,7 @@ class LocalJob:
         gang.dump_stacks()
         time.sleep(STACKS_SECONDS)  # nothing tells that a dump is complete; who is frozen gives none
         calls = {rank: innermost_call(_text_from(log, before[rank])) for rank, log in logs.items()}
-        rank = culprit(calls)
-        attempt.hang = hang = replace(hang, rank=rank, seconds=hang.beside.get(rank, hang.seconds), beside={})
+        attempt.hang = hang = replace(hang, rank=culprit(calls), beside=())
         self._emit(
             "hang",
             attempt=attempt.number,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from solomonov.equivalence import relative
 from solomonov.model.residual import MODES, ResidualMode
 from solomonov.model.transformer import Transformer
 from solomonov.optim import make_optimizer
@@ -78,10 +79,11 @@ SWITCHED_STEPS = 7
 
 
 @cache
-def in_plain_pytorch(residual: ResidualMode) -> Outcome:
+def in_plain_pytorch(residual: ResidualMode, dtype: torch.dtype = torch.float32) -> Outcome:
     """The same updates without DeepSpeed and without a branch that is left out: each is computed, and multiplied by
     b / p, so that its parameters have the gradient 0 where b is."""
-    model = Transformer(tiny.make_spec(replace(SWITCHED, residual=residual), 1).model, tiny.VOCAB, seed=tiny.SEED)
+    config = tiny.make_spec(replace(SWITCHED, residual=residual), 1).model
+    model = Transformer(config, tiny.VOCAB, seed=tiny.SEED).to(dtype)
     optimizer = make_optimizer(model.named_parameters(), tiny.optimizer_of(SWITCHED), model.config, fused=False)
     losses, norms, drawn = [], [], set()
     for step in range(SWITCHED_STEPS):
@@ -115,7 +117,18 @@ def test_value_residual_and_stochastic_depth_are_the_same_in_every_layout(world:
             layout.zero_stage,
             layout.offload,
         )
-        assert_equal_within(outcome, in_plain_pytorch(layout.residual), 1e-5)
+        assert_as_near_as_rounding(outcome, layout.residual)
+
+
+def assert_as_near_as_rounding(outcome: Outcome, residual: ResidualMode) -> None:
+    """Within 1e-5 of plain PyTorch; of the two numbers that mix values, each a sum over all tokens whose terms cancel,
+    within four times what plain PyTorch in float32 is off float64, where that is more: rounding leaves so much."""
+    plain, exact = in_plain_pytorch(residual), in_plain_pytorch(residual, torch.float64)
+    mixes = {key for key in plain.state if key[0].endswith("attention_value_mix")}
+    assert_equal_within(outcome, plain, 1e-5, but=mixes)
+    for key in mixes:
+        bound = max(1e-5, 4.0 * relative(plain.state[key], exact.state[key]))
+        assert relative(outcome.state[key], plain.state[key]) <= bound, key
 
 
 @pytest.mark.parametrize("layout", [replace(SWITCHED, zero_stage=0, muon=True)], ids=str)

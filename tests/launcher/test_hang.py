@@ -112,7 +112,7 @@ def test_the_hindmost_rank_is_the_one_to_judge(beats: dict[int, Beat], hindmost:
     hang = watch.look(beats, 1000.0)
     assert hang is not None
     assert (hang.rank, hang.seconds) == (hindmost, 1000.0 - beats[hindmost].since)
-    assert hang.beside == {rank: 1000.0 - beats[rank].since for rank in beside}
+    assert list(hang.beside) == beside
 
 
 def test_those_who_wait_for_the_hindmost_do_not_hang() -> None:
@@ -248,7 +248,7 @@ class Naive:
         oldest = min(beat.since for beat in there.values())
         rank = next(rank for rank, beat in there.items() if beat.since == oldest)
         limit, seconds = self.limit(beats[rank].section), now - oldest
-        beside = {other: now - beat.since for other, beat in there.items() if other != rank}
+        beside = tuple(other for other in there if other != rank)
         return Hang(rank, lowest, beats[rank].section, seconds, limit, beside) if seconds > limit else None
 
     def limit(self, section: str) -> float:

@@ -92,7 +92,7 @@ def test_a_layout_that_is_not_legal_is_told_with_its_reason() -> None:
         estimate(question(2), layout(0))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     world=st.sampled_from([1, 2, 3, 4, 8, 16, 64]),
     gib=st.floats(min_value=4.0, max_value=100.0),
@@ -119,7 +119,7 @@ def test_what_is_chosen_fits_and_none_plainer_is_nearly_as_fast(
             assert item.name in reason(found, chosen)
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(gib=st.floats(min_value=2.0, max_value=40.0), rows=st.sampled_from([1, 2, 4, 8]), world=st.sampled_from([1, 4]))
 def test_the_smallest_change_makes_it_fit(gib: float, rows: int, world: int) -> None:
     words = ("training.activation_checkpointing=none", f"training.micro_batch_sequences={rows}")
