@@ -146,7 +146,7 @@ def loss_of(weights: WEIGHTS, layout: Layout) -> float:
             return float(model(rows.input_ids, rows.document_ids, rows.labels))
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("world", "layout"), CASES, ids=[f"ranks{world}-{layout}" for world, layout in CASES])
 def test_the_average_is_that_of_the_weights_and_training_never_feels_it(world: int, layout: Layout) -> None:
     bound = 1e-5 if layout.precision == "fp32" else 1e-3
@@ -193,7 +193,7 @@ ROUTES = [
 ]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("world", "saved", "resumed_world", "resumed"), ROUTES, ids=str)
 def test_the_average_goes_through_a_checkpoint(
     world: int, saved: Layout, resumed_world: int, resumed: Layout, tmp_path: Path

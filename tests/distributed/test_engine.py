@@ -231,7 +231,7 @@ def test_ranks_stand_where_the_grid_says() -> None:
     assert places == [(False, 0), (True, 0), (True, 1), (False, 1)]
 
 
-@pytest.mark.sampled(20)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(("world", "layout"), CASES, ids=[f"ranks{world}-{layout}" for world, layout in CASES])
 def test_layout_equals_plain_pytorch(world: int, layout: Layout) -> None:
     outcomes = run_ranks(tiny.run, world, layout, STEPS)
@@ -305,7 +305,7 @@ def run_in_small_buckets(layout: Layout, elements: int) -> Outcome:
     return Outcome(losses, norms, engine.layout, tiny.whole_state(engine))
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("world", "layout", "optimizer"),
     [
@@ -341,7 +341,7 @@ def test_bf16_losses_stay_near_fp32(world: int, layout: Layout, optimizer: str) 
 TIED = Layout(zero_stage=1, accumulation=2, pipeline=2, tied=True)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize(
     "layout",
@@ -423,7 +423,7 @@ def test_the_bound_tells_another_learning_rate() -> None:
         assert_equal_within(Outcome(expected.losses, expected.norms, {}, moved), expected, 1e-5)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", [*[Layout(zero_stage=stage) for stage in (0, 1, 2, 3)], *OFFLOADED], ids=str)
 def test_a_nan_skips_the_update_on_all_ranks(layout: Layout) -> None:
     """One NaN in one rank's gradient: every rank skips, and the state equals that of a run without the step."""

@@ -72,7 +72,7 @@ def reference(tied: bool) -> Outcome:
     return Outcome(losses, norms, {}, state)
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("world", "layout"), CASES, ids=[f"ranks{world}-{layout}" for world, layout in CASES])
 def test_layout_equals_plain_pytorch(world: int, layout: Layout) -> None:
     outcomes = run_ranks(tiny.run, world, layout, STEPS)

@@ -56,7 +56,7 @@ def assert_same_rest(left: tiny.Outcome, right: tiny.Outcome, *, exact: bool) ->
             assert distance <= bound * torch.linalg.vector_norm(right.state[key]), key
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("world", "target"), TARGETS, ids=[f"to-ranks{w}-{t}" for w, t in TARGETS])
 def test_zero1_on_two_ranks_loads_anywhere(world: int, target: Layout, tmp_path: Path) -> None:
     saved, rest = run_ranks(tiny.run_and_save, 2, ZERO1, 3, tmp_path / "a")[0]
@@ -66,7 +66,7 @@ def test_zero1_on_two_ranks_loads_anywhere(world: int, target: Layout, tmp_path:
     assert_same_rest(goes_on, rest, exact=False)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("world", "source"), SOURCES, ids=[f"from-ranks{w}-{s}" for w, s in SOURCES])
 def test_any_layout_loads_in_zero1_on_two_ranks(world: int, source: Layout, tmp_path: Path) -> None:
     saved, rest = run_ranks(tiny.run_and_save, world, source, 3, tmp_path / "a")[0]
@@ -92,7 +92,7 @@ SAME = [
 ]
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("world", "layout"), SAME, ids=[f"ranks{w}-{s}" for w, s in SAME])
 def test_same_layout_goes_on_to_the_bit(world: int, layout: Layout, tmp_path: Path) -> None:
     results = run_ranks(tiny.run_and_save, world, layout, 3, tmp_path / "a")

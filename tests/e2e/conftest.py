@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.support import measuring
 from tests.support.ray_cluster import RayCluster
 from tests.support.user import User
 
@@ -38,7 +36,5 @@ def undisturbed(prepared: User, tmp_path_factory: pytest.TempPathFactory) -> Use
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[RayCluster]:
     """A Ray of two nodes with two CPUs each, for tests that do it no harm."""
-    with ExitStack() as stack:
-        with measuring.not_at_all():  # whichever test comes first: all of them use it
-            cluster = stack.enter_context(RayCluster())
+    with RayCluster() as cluster:  # whose workers are watched if the first test that asks for it is
         yield cluster

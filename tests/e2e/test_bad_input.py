@@ -52,6 +52,7 @@ def test_a_batch_that_does_not_divide(user: User) -> None:
     assert "use 1 or 2 data-parallel ranks" in output
 
 
+@pytest.mark.sampled(4, group="bad input")
 def test_a_rank_that_cannot_allocate(user: User) -> None:
     """3 GiB of address space, of which the libraries take a part, for 8,192 rows in a micro-batch."""
     words = ("training.global_batch_tokens=262144", "training.micro_batch_sequences=8192")
@@ -138,7 +139,7 @@ def test_a_truncated_shard(user: User) -> None:
     assert shard.name in refused(user, 74, "train", "own.yaml")
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(4, group="bad input")
 @pytest.mark.parametrize("damage", ["flip", "truncate", "manifest"])
 def test_a_damaged_checkpoint_the_one_before_is_used(damage: str, user: User, undisturbed: User) -> None:
     stopped = ("checkpoint.every_steps=10", "launch.ranks_per_node=2")
@@ -163,6 +164,7 @@ def test_a_damaged_checkpoint_the_one_before_is_used(damage: str, user: User, un
     assert user.metrics() == undisturbed.metrics()
 
 
+@pytest.mark.sampled(4, group="bad input")
 def test_when_every_checkpoint_is_damaged_training_does_not_begin_anew(user: User) -> None:
     user.must("train", "own.yaml", *SHORT)
     for path in (user.run() / "checkpoints").glob("step-*/rank-00000.safetensors"):
@@ -190,7 +192,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(4, group="bad input")
 @pytest.mark.parametrize("left", [0, 8192], ids=["nothing-left", "room-for-the-journal"])
 def test_a_full_disk_at_save_the_run_goes_on(left: int, user: User, disk: Path) -> None:
     folder = f"run.folder={disk}"
@@ -266,6 +268,7 @@ def test_another_runs_checkpoint(user: User) -> None:
     assert "another run" in user.rank_logs()
 
 
+@pytest.mark.sampled(4, group="bad input")
 def test_two_processes_on_one_run(user: User, undisturbed: User) -> None:
     with user.command("train", "own.yaml") as program:
         program.wait_for(lambda: user.steps_done() >= 2, deadline=120, what="a step")
@@ -289,6 +292,7 @@ def test_a_taken_port(user: User) -> None:
         assert str(port) in refused(user, 78, "train", "own.yaml", f"launch.master_port={port}")
 
 
+@pytest.mark.sampled(4, group="bad input")
 def test_no_compiler_trains_eagerly_and_says_so(user: User, tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -320,6 +324,7 @@ def test_a_run_that_is_not_there(words: tuple[str, ...], user: User) -> None:
     assert "there is no such run" in refused(user, 78, *words)
 
 
+@pytest.mark.sampled(4, group="bad input")
 def test_numbers_that_blow_up_end_with_70(user: User) -> None:
     """A learning rate of 1e30 makes the weights infinite: skipped updates are counted, then the run ends."""
     code, output = user.solomonov(

@@ -86,6 +86,7 @@ def assert_exact(user: User, name: str = "own") -> None:
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.measured
 def test_the_records_are_those_of_inline(workers: int, user: User, undisturbed: User, ray_cluster: RayCluster) -> None:
     user.must("train", "own.yaml", *on(ray_cluster, workers), **ray_cluster.environment)
     assert user.metrics() == undisturbed.metrics(), "data_digest, loss, every column"
@@ -104,6 +105,7 @@ def test_the_records_are_those_of_inline(workers: int, user: User, undisturbed: 
     assert_no_process("serve runs/own", user.folder)
 
 
+@pytest.mark.sampled(3, group="data workers")
 def test_twenty_kills_of_data_workers(user: User, ray_cluster: RayCluster) -> None:
     draw = sampler("kills of data workers")
     words = on(ray_cluster, 3, *LONG, *SMALL)
@@ -133,6 +135,7 @@ def test_twenty_kills_of_data_workers(user: User, ray_cluster: RayCluster) -> No
     assert not unexpected(user.journal(), "data_worker_died", "data_reissued")
 
 
+@pytest.mark.sampled(3, group="data workers")
 def test_a_frozen_worker_and_a_killed_service(user: User, ray_cluster: RayCluster) -> None:
     words = on(ray_cluster, 2, *LONG, *SMALL)
     with user.command("train", "own.yaml", *words, **ray_cluster.environment) as program:
@@ -160,6 +163,7 @@ def test_a_frozen_worker_and_a_killed_service(user: User, ray_cluster: RayCluste
     assert not unexpected(user.journal(), *injected)
 
 
+@pytest.mark.sampled(3, group="data workers")
 def test_a_node_is_lost_with_its_workers(user: User) -> None:
     with RayCluster((1, 1), first_host="127.0.0.12") as cluster:
         words = on(cluster, 2, *LONG, *SMALL)
@@ -184,6 +188,7 @@ def _ancestors(pid: int) -> set[int]:
     return {process.pid for process in psutil.Process(pid).parents()}
 
 
+@pytest.mark.sampled(3, group="data workers")
 def test_a_worker_that_comes_back_blind_is_tried_again(user: User, ray_cluster: RayCluster) -> None:
     """Its next life does not find the data: it is refused, the other one goes on, and later there are two again."""
     data, aside = user.folder / "dataset", user.folder / "aside"
@@ -203,6 +208,7 @@ def test_a_worker_that_comes_back_blind_is_tried_again(user: User, ray_cluster: 
     assert not unexpected(user.journal(), *injected)
 
 
+@pytest.mark.sampled(3, group="data workers")
 def test_two_runs_on_one_cluster_do_not_meet(user: User, ray_cluster: RayCluster) -> None:
     """Other seeds: rows of the one would be wrong for the other."""
     first = on(ray_cluster, 2, *LONG, *SMALL)
@@ -227,6 +233,7 @@ def test_two_runs_on_one_cluster_do_not_meet(user: User, ray_cluster: RayCluster
     assert not pids["own"] & pids["other"]
 
 
+@pytest.mark.sampled(3, group="data workers")
 def test_without_workers_the_ranks_help_themselves(user: User, ray_cluster: RayCluster) -> None:
     """More CPUs than the cluster has: no worker ever starts; after its patience each rank builds its rows."""
     words = on(ray_cluster, 1, "data.workers.cpus=50", "data.workers.patience_seconds=2", "training.total_steps=10")

@@ -26,7 +26,7 @@ from tests.support.processes import ROOT, wait_for
 from tests.support.ray_cluster import RayCluster
 from tests.support.slurm import SlurmCluster, nothing_left
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.measured, pytest.mark.timeout(400)]
 SECONDS = 240.0
 HOSTILE = "a 'b' \"c\" $(touch gotcha) `touch gotcha` ; touch gotcha # \\ % ü \t"
 
@@ -118,7 +118,6 @@ def names(folder: Path, pattern: str) -> list[str]:
     return sorted(path.name for path in folder.glob(pattern))
 
 
-@pytest.mark.measured
 def test_success_logs_and_environment(submit: Submit, tmp_path: Path) -> None:
     """Two ranks meet: each waits for the file of the other. Logs hold both streams, the environment is whole."""
     script = """

@@ -82,6 +82,7 @@ def test_ranks_that_share_rows_are_killed_go_on_and_are_left_for_another_layout(
     assert not unexpected(user.journal())
 
 
+@pytest.mark.sampled(1, group="moves")
 @pytest.mark.timeout(900)
 def test_a_thousand_layers_are_killed_on_two_stages_and_go_on_elsewhere(prepared: User, tmp_path: Path) -> None:
     """All ranks of a 1,000-layer pipeline die, and the run ends on one rank: the numbers of one rank."""

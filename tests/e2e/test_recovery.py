@@ -66,7 +66,7 @@ def test_five_kills_of_the_whole_process_group(user: User, undisturbed: User) ->
     assert not unexpected(user.journal())
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(4, group="recovery")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_is_started_again_unattended(rank: int, user: User, undisturbed: User) -> None:
     target = sampler(f"kill of rank {rank}").randrange(INTERVAL + 1, 50)
@@ -86,7 +86,7 @@ def test_a_killed_rank_is_started_again_unattended(rank: int, user: User, undist
     assert not unexpected(user.journal())
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(4, group="recovery")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_request_to_stop_saves_and_the_same_command_goes_on(
     number: signal.Signals, user: User, undisturbed: User
@@ -107,6 +107,7 @@ def test_a_request_to_stop_saves_and_the_same_command_goes_on(
     assert not unexpected(user.journal())
 
 
+@pytest.mark.sampled(4, group="recovery")
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(user: User) -> None:
     with user.command("train", "own.yaml") as program:
         program.wait_for(lambda: user.steps_done() >= 7, deadline=120, what="a step")
@@ -117,6 +118,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(user: User) -> None:
     assert exits[0]["step"] == exits[1]["step"]
 
 
+@pytest.mark.sampled(4, group="recovery")
 def test_the_second_interrupt_leaves_at_once(user: User) -> None:
     with user.command("train", "own.yaml") as program:
         program.wait_for(lambda: user.steps_done() >= 3, deadline=120, what="a step")
@@ -128,6 +130,7 @@ def test_the_second_interrupt_leaves_at_once(user: User) -> None:
     assert_no_process("solomonov.rank runs/own", user.folder)
 
 
+@pytest.mark.sampled(4, group="recovery")
 def test_a_killed_supervisor_leaves_no_rank(user: User, undisturbed: User) -> None:
     with user.command("train", "own.yaml") as program:
         program.wait_for(lambda: user.steps_done() >= 7, deadline=120, what="a step")
@@ -137,7 +140,7 @@ def test_a_killed_supervisor_leaves_no_rank(user: User, undisturbed: User) -> No
     assert user.metrics() == undisturbed.metrics()
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(4, group="recovery")
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -217,7 +217,6 @@ def test_a_node_on_which_ranks_crash_is_avoided(killed: str, tmp_path: Path, clu
 
 
 @pytest.mark.ray
-@pytest.mark.measured
 def test_data_workers_on_a_private_ray_of_the_job(
     user: User, undisturbed: User, cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,7 +57,7 @@ def measured_peak(layout: Layout, model: ModelConfig, vocab: int, sequence: int,
 
 
 @pytest.mark.dist
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(
     ("world", "layout"),
     [
@@ -113,7 +113,7 @@ NARROW = {"layers": 6, "d_model": 32, "heads": 4, "kv_heads": 1}
 
 
 @pytest.mark.dist
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("world", "layout", "flags"),
     [
@@ -140,7 +140,7 @@ LEARNED = {**tiny.BIASES, "attention": {"position": "learned", "train_tokens": 2
 
 
 @pytest.mark.dist
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("world", "layout", "changes"),
     [
@@ -167,7 +167,7 @@ def test_what_is_foreseen_of_other_blocks_is_what_is_there(
 
 
 @pytest.mark.dist
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("world", "layout", "changes"),
     [

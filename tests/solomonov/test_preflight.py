@@ -293,6 +293,7 @@ def test_two_machines_are_looked_at_and_train(user: User) -> None:
     assert not unexpected(list(run.journal.events()))
 
 
+@pytest.mark.sampled(1, group="preflight")
 @pytest.mark.e2e
 def test_a_machine_with_other_code_is_refused(user: User, tmp_path: Path) -> None:
     packages = tmp_path / "older"
@@ -304,6 +305,7 @@ def test_a_machine_with_other_code_is_refused(user: User, tmp_path: Path) -> Non
         assert "machine-0 and machine-1 run different code" in refused(run, programs)
 
 
+@pytest.mark.sampled(1, group="preflight")
 @pytest.mark.e2e
 def test_a_machine_with_another_version_of_a_package_is_refused(user: User, tmp_path: Path) -> None:
     record = tmp_path / "installed" / "sentencepiece-0.0.1.dist-info"
@@ -315,6 +317,7 @@ def test_a_machine_with_another_version_of_a_package_is_refused(user: User, tmp_
     assert problem.endswith("on machine-0, 0.0.1 on machine-1")
 
 
+@pytest.mark.sampled(1, group="preflight")
 @pytest.mark.e2e
 def test_a_run_folder_that_is_not_shared_is_refused(user: User, tmp_path: Path) -> None:
     """The second machine has a folder of that content, but another one."""
