@@ -340,7 +340,8 @@ def _largest(room: RayRoom, slots: int) -> int | None:
 
 def _find_room(room: RayRoom) -> int | None:
     """The world size of this attempt; None where there is not even room for the smallest one."""
-    deadline = time.monotonic() + room.start_seconds
+    # What nodes have free is not known at once where they have just joined.
+    deadline = time.monotonic() + max(room.start_seconds, SETTLE_SECONDS)
     settled = None
     while True:
         now = time.monotonic()

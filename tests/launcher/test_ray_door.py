@@ -180,3 +180,10 @@ def test_a_dashboard_that_is_not_there() -> None:
     """In a process of its own: Ray reads how to authenticate once a process, and other tests need another answer."""
     done = subprocess.run([sys.executable, "-c", NO_DASHBOARD], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.stdout == "refused\n", done.stderr
+
+
+def test_nodes_that_have_just_joined_are_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short the time to start: what they have free is not known at the first looks."""
+    looks = iter([0, 0, 4])
+    monkeypatch.setattr(ray_door, "_slots", lambda room, asked: next(looks))
+    assert ray_door._find_room(RayRoom("host:1", [2, 4], start_seconds=0.01)) == 4
