@@ -3,7 +3,8 @@
 # make check        the quick part of it: format, lint, types
 # make clean        removes what the others made, the environment included
 #
-# Of what takes long, `make test` runs a part that the state of the code draws; SOLOMONOV_FULL=1 make test runs all.
+# Of what takes long, `make test` runs a part that the state of the code draws, in some 40 minutes, and names what
+# it left out for time; SOLOMONOV_FULL=1 make test runs all.
 # Needs Python 3.11 or newer with its venv module. VENV=folder and PYTHON=interpreter choose others;
 # TESTS="tests/launcher -k name" runs a part of the suite, without the coverage floors. RAY= leaves Ray out:
 # the quickstart then builds rows inline.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib.util
 import os
 import shutil
+import time
 from collections.abc import Callable, Generator, Iterator
 
 import hypothesis
@@ -14,7 +16,7 @@ import pytest
 from tests.support import measuring
 from tests.support.coverage_floors import measure_and_check
 from tests.support.ranks import close_pools
-from tests.support.sampling import FULL, sample, tree_seed
+from tests.support.sampling import FULL, sample, sampler, tree_seed
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -39,6 +41,9 @@ _skips: list[str] = []  # under CI, those that it refuses
 _coverage_lines: list[str] = []
 _seconds: dict[str, float] = {}  # by test file
 SLOWEST_FILES = 25
+_left_out: list[str] = []  # for time
+_begun = time.monotonic()
+SPARE_SECONDS = 2000  # with the installation before, and the last of them, some 40 minutes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,6 +55,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--sampled",
         action="store_true",
         help="a few of the tests marked so, drawn by the tree; SOLOMONOV_FULL=1: all",
+    )
+    group.addoption(
+        "--spare-seconds",
+        type=float,
+        default=SPARE_SECONDS,
+        help="under --sampled: since the start, when no test that is marked spare begins any more",
     )
 
 
@@ -85,18 +96,30 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Unmarked tests first; then the layers; within `dist` by world, so that few pools live at a time."""
+    """Unmarked tests first; then the layers; within `dist` by world, so that few pools live at a time.
 
-    def key(item: pytest.Item) -> tuple[int, int]:
+    Under --sampled the spare ones come last, file by file in an order that the tree draws.
+    """
+    sampled = config.getoption("--sampled")
+    files = sorted({str(item.path) for item in items})
+    place = {name: number for number, name in enumerate(sampler("spare").sample(files, len(files)))}
+
+    def key(item: pytest.Item) -> tuple[int, int, int]:
         layer = max((LAYERS.index(name) + 1 for name in LAYERS if item.get_closest_marker(name)), default=0)
         mark = item.get_closest_marker("dist")
-        return layer, mark.kwargs.get("world", 0) if mark else 0
+        spare = sampled and item.get_closest_marker("spare") is not None
+        return len(LAYERS) + 1 if spare else layer, place[str(item.path)] if spare else 0, world(mark)
 
     items.sort(key=key)
-    if config.getoption("--sampled"):
-        dropped = not_drawn(items)
-        items[:] = [item for item in items if item not in dropped]
-        config.hook.pytest_deselected(items=dropped)
+    if sampled:
+        dropped = {id(item): item for item in not_drawn(items)}
+        items[:] = [item for item in items if id(item) not in dropped]
+        config.hook.pytest_deselected(items=list(dropped.values()))
+
+
+def world(mark: pytest.Mark | None) -> int:
+    """How many ranks a `dist` mark says that its test starts, 0 where it does not say."""
+    return int(mark.kwargs.get("world", 0)) if mark else 0
 
 
 def not_drawn(items: list[pytest.Item]) -> list[pytest.Item]:
@@ -108,6 +131,17 @@ def not_drawn(items: list[pytest.Item]) -> list[pytest.Item]:
             groups.setdefault((group, mark.args[0]), []).append(item)
     kept = {id(item) for (group, count), cases in groups.items() for item in sample(cases, count, f"tests: {group}")}
     return [item for cases in groups.values() for item in cases if id(item) not in kept]
+
+
+@pytest.hookimpl(tryfirst=True, specname="pytest_runtest_protocol")
+def pytest_leave_out_what_there_is_no_time_for(item: pytest.Item) -> bool | None:
+    """A spare test does not begin late: of a slow machine's run a part is left out, and told."""
+    if not item.config.getoption("--sampled") or FULL or item.get_closest_marker("spare") is None:
+        return None
+    if time.monotonic() - _begun < item.config.getoption("--spare-seconds"):
+        return None
+    _left_out.append(item.nodeid)
+    return True
 
 
 @pytest.hookimpl(wrapper=True)
@@ -138,7 +172,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
         _skips.append(f"{report.nodeid}: {report.longrepr[2] if isinstance(report.longrepr, tuple) else ''}")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(trylast=True)  # after the last fixtures have gone, whose processes are measured
 def pytest_sessionfinish(session: pytest.Session) -> None:
     close_pools()
     if _skips and os.environ.get("CI") and session.exitstatus == pytest.ExitCode.OK:
@@ -155,6 +189,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(f"the {SLOWEST_FILES} slowest files")
         for name, seconds in sorted(_seconds.items(), key=lambda item: -item[1])[:SLOWEST_FILES]:
             terminalreporter.write_line(f"{seconds:7.0f}s {name}")
+    if _left_out:
+        terminalreporter.section(f"left out for time: {len(_left_out)} (SOLOMONOV_FULL=1 runs all)")
+        for name, count in sorted(collections.Counter(name.partition("[")[0] for name in _left_out).items()):
+            terminalreporter.write_line(f"{count:7} {name}")
     if _coverage_lines:
         terminalreporter.section("coverage of lines and branches")
         for line in _coverage_lines:

@@ -97,6 +97,56 @@ def test_a_part_is_drawn_of_what_is_sampled(options: list[str], full: str, count
     assert timed == (["test_parts.py"] if options else []), "where the time of a whole run went, file by file"
 
 
+SPARE = """
+import pytest
+
+@pytest.mark.spare
+def test_long() -> None: pass
+
+@pytest.fixture(scope="session")
+def kept():
+    yield
+    print("THE FIXTURE HAS GONE")
+
+@pytest.mark.spare
+@pytest.mark.parametrize("case", range(3))
+def test_longer(case: int, kept: None) -> None: pass
+
+def test_always(kept: None) -> None: pass
+
+@pytest.mark.e2e
+def test_the_end() -> None: pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "full", "names"),
+    [
+        (["--sampled"], "", ["always", "the_end", "long", "longer[0]", "longer[1]", "longer[2]"]),
+        (["--sampled", "--spare-seconds=0"], "", ["always", "the_end"]),
+        (["--sampled", "--spare-seconds=0"], "1", ["always", "the_end", "long", "longer[0]", "longer[1]", "longer[2]"]),
+        (["--spare-seconds=0"], "", ["long", "longer[0]", "longer[1]", "longer[2]", "always", "the_end"]),
+    ],
+)
+def test_what_may_be_spared_comes_last_and_not_late(
+    options: list[str], full: str, names: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "test_parts.py").write_text(SPARE, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SOLOMONOV_FULL": full}
+    argv = [sys.executable, "-m", "pytest", "-v", "-s", "-p", "tests.conftest", "-c", str(ROOT / "pyproject.toml")]
+    argv += ["--rootdir", str(tmp_path), "-p", "no:cacheprovider", *options, str(tmp_path / "test_parts.py")]
+    code, output = run_program(argv, log=tmp_path / "log.txt", deadline=120, cwd=tmp_path, env=environment)
+    assert code == 0, output
+    assert re.findall(r"test_(\w+(?:\[\d\])?) PASSED", output) == names
+    assert "THE FIXTURE HAS GONE" in output
+    told = "left out for time: 4 (SOLOMONOV_FULL=1 runs all)"
+    assert (told in output) == (len(names) == 2), output
+    if told in output:
+        assert re.search(r"^ +3 test_parts.py::test_longer$", output, re.MULTILINE), (
+            "which, and how many of their cases"
+        )
+
+
 WATCHED = """
 import subprocess, sys, time
 import pytest

@@ -60,6 +60,7 @@ def test_the_rate_rises_stays_and_falls() -> None:
     )
 
 
+@pytest.mark.spare
 def test_a_hundred_layers_train_with_every_eighth_alive_and_post_norm_does_not() -> None:
     """40 updates of the large experiment: its numbers in the same order, and the dead path of the control."""
     scaled, control = (train(Run(mode, 100, 1e-3, 0, 40, 20)) for mode in ("scaled", "postnorm"))
@@ -72,6 +73,7 @@ def test_a_hundred_layers_train_with_every_eighth_alive_and_post_norm_does_not()
     assert first_share(scaled) < 0.3
 
 
+@pytest.mark.spare
 def test_an_experiment_is_reported_kept_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "depth.json"
     words = ["--layers", "2", "--modes", "scaled", "rezero", "--seeds", "2", "--steps", "5", "--out", str(out)]
@@ -91,6 +93,7 @@ def test_an_experiment_is_reported_kept_and_drawn(tmp_path: Path, capsys: pytest
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.spare
 def test_an_experiment_goes_on_where_it_was_interrupted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "depth.json"
     words = ["--layers", "2", "--modes", "scaled", "--steps", "5", "--out", str(out)]
@@ -206,6 +209,7 @@ def test_text_is_python_s_own_without_digits_and_what_is_held_out_is_not_trained
         assert all(bytes(row) in place for row in ids.tolist())
 
 
+@pytest.mark.spare
 def test_reach_is_asked_at_every_length_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "reach.json"
     words = ["--tasks", "copy", "text", "--kinds", "rope", "windows only", "--seeds", "1", "--steps", "5"]

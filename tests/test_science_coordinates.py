@@ -68,6 +68,7 @@ def test_rows_are_medians_by_size() -> None:
     assert "7.4" in report(rows)
 
 
+@pytest.mark.spare
 def test_it_is_kept_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "found.json", tmp_path / "found.png"
     words = ["--widths", "32", "64", "--depths", "4", "8", "--seeds", "1"]

@@ -17,6 +17,7 @@ from solomonov.model.counts import parameter_count
 from solomonov.model.residual import MODES
 
 
+@pytest.mark.spare
 def test_every_residual_form_and_preset_has_its_cost_beside_the_plain_one() -> None:
     result = measure(QUICK, "command")
     forms = [cost.PLAIN.title, *(mode for mode in MODES if mode != "prenorm")]
@@ -44,6 +45,7 @@ def test_memory_counts_what_is_kept_and_neither_parameters_nor_gradients() -> No
     assert 1.8 < twice / once < 2.05
 
 
+@pytest.mark.spare
 def test_recomputed_in_groups_memory_grows_as_the_root_of_depth() -> None:
     """32 blocks in groups of 4: 8 inputs and what 4 blocks keep, against what 32 keep."""
     size = Rows(layers=32, d_model=32, rows=4, tokens=64)
@@ -84,6 +86,7 @@ def test_the_best_rate_of_each_depth_and_the_price_of_the_shallow_one() -> None:
 
 
 @pytest.mark.parametrize(("task", "symbols"), [("permutation", 64), ("text", 256)])
+@pytest.mark.spare
 def test_the_sweep_is_kept_and_drawn(
     task: str, symbols: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ def train(run: Trained) -> dict[str, Any]:
     return {**asdict(run), "process": os.getpid()}
 
 
+@pytest.mark.spare
 def test_a_killed_worker_ends_the_experiment_and_loses_nothing(tmp_path: Path) -> None:
     """One worker, so that the first training has ended when the second one's process dies."""
     out = tmp_path / "result.json"

@@ -43,6 +43,7 @@ def test_the_depth_and_the_form_are_those_asked_for() -> None:
     assert (config.layers, config.residual) == (7, "deepnorm")
 
 
+@pytest.mark.spare
 def test_medians_and_ranges_over_the_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [{"mode": "scaled", "layers": 4, "all": value, "last": 1 - value} for value in (0.1, 0.2, 0.6)]
     [row] = summary(records)

@@ -440,6 +440,7 @@ def program(base: Path, moment: int = 0, limit: int = 0, workers: int = 1) -> Pr
 
 
 @pytest.mark.parametrize("moment", [1, 3, 8, 14, 17, 21, 26])
+@pytest.mark.spare
 def test_killed_at_a_rename_and_started_again_gives_the_same_bytes(tmp_path: Path, whole: Path, moment: int) -> None:
     corpus.write_texts(tmp_path / "text")
     with program(tmp_path, moment) as killed:
@@ -452,6 +453,7 @@ def test_killed_at_a_rename_and_started_again_gives_the_same_bytes(tmp_path: Pat
     assert corpus.contents(tmp_path / "dataset") == corpus.contents(whole / "dataset")
 
 
+@pytest.mark.spare
 def test_a_killed_parent_takes_its_workers_along_and_a_rerun_goes_on(tmp_path: Path, whole: Path) -> None:
     corpus.write_texts(tmp_path / "text")
     with program(tmp_path, workers=2) as parent:

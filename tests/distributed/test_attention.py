@@ -14,7 +14,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import Layout, Outcome
 
 STEPS = 4
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.spare]
 
 LAYOUTS = [
     (1, Layout(zero_stage=3, accumulation=2)),

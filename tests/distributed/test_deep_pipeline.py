@@ -25,7 +25,7 @@ from tests.support.ranks import run_ranks
 
 STAGES, STEPS, BOUND = 4, 2, 1e-5
 MODEL = ModelConfig(layers=1000, d_model=16, heads=2, kv_heads=1, d_ff=16)
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.spare]
 
 
 @dataclass(frozen=True)

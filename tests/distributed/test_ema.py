@@ -23,7 +23,7 @@ from tests.support.tiny import Layout, Outcome
 
 STEPS, DECAY = 4, 0.8
 """A decay at which the first weights still count for 41 % at the end, and each later ones for more than 8 %."""
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.spare]
 
 CASES = [
     *[(1, Layout(zero_stage=stage, ema=DECAY)) for stage in (0, 1, 3)],

@@ -22,7 +22,7 @@ from tests.support import tiny
 from tests.support.ranks import run_ranks
 from tests.support.tiny import Layout
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.spare]
 
 STAGES = replace(TWO, zero_stage=1, accumulation=2, pipeline=3)
 """Cut within the encoder, and behind the first block of the decoder."""

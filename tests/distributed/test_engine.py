@@ -186,6 +186,7 @@ CLOSED = [
 
 
 @pytest.mark.parametrize("layout", CLOSED, ids=str)
+@pytest.mark.spare
 def test_an_engine_that_is_closed_takes_its_process_groups_along(layout: Layout) -> None:
     for first, *later in run_ranks(threads_after, 2, [layout] * 4):
         assert later == [first] * 3
@@ -193,6 +194,7 @@ def test_an_engine_that_is_closed_takes_its_process_groups_along(layout: Layout)
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("muon", [False, True])
+@pytest.mark.spare
 def test_a_stage_may_hold_the_embedding_alone(muon: bool, precision: str) -> None:
     """Under a head that costs more than all blocks: the first stage then has nothing that decays."""
     layout = Layout(zero_stage=1, accumulation=2, top_heavy=True, precision=precision, muon=muon)
@@ -215,6 +217,7 @@ def test_a_stage_may_hold_the_embedding_alone(muon: bool, precision: str) -> Non
     ],
     ids=str,
 )
+@pytest.mark.spare
 def test_evaluation_sums_over_all_ranks(world: int, layout: Layout) -> None:
     """Micro-batches that are full and one that is short, before and after a training step."""
     model = Transformer(tiny.tiny_model(layout.tied), tiny.VOCAB, seed=tiny.SEED)
@@ -285,6 +288,7 @@ def where_state_lives(layout: Layout) -> tuple[tuple[bool, bool], bool, bool, se
 
 
 @pytest.mark.parametrize("layout", [replace(layout, accumulation=2) for layout in OFFLOADED], ids=str)
+@pytest.mark.spare
 def test_gradients_that_leave_in_many_buckets_are_whole(layout: Layout) -> None:
     """As of a model of more than 2^27 parameters: the place of one bucket is used again for the next, before or after
     the host has its copy. Some tensors are larger than a bucket."""
@@ -362,6 +366,7 @@ def tied_weight(layout: Layout) -> torch.Tensor | None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.spare
 def test_compiled_blocks_equal_eager_ones() -> None:
     """One compiled run is enough: the blocks are alike, so a single graph is made (half a minute on a CPU)."""
     ((outcome, graphs),) = run_ranks(run_and_count_graphs, 1, Layout(zero_stage=1, compile=True), timeout=500)

@@ -92,6 +92,7 @@ def test_layout_equals_plain_pytorch(world: int, layout: Layout) -> None:
     ],
     ids=str,
 )
+@pytest.mark.spare
 def test_momentum_goes_through_a_checkpoint(
     world: int, saved: Layout, resumed_world: int, resumed: Layout, tmp_path: Path
 ) -> None:

@@ -142,6 +142,7 @@ def test_world_of_one() -> None:
     assert torch.equal(fact["total"], torch.ones(3)), "its reductions are the identity"
 
 
+@pytest.mark.spare
 def test_deepspeed_engines_follow_each_other_in_one_group() -> None:
     runs = [run_ranks(engine_losses, 2, stage, timeout=120) for stage in (0, 1, 2, 3)]
     for run in runs:
@@ -169,6 +170,7 @@ def test_dead_rank_is_the_named_cause() -> None:
     assert pool_pids(2) == [], "a pool with a dead rank is not kept"
 
 
+@pytest.mark.spare
 def test_hang_ends_with_the_stacks_of_all_ranks() -> None:
     run_ranks(surroundings, 2)
     pids = pool_pids(2)
@@ -198,6 +200,7 @@ def test_local_function_is_refused() -> None:
 
 
 @pytest.mark.dist(world=1)
+@pytest.mark.spare
 def test_ranks_end_with_a_session_that_is_killed(tmp_path: Path) -> None:
     code = (
         "import time\nfrom tests.distributed.test_ranks_pool import surroundings\n"

@@ -28,7 +28,7 @@ NOTHING_WHOLE = {
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
 }
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.spare]
 
 
 def make_engine(layout: Layout, recompute: Recompute) -> Engine:

@@ -52,6 +52,7 @@ BIASED_LAYOUTS = [
 
 
 @pytest.mark.parametrize(("world", "layout"), BIASED_LAYOUTS, ids=str)
+@pytest.mark.spare
 def test_with_biases_and_a_source_too(world: int, layout: Layout) -> None:
     [expected] = run_ranks(tiny.run, 1, BIASED_TWO, STEPS)
     for outcome in run_ranks(tiny.run, world, layout, STEPS):
@@ -109,6 +110,7 @@ def in_plain_pytorch(residual: ResidualMode, dtype: torch.dtype = torch.float32)
 @pytest.mark.parametrize(
     ("world", "layout"), SWITCHED_LAYOUTS, ids=[f"ranks{world}-{layout}" for world, layout in SWITCHED_LAYOUTS]
 )
+@pytest.mark.spare
 def test_value_residual_and_stochastic_depth_are_the_same_in_every_layout(world: int, layout: Layout) -> None:
     for outcome in run_ranks(tiny.run, world, layout, SWITCHED_STEPS):
         ran = outcome.layout
@@ -135,6 +137,7 @@ def assert_as_near_as_rounding(outcome: Outcome, residual: ResidualMode) -> None
 @pytest.mark.parametrize(
     ("world", "changes"), [(2, {"zero_stage": 1}), (2, {"zero_stage": 3}), (2, {"zero_stage": 1, "pipeline": 2})]
 )
+@pytest.mark.spare
 def test_with_muon_too(world: int, layout: Layout, changes: dict[str, int]) -> None:
     [expected] = run_ranks(tiny.run, 1, layout, SWITCHED_STEPS)
     for outcome in run_ranks(tiny.run, world, replace(layout, accumulation=2, **changes), SWITCHED_STEPS):
@@ -150,6 +153,7 @@ def test_with_muon_too(world: int, layout: Layout, changes: dict[str, int]) -> N
     ],
     ids=str,
 )
+@pytest.mark.spare
 def test_a_resumed_run_drops_what_the_whole_one_does(
     tmp_path: Path, world: int, saved: Layout, restored: Layout
 ) -> None:
@@ -176,6 +180,7 @@ def test_a_resumed_run_drops_what_the_whole_one_does(
     ],
     ids=str,
 )
+@pytest.mark.spare
 def test_bf16_stays_near_fp32(world: int, layout: Layout) -> None:
     """Losses within 5e-3, and norms within 2e-2: no gradient is lost of what a stage sends on beside the stream."""
     expected = in_plain_pytorch("prenorm")

@@ -12,7 +12,7 @@ from tests.support import tiny
 from tests.support.ranks import run_ranks
 from tests.support.tiny import Layout, Outcome
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.spare]
 
 Z_LOSS = 0.002
 """Twenty times the usual one: without it, or with another weight of a token, norms differ by far more than 1e-5."""

@@ -53,6 +53,7 @@ def test_a_batch_that_does_not_divide(user: User) -> None:
 
 
 @pytest.mark.sampled(4, group="bad input")
+@pytest.mark.spare
 def test_a_rank_that_cannot_allocate(user: User) -> None:
     """3 GiB of address space, of which the libraries take a part, for 8,192 rows in a micro-batch."""
     words = ("training.global_batch_tokens=262144", "training.micro_batch_sequences=8192")
@@ -141,6 +142,7 @@ def test_a_truncated_shard(user: User) -> None:
 
 @pytest.mark.sampled(4, group="bad input")
 @pytest.mark.parametrize("damage", ["flip", "truncate", "manifest"])
+@pytest.mark.spare
 def test_a_damaged_checkpoint_the_one_before_is_used(damage: str, user: User, undisturbed: User) -> None:
     stopped = ("checkpoint.every_steps=10", "launch.ranks_per_node=2")
     with user.command("train", "own.yaml", *stopped) as program:
@@ -165,6 +167,7 @@ def test_a_damaged_checkpoint_the_one_before_is_used(damage: str, user: User, un
 
 
 @pytest.mark.sampled(4, group="bad input")
+@pytest.mark.spare
 def test_when_every_checkpoint_is_damaged_training_does_not_begin_anew(user: User) -> None:
     user.must("train", "own.yaml", *SHORT)
     for path in (user.run() / "checkpoints").glob("step-*/rank-00000.safetensors"):
@@ -194,6 +197,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.sampled(4, group="bad input")
 @pytest.mark.parametrize("left", [0, 8192], ids=["nothing-left", "room-for-the-journal"])
+@pytest.mark.spare
 def test_a_full_disk_at_save_the_run_goes_on(left: int, user: User, disk: Path) -> None:
     folder = f"run.folder={disk}"
     long = ("training.total_steps=60", "checkpoint.every_steps=2", "launch.ranks_per_node=1")
@@ -242,6 +246,7 @@ def _steps(disk: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (disk / "own" / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.spare
 def test_another_runs_folder(user: User) -> None:
     user.must("train", "own.yaml", *SHORT)
     before = user.metrics()
@@ -256,6 +261,7 @@ def test_a_folder_that_is_no_run(user: User) -> None:
     assert "holds something else" in refused(user, 78, "train", "own.yaml")
 
 
+@pytest.mark.spare
 def test_another_runs_checkpoint(user: User) -> None:
     user.must("train", "own.yaml", *SHORT)
     user.must("train", "own.yaml", *SHORT, "run.name=other")
@@ -269,6 +275,7 @@ def test_another_runs_checkpoint(user: User) -> None:
 
 
 @pytest.mark.sampled(4, group="bad input")
+@pytest.mark.spare
 def test_two_processes_on_one_run(user: User, undisturbed: User) -> None:
     with user.command("train", "own.yaml") as program:
         program.wait_for(lambda: user.steps_done() >= 2, deadline=120, what="a step")
@@ -293,6 +300,7 @@ def test_a_taken_port(user: User) -> None:
 
 
 @pytest.mark.sampled(4, group="bad input")
+@pytest.mark.spare
 def test_no_compiler_trains_eagerly_and_says_so(user: User, tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -325,6 +333,7 @@ def test_a_run_that_is_not_there(words: tuple[str, ...], user: User) -> None:
 
 
 @pytest.mark.sampled(4, group="bad input")
+@pytest.mark.spare
 def test_numbers_that_blow_up_end_with_70(user: User) -> None:
     """A learning rate of 1e30 makes the weights infinite: skipped updates are counted, then the run ends."""
     code, output = user.solomonov(

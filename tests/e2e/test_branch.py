@@ -21,6 +21,7 @@ def state_digest(user: User, run: str) -> str:
     return str(json.loads(words)["digest"])
 
 
+@pytest.mark.spare
 def test_decay_now_from_a_checkpoint(undisturbed: User, user: User) -> None:
     user = undisturbed.copy(user.folder.parent / "branched")
     before = state_digest(user, "own")
@@ -46,6 +47,7 @@ def test_decay_now_from_a_checkpoint(undisturbed: User, user: User) -> None:
     assert not unexpected(user.journal(name="decayed"))
 
 
+@pytest.mark.spare
 def test_a_branch_in_another_layout_that_is_killed_goes_on_without_its_parent(undisturbed: User, user: User) -> None:
     """Two pipeline stages; the ranks die after some steps, and the parent's folder is moved away meanwhile."""
     user = undisturbed.copy(user.folder.parent / "branched")

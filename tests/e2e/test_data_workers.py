@@ -106,6 +106,7 @@ def test_the_records_are_those_of_inline(workers: int, user: User, undisturbed: 
 
 
 @pytest.mark.sampled(3, group="data workers")
+@pytest.mark.spare
 def test_twenty_kills_of_data_workers(user: User, ray_cluster: RayCluster) -> None:
     draw = sampler("kills of data workers")
     words = on(ray_cluster, 3, *LONG, *SMALL)
@@ -136,6 +137,7 @@ def test_twenty_kills_of_data_workers(user: User, ray_cluster: RayCluster) -> No
 
 
 @pytest.mark.sampled(3, group="data workers")
+@pytest.mark.spare
 def test_a_frozen_worker_and_a_killed_service(user: User, ray_cluster: RayCluster) -> None:
     words = on(ray_cluster, 2, *LONG, *SMALL)
     with user.command("train", "own.yaml", *words, **ray_cluster.environment) as program:
@@ -164,6 +166,7 @@ def test_a_frozen_worker_and_a_killed_service(user: User, ray_cluster: RayCluste
 
 
 @pytest.mark.sampled(3, group="data workers")
+@pytest.mark.spare
 def test_a_node_is_lost_with_its_workers(user: User) -> None:
     with RayCluster((1, 1), first_host="127.0.0.12") as cluster:
         words = on(cluster, 2, *LONG, *SMALL)
@@ -189,6 +192,7 @@ def _ancestors(pid: int) -> set[int]:
 
 
 @pytest.mark.sampled(3, group="data workers")
+@pytest.mark.spare
 def test_a_worker_that_comes_back_blind_is_tried_again(user: User, ray_cluster: RayCluster) -> None:
     """Its next life does not find the data: it is refused, the other one goes on, and later there are two again."""
     data, aside = user.folder / "dataset", user.folder / "aside"
@@ -209,6 +213,7 @@ def test_a_worker_that_comes_back_blind_is_tried_again(user: User, ray_cluster: 
 
 
 @pytest.mark.sampled(3, group="data workers")
+@pytest.mark.spare
 def test_two_runs_on_one_cluster_do_not_meet(user: User, ray_cluster: RayCluster) -> None:
     """Other seeds: rows of the one would be wrong for the other."""
     first = on(ray_cluster, 2, *LONG, *SMALL)
@@ -234,6 +239,7 @@ def test_two_runs_on_one_cluster_do_not_meet(user: User, ray_cluster: RayCluster
 
 
 @pytest.mark.sampled(3, group="data workers")
+@pytest.mark.spare
 def test_without_workers_the_ranks_help_themselves(user: User, ray_cluster: RayCluster) -> None:
     """More CPUs than the cluster has: no worker ever starts; after its patience each rank builds its rows."""
     words = on(ray_cluster, 1, "data.workers.cpus=50", "data.workers.patience_seconds=2", "training.total_steps=10")
@@ -310,6 +316,7 @@ def blind_node(user: User) -> Iterator[RayCluster]:
             psutil.wait_procs(descendants, timeout=30)
 
 
+@pytest.mark.spare
 def test_a_node_without_access_to_the_shards(user: User, blind_node: RayCluster) -> None:
     code, output = user.solomonov("train", "own.yaml", *on(blind_node, 1), **blind_node.environment)
     assert code == 78, output

@@ -62,6 +62,7 @@ def test_submitted_here_followed_cancelled_resumed_and_finished(user: User, undi
 
 
 @pytest.mark.sampled(2, group="jobs")
+@pytest.mark.spare
 def test_of_two_submissions_at_once_one_is_refused(user: User) -> None:
     words = ("submit", "own.yaml", "--on", "local", "training.total_steps=400")
     with user.command(*words) as first, user.command(*words) as second:
@@ -81,6 +82,7 @@ def test_a_sweep_wants_a_cluster(user: User) -> None:
 
 
 @pytest.mark.sampled(2, group="jobs")
+@pytest.mark.spare
 def test_what_is_submitted_is_the_code_of_that_moment(user: User) -> None:
     """The supervisor and its ranks run from the copy in the run's folder."""
     user.must("submit", "own.yaml", "--on", "local", "training.total_steps=400")
@@ -99,6 +101,7 @@ def test_what_is_submitted_is_the_code_of_that_moment(user: User) -> None:
 
 
 @pytest.mark.sampled(2, group="jobs")
+@pytest.mark.spare
 def test_a_job_that_is_suspended_as_a_whole_does_not_hang(user: User, undisturbed: User) -> None:
     """As by `scontrol suspend`, or on a virtual machine that stands still: supervisor and ranks stop, and go on."""
     step = sampler("a job that is suspended").randrange(22, 27)
@@ -119,6 +122,7 @@ def test_a_job_that_is_suspended_as_a_whole_does_not_hang(user: User, undisturbe
 
 
 @pytest.mark.sampled(2, group="jobs")
+@pytest.mark.spare
 def test_a_rank_that_stands_still_is_a_hang_with_stacks_of_all(user: User, undisturbed: User) -> None:
     """SIGSTOP to one rank: its peer waits in a collective. Both stacks, one sentence, and the run goes on."""
     # Between a save and an evaluation: of those it knows too little after so short a time.

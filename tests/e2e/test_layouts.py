@@ -11,7 +11,7 @@ import pytest
 from tests.support.sampling import sampler
 from tests.support.user import User, unexpected
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.spare]
 BOUND = 1e-5
 
 

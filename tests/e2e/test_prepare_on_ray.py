@@ -167,6 +167,7 @@ def test_the_bytes_are_those_of_this_machine_and_a_second_run_needs_no_ray(
 
 
 @pytest.mark.sampled(2, group="preparation on Ray")
+@pytest.mark.spare
 def test_a_killed_driver_costs_its_unfinished_tasks(
     base: Path, whole: tuple[Path, int], ray_cluster: RayCluster
 ) -> None:
@@ -182,6 +183,7 @@ def test_a_killed_driver_costs_its_unfinished_tasks(
 
 
 @pytest.mark.sampled(2, group="preparation on Ray")
+@pytest.mark.spare
 def test_a_lost_node_costs_nothing_but_time(base: Path, whole: tuple[Path, int]) -> None:
     with RayCluster(cpus=(1, 1), first_host="127.0.0.5") as ray, Program(**command(base, "ray", ray)) as driver:
         driver.wait_for(
@@ -208,6 +210,7 @@ def test_a_bad_input_is_the_same_one_message(base: Path, ray_cluster: RayCluster
 
 
 @pytest.mark.sampled(2, group="preparation on Ray")
+@pytest.mark.spare
 def test_ctrl_c_leaves_no_task_behind_and_a_rerun_finishes(
     base: Path, whole: tuple[Path, int], ray_cluster: RayCluster
 ) -> None:
@@ -239,6 +242,7 @@ def tasks_command(folder: Path, ray: RayCluster | None, what: str) -> dict[str, 
 
 @pytest.mark.sampled(2, group="preparation on Ray")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.spare
 def test_busy_tasks_end_with_their_driver(tmp_path: Path, ray_cluster: RayCluster, number: int) -> None:
     with Program(**tasks_command(tmp_path, ray_cluster, "hang")) as driver:
         driver.wait_for(lambda: len(list(tmp_path.glob("worker-*"))) == 2, deadline=120, what="two tasks run")
@@ -263,6 +267,7 @@ def test_busy_tasks_end_with_their_driver(tmp_path: Path, ray_cluster: RayCluste
         ("unseen", "DataConfigurationError", ".work/cluster: no such file"),
     ],
 )
+@pytest.mark.spare
 def test_a_failure_arrives_as_it_was_raised(
     tmp_path: Path, ray_cluster: RayCluster, what: str, kind: str, said: str
 ) -> None:

@@ -51,6 +51,7 @@ def reached(user: User, step: int) -> None:
     wait_for(lambda: user.steps_done() >= step, deadline=SECONDS, what=f"{step} updates are done")
 
 
+@pytest.mark.spare
 def test_a_start_that_times_out_ends_the_attempt(user: User, cluster: RayCluster) -> None:
     """Ray Train would try the same start again for ever; an attempt that ends is counted, and says why."""
     late = ("launch.ray.start_seconds=0.01", "launch.max_no_progress=1")  # no process starts within 10 ms
@@ -60,6 +61,7 @@ def test_a_start_that_times_out_ends_the_attempt(user: User, cluster: RayCluster
     assert "[ray] The worker group startup timed out after 0.01 seconds" in user.must("logs", "own")
 
 
+@pytest.mark.spare
 def test_whatever_dies_it_goes_on_with_what_is_there(user: User, cluster: RayCluster) -> None:
     """A rank is killed; a node is lost: half of the ranks; a node comes: all of them; the driver is killed: resume."""
     user.must(

@@ -88,6 +88,7 @@ def test_a_killed_rank_is_started_again_unattended(rank: int, user: User, undist
 
 @pytest.mark.sampled(4, group="recovery")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.spare
 def test_a_request_to_stop_saves_and_the_same_command_goes_on(
     number: signal.Signals, user: User, undisturbed: User
 ) -> None:
@@ -108,6 +109,7 @@ def test_a_request_to_stop_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.sampled(4, group="recovery")
+@pytest.mark.spare
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(user: User) -> None:
     with user.command("train", "own.yaml") as program:
         program.wait_for(lambda: user.steps_done() >= 7, deadline=120, what="a step")
@@ -119,6 +121,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(user: User) -> None:
 
 
 @pytest.mark.sampled(4, group="recovery")
+@pytest.mark.spare
 def test_the_second_interrupt_leaves_at_once(user: User) -> None:
     with user.command("train", "own.yaml") as program:
         program.wait_for(lambda: user.steps_done() >= 3, deadline=120, what="a step")
@@ -131,6 +134,7 @@ def test_the_second_interrupt_leaves_at_once(user: User) -> None:
 
 
 @pytest.mark.sampled(4, group="recovery")
+@pytest.mark.spare
 def test_a_killed_supervisor_leaves_no_rank(user: User, undisturbed: User) -> None:
     with user.command("train", "own.yaml") as program:
         program.wait_for(lambda: user.steps_done() >= 7, deadline=120, what="a step")
@@ -150,6 +154,7 @@ def test_a_killed_supervisor_leaves_no_rank(user: User, undisturbed: User) -> No
     ],
     ids=["one-rank-zero0", "one-rank-zero3", "two-ranks-smaller-micro-batches"],
 )
+@pytest.mark.spare
 def test_a_run_moves_to_another_layout(overrides: tuple[str, ...], user: User, undisturbed: User) -> None:
     """Stopped on two ranks with ZeRO 1, continued elsewhere: the same rows, and losses within the bound."""
     with user.command("train", "own.yaml") as program:

@@ -76,6 +76,7 @@ def status(user: User) -> dict[str, Any]:
 
 
 @pytest.mark.sampled(2, group="Slurm")
+@pytest.mark.spare
 def test_preempted_saved_queued_again_and_finished(user: User, undisturbed: User, cluster: SlurmCluster) -> None:
     job = submit(user, *TWO_BY_TWO, "launch.partition=low")
     reached(user, sampler("preemption by Slurm").randrange(3, 15))
@@ -102,6 +103,7 @@ def test_preempted_saved_queued_again_and_finished(user: User, undisturbed: User
 
 
 @pytest.mark.sampled(2, group="Slurm")
+@pytest.mark.spare
 def test_saved_before_the_time_limit_and_queued_again(user: User, cluster: SlurmCluster) -> None:
     """Slurm counts in minutes, and warns some 20 s earlier than it was asked to."""
     limit = ("launch.slurm.time_minutes=1", "launch.slurm.save_seconds=5", "launch.max_no_progress=9")
@@ -126,6 +128,7 @@ def test_saved_before_the_time_limit_and_queued_again(user: User, cluster: Slurm
 
 
 @pytest.mark.sampled(2, group="Slurm")
+@pytest.mark.spare
 def test_cancelled_it_saves_and_resume_goes_on(user: User, cluster: SlurmCluster) -> None:
     """By our own command; then by Slurm's, and Slurm does not start it again."""
     submit(user, *LONG, "launch.slurm.gpus_per_node=0")
@@ -157,6 +160,7 @@ def test_cancelled_it_saves_and_resume_goes_on(user: User, cluster: SlurmCluster
 
 
 @pytest.mark.sampled(2, group="Slurm")
+@pytest.mark.spare
 def test_a_lost_node_is_replaced_and_its_orphans_are_fenced_off(user: User, cluster: SlurmCluster) -> None:
     """The daemon of the first node dies; its ranks and their supervisor live on and know nothing of it."""
     job = submit(user, *LONG, "launch.slurm.gpus_per_node=0", "launch.partition=main")
@@ -217,6 +221,7 @@ def test_a_node_on_which_ranks_crash_is_avoided(killed: str, tmp_path: Path, clu
 
 
 @pytest.mark.ray
+@pytest.mark.spare
 def test_data_workers_on_a_private_ray_of_the_job(
     user: User, undisturbed: User, cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +244,7 @@ def test_data_workers_on_a_private_ray_of_the_job(
 
 
 @pytest.mark.sampled(2, group="Slurm")
+@pytest.mark.spare
 def test_a_sweep_is_an_array_of_runs(user: User, undisturbed: User, cluster: SlurmCluster) -> None:
     """One at a time; the second one, long enough to be met at work, is cancelled, its element alone, and resumed."""
     words = ("--sweep", "run.seed=5,6", "launch.slurm.array_at_once=1", "launch.slurm.gpus_per_node=0")

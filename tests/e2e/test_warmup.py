@@ -13,7 +13,7 @@ from solomonov.proof import prove_record
 from solomonov.runfolder import RunFolder
 from tests.support.user import User, unexpected
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.spare]
 WORDS = (
     "train",
     "own.yaml",

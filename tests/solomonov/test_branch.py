@@ -50,6 +50,7 @@ def refusal(folder: Path, *overrides: str, of: str = "tiny@3") -> ConfigurationE
     return caught.value
 
 
+@pytest.mark.spare
 def test_schedule_length_optimizer_and_layout_may_differ(folder: Path) -> None:
     free = ("schedule.decay_steps=2", "optimizer.lr=0.001", "training.total_steps=9", "training.z_loss=0.0001")
     made = branched(folder, *free, "parallel.zero_stage=3", "training.micro_batch_sequences=4")
@@ -129,6 +130,7 @@ def test_a_run_that_has_its_own_checkpoint_needs_its_parent_no_more(folder: Path
     check_branch(made.loaded.config, made.plan, str(made.data["stream"]))
 
 
+@pytest.mark.spare
 def test_the_ranks_verify_every_file_together(folder: Path) -> None:
     """Two ranks share the files: damage in any one of them is told to both."""
     branch = Branch(RunFolder(folder / "runs/tiny"), 3)

@@ -37,6 +37,7 @@ def ranks_find_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
+@pytest.mark.spare
 def test_a_fault_and_a_death_are_told_and_the_rest_is_proven(
     ranks_find_the_tests: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

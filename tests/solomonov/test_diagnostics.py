@@ -110,6 +110,7 @@ def float64(weights: WEIGHTS, config: ModelConfig) -> dict[str, Array]:
 @pytest.mark.dist
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize(("world", "layout"), CASES, ids=[f"ranks{world}-{layout}" for world, layout in CASES])
+@pytest.mark.spare
 def test_each_measure_in_each_layout(world: int, layout: Layout) -> None:
     config = tiny.tiny_model(layout.tied, attention=layout.attention, residual=layout.residual)
     plain = run_ranks(tiny.run, world, layout, STEPS + 2)
@@ -142,6 +143,7 @@ def test_each_measure_in_each_layout(world: int, layout: Layout) -> None:
 
 
 @pytest.mark.dist(world=2)
+@pytest.mark.spare
 def test_without_held_out_rows_updates_are_measured_all_the_same() -> None:
     layout = Layout(zero_stage=2)
     with_rows, without = (run_ranks(measured, 2, layout, rows)[0][0] for rows in (True, False))
@@ -162,6 +164,7 @@ def parts_of_a_deep_one(layout: Layout) -> tuple[Diagnosis, WEIGHTS, WEIGHTS]:
 
 
 @pytest.mark.dist(world=1)
+@pytest.mark.spare
 def test_a_deep_model_is_told_eighth_by_eighth() -> None:
     [(found, before, after)] = run_ranks(parts_of_a_deep_one, 1, Layout(zero_stage=1))
     config = tiny.tiny_model(layers=10)

@@ -84,6 +84,7 @@ OTHERS = {
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("architecture", OTHERS)
 @pytest.mark.parametrize("tied", ["false", "true"])
+@pytest.mark.spare
 def test_layouts_of_other_architectures_hold_and_a_fault_is_found_in_its_layer(architecture: str, tied: str) -> None:
     of = trial(f"model.architecture={architecture}", f"model.tie_embeddings={tied}")
     [[reference]] = run_ranks(run_cases, 1, of, [REFERENCE], False)
@@ -97,6 +98,7 @@ def test_layouts_of_other_architectures_hold_and_a_fault_is_found_in_its_layer(a
 
 
 @pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+@pytest.mark.spare
 def test_layouts_hold_with_muon(architecture: str) -> None:
     """The first stage of a pipeline has no head, which AdamW updates with decay: its groups of parameters differ."""
     of = trial("optimizer.kind=muon", "model.tie_embeddings=false", f"model.architecture={architecture}")
@@ -111,6 +113,7 @@ def test_layouts_hold_with_muon(architecture: str) -> None:
         assert verdict.holds, verdict
 
 
+@pytest.mark.spare
 def test_rows_are_shared_by_more_ranks_than_there_are_key_heads() -> None:
     """Each of four ranks gets a copy of one of the two; or there are two copies of the model, on two ranks each."""
     of = trial()

@@ -94,6 +94,7 @@ def measured_peak(layout: Layout, model: ModelConfig, vocab: int, sequence: int,
     ],
     ids=str,
 )
+@pytest.mark.spare
 def test_what_is_foreseen_is_what_is_there(world: int, layout: Layout) -> None:
     """Never more than 5 % too little, for that ends runs; at most 15 % too much. On a CPU what is offloaded is there
     with the rest."""
@@ -102,6 +103,7 @@ def test_what_is_foreseen_is_what_is_there(world: int, layout: Layout) -> None:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_autocast"])
+@pytest.mark.spare
 def test_what_earlier_micro_batches_left_is_there_while_the_head_works(precision: str) -> None:
     """With 4,000 logits a token the head needs the most, and a tenth of that is the bucket of gradients."""
     layout = Layout(zero_stage=1, accumulation=4, precision=precision)
@@ -129,6 +131,7 @@ NARROW = {"layers": 6, "d_model": 32, "heads": 4, "kv_heads": 1}
     ],
     ids=str,
 )
+@pytest.mark.spare
 def test_what_is_foreseen_with_windows_and_biases_is_what_is_there(
     world: int, layout: Layout, flags: dict[str, object]
 ) -> None:
@@ -160,6 +163,7 @@ LEARNED = {**tiny.BIASES, "attention": {"position": "learned", "train_tokens": 2
     ],
     ids=str,
 )
+@pytest.mark.spare
 def test_what_is_foreseen_of_other_blocks_is_what_is_there(
     world: int, layout: Layout, changes: dict[str, object]
 ) -> None:
@@ -183,6 +187,7 @@ def test_what_is_foreseen_of_other_blocks_is_what_is_there(
     ],
     ids=str,
 )
+@pytest.mark.spare
 def test_what_is_foreseen_of_an_encoder_is_what_is_there(
     world: int, layout: Layout, changes: dict[str, object]
 ) -> None:

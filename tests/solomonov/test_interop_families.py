@@ -128,6 +128,7 @@ def test_a_class_that_holds_our_model_gives_its_logits(
 
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
+@pytest.mark.spare
 def test_any_model_with_biases_that_a_class_is_said_to_hold_has_its_logits(data: st.DataObject) -> None:
     def pick(*values: Any) -> Any:
         return data.draw(st.sampled_from(values))
@@ -192,6 +193,7 @@ def _configs(draw: st.DrawFn) -> ModelConfig:
 
 @settings(deadline=None, max_examples=60)
 @given(config=_configs())
+@pytest.mark.spare
 def test_any_model_that_a_class_is_said_to_hold_has_its_logits(config: ModelConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         _assert_parity(config, Path(folder))

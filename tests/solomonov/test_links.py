@@ -45,6 +45,7 @@ def measured(pair: tuple[int, int]) -> tuple[float | None, float]:
 
 
 @pytest.mark.dist(world=3)
+@pytest.mark.spare
 def test_a_pair_and_all_ranks() -> None:
     """The third rank takes no part: it does not even know of the pair."""
     answers = run_ranks(measured, 3, (2, 0))

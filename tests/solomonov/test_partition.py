@@ -61,6 +61,7 @@ def described(layout: Layout) -> tuple[list[dict[str, Any]], dict[str, tuple[int
 
 
 @pytest.mark.parametrize("layout", CASES, ids=str)
+@pytest.mark.spare
 def test_pieces_tile_each_parameter_exactly_once(layout: Layout) -> None:
     answers = run_ranks(described, WORLD, layout)
     shapes = {name: tuple(p.shape) for name, p in plain_model(layout).named_parameters()}
@@ -102,6 +103,7 @@ def overwrite(layout: Layout) -> tuple[float, float, bool, list[float]]:
 
 
 @pytest.mark.parametrize("layout", CASES, ids=str)
+@pytest.mark.spare
 def test_after_a_refresh_the_forward_uses_what_was_written(layout: Layout) -> None:
     other = other_model(layout)
     if layout.precision == "bf16":

@@ -77,6 +77,7 @@ def diagnosis(layers: int, heads: int, value: float = 1.0) -> Diagnosis:
 
 @pytest.mark.parametrize("value", [1.0, 0.0, -1.0, math.nan, math.inf, 1e300])
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (3, 2), (100, 4)])
+@pytest.mark.spare
 def test_layers_are_drawn_whatever_was_measured(layers: int, heads: int, value: float) -> None:
     drawn = pictures.of_layers(diagnosis(layers, heads, value))
     assert (drawn.shape, drawn.dtype) == ((1210, 990, 3), np.uint8)

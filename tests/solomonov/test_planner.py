@@ -99,6 +99,7 @@ def test_a_layout_that_is_not_legal_is_told_with_its_reason() -> None:
     precision=st.sampled_from(["bf16", "fp32", "bf16_autocast"]),
     network=st.floats(min_value=1e8, max_value=1e11),
 )
+@pytest.mark.spare
 def test_what_is_chosen_fits_and_none_plainer_is_nearly_as_fast(
     world: int, gib: float, precision: str, network: float
 ) -> None:
@@ -121,6 +122,7 @@ def test_what_is_chosen_fits_and_none_plainer_is_nearly_as_fast(
 
 @settings(max_examples=10)
 @given(gib=st.floats(min_value=2.0, max_value=40.0), rows=st.sampled_from([1, 2, 4, 8]), world=st.sampled_from([1, 4]))
+@pytest.mark.spare
 def test_the_smallest_change_makes_it_fit(gib: float, rows: int, world: int) -> None:
     words = ("training.activation_checkpointing=none", f"training.micro_batch_sequences={rows}")
     asked = question(world, *words, gib=gib)

@@ -59,6 +59,7 @@ def test_rows_are_no_longer_than_learned_positions(architecture: str) -> None:
     assert check_signal(deep("scaled", 70, architecture=architecture, attention=flags)).verdict == "even"
 
 
+@pytest.mark.spare
 def test_what_is_advised_is_even_at_a_thousand_layers() -> None:
     advice = str(check_signal(deep("postnorm", 120)).advice)
     for mode in ("scaled", "deepnorm"):

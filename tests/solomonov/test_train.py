@@ -139,6 +139,7 @@ def test_short_pieces_at_first_are_short_rows(overrides: tuple[str, ...], tmp_pa
     ],
     ids=["zero0", "zero1", "zero2", "zero3", "one-rank", "pipeline", "offloaded"],
 )
+@pytest.mark.spare
 def test_small_batches_at_first_are_small_batches(world: int, overrides: tuple[str, ...], tmp_path: Path) -> None:
     """3 of 8 rows at first, to 8 over 18 rows: 3 + 5 n / 18 allows 6 from row 12 on. Ranks and micro-batches of two
     rows do not share out 3; with one rank, 3 rows take two forwards, of four."""
@@ -198,6 +199,7 @@ def test_auto_takes_a_layout_and_says_why_and_what_memory_it_took(tmp_path: Path
     assert not unexpected(list(run.journal.events()))
 
 
+@pytest.mark.spare
 def test_a_deep_model_s_signal_is_told_once_and_a_shallow_one_s_never(tmp_path: Path) -> None:
     deep = ("model.layers=66", "model.residual=postnorm", "training.total_steps=2", "schedule.warmup_steps=1")
     run = made(tmp_path / "deep", *deep, ranks=1)
@@ -245,6 +247,7 @@ def go_on(run: RunFolder, decay: float | None, steps: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.spare
 def test_the_average_is_evaluated_beside_the_weights_and_training_is_the_same(stage: int, tmp_path: Path) -> None:
     """Its loss is that of what is exported of it; turned off, and on again, when the run goes on."""
     layout = (f"parallel.zero_stage={stage}", "checkpoint.keep_last=9")
@@ -287,6 +290,7 @@ DIAGNOSED = ("metrics.tensorboard=true", "metrics.diagnostics_every_steps=4")
     ],
     ids=str,
 )
+@pytest.mark.spare
 def test_diagnostics_are_shown_and_training_is_the_same(layout: tuple[str, ...], tmp_path: Path) -> None:
     """All that they draw and compute leaves the lines of metrics.jsonl as they are, to the bit."""
     run, plain = made(tmp_path / "a", *layout, *DIAGNOSED), made(tmp_path / "b", *layout)

@@ -208,6 +208,7 @@ def test_selective_keeps_products_and_attention_and_nothing_else() -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.spare
 def test_a_compiled_block_keeps_no_more() -> None:
     """Half a minute on a CPU. Without `selective` a compiled block keeps three quarters of an eager one."""
     config = tiny_config(layers=1)
@@ -236,6 +237,7 @@ def test_a_compiled_block_keeps_no_more() -> None:
         assert torch.linalg.vector_norm(gradient - other) <= 1e-5 * torch.linalg.vector_norm(other)
 
 
+@pytest.mark.spare
 def test_at_the_root_of_the_depth_memory_grows_like_it() -> None:
     """Four times the depth: four times the peak where all is kept, twice where groups of root L are computed again."""
     shallow, deep = 16, 64
@@ -249,6 +251,7 @@ def test_at_the_root_of_the_depth_memory_grows_like_it() -> None:
     assert growth(roots) <= 2.6
 
 
+@pytest.mark.spare
 def test_the_peak_is_least_where_inputs_weigh_as_much_as_a_group() -> None:
     """A block keeps some 25 times its input, so that of 64 blocks root of 64 / 25 belong together."""
     (_, single), (_, pair), (_, root) = (activation_bytes(64, Recompute("full", every)) for every in (1, 2, 8))

@@ -450,6 +450,7 @@ def test_bf16_stays_near_fp32() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["hybrid", "much at once", "two stacks"])
+@pytest.mark.spare
 def test_compiled_blocks_of_every_kind_give_the_same(kind: str) -> None:
     """A local block in blocks of a window and a global one each, and blocks of an encoder and with cross-attention,
     loss and gradients in fp32 within 1e-5. Half a minute a kind on a CPU."""
