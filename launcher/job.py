@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from launcher.exits import RankExit, describe, first_cause
 from launcher.hang import Hang, HangLimits
 
+STARTER_LOGS = ("holder.log", "srun.log")
+"""Of what starts the ranks of an attempt on Ray and on Slurm; in the attempt's folder."""
 TAIL_LINES = 20
 TAIL_BYTES = 16384
 SIDECAR_NAME = r"[a-z][a-z0-9-]{0,39}"
@@ -191,8 +193,12 @@ class Attempt:
 
     @property
     def tail(self) -> list[str]:
-        """Last lines of the log of the rank that was the cause; empty while every rank runs."""
-        return tail(log_path(self.folder, self.cause.rank)) if self.cause else []
+        """Last lines of the log of the rank that was the cause, or of what should have started it; empty while every
+        rank runs."""
+        if self.cause is None:
+            return []
+        logs = [log_path(self.folder, self.cause.rank), *(self.folder / name for name in STARTER_LOGS)]
+        return next((tail(log) for log in logs if log.exists()), [])
 
 
 def _require_passable(command: Sequence[str], environment: Mapping[str, str]) -> None:

@@ -23,6 +23,7 @@ from launcher.slurm_commands import (
     partitions,
     run_slurm,
     show_job,
+    srun_has,
 )
 from launcher.slurm_cycle import cancel_mark
 
@@ -190,6 +191,7 @@ def check_request(request: SlurmRequest, found: Sequence[Partition]) -> None:
             remedy="lower it with launch.ranks_per_node and raise launch.nodes, or choose another partition",
         )
     _check_setup(request)
+    _check_container(request.config)
     require_shared(request.folder, config, lambda: other_machine(node_addresses([each.name for each in chosen])))
 
 
@@ -206,6 +208,27 @@ def _check_setup(request: SlurmRequest) -> None:
             got=f"launch.slurm.setup_script = {setup}",
             rule="a bash file on storage that all nodes share",
             remedy="mend the path",
+        )
+
+
+def _check_container(config: LaunchConfig) -> None:
+    """Refuse a container where srun knows no such thing: the job would end with its first step, perhaps days later."""
+    image, mounts = config.slurm.container_image, config.slurm.container_mounts
+    if image is None and mounts is None:
+        return
+    if image is None:
+        raise LaunchConfigurationError(
+            "folders for a container, and no container",
+            got=f"launch.slurm.container_mounts = {mounts}",
+            rule="they are mounted into launch.slurm.container_image",
+            remedy="set launch.slurm.container_image, or leave container_mounts out",
+        )
+    if not srun_has("container-image"):
+        raise LaunchConfigurationError(
+            "this cluster starts no containers",
+            got=f"launch.slurm.container_image = {image}; `srun --help` here has no --container-image",
+            rule="the option comes with the Pyxis plug-in, which an administrator installs",
+            remedy="leave container_image out, and prepare the nodes' own environment with launch.slurm.setup_script",
         )
 
 

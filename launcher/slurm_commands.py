@@ -61,6 +61,16 @@ def run_slurm(command: Sequence[str], *, environment: Mapping[str, str] | None =
     return done.stdout
 
 
+def srun_has(option: str) -> bool:
+    """Whether srun takes a long option; its help lists those of the cluster's plug-ins, too.
+
+    Raises:
+        LaunchConfigurationError: srun is not on the PATH.
+        SlurmError: it does not answer.
+    """
+    return re.search(rf"--{re.escape(option)}(?![\w-])", run_slurm(["srun", "--help"])) is not None
+
+
 def have_slurm() -> bool:
     """Its commands are on the PATH."""
     return shutil.which("sbatch") is not None

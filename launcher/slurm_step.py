@@ -214,10 +214,22 @@ class SlurmGang:
                 ends.append(end)
         if over:
             self._selector.unregister(self._output)
+            if not self._pids and not self._srun_ended:
+                return ends + self._never_began()
             return ends + [self._lost(rank) for rank in sorted(self._living)]
         self._read_log()
         late = time.monotonic() - REPORT_SECONDS
         return ends + [self._lost(rank) for rank, seen in self._gone.items() if rank in self._living and seen < late]
+
+    def _never_began(self) -> list[RankExit]:
+        """The ends of ranks that srun did not start: what it left with, and why is in its log."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._srun.exit_fd, selectors.EVENT_READ)
+            selector.select(END_SECONDS)
+        code, missing = self._srun.exit_code() or 1, sorted(self._living)
+        self._living.clear()
+        seconds = time.monotonic() - self._started_at
+        return [RankExit(rank, 0, code, killed=self._killed, seconds=seconds) for rank in missing]
 
     def _lost(self, rank: int) -> RankExit:
         """The end of a rank whose agent did not live to tell: we ended the step, or it is gone with its machine."""

@@ -14,26 +14,26 @@ FOLLOW_SECONDS = 0.3
 """Between two looks at the files."""
 
 
-HOLDER = -1
-"""In place of a rank: the process that holds the ranks of an attempt on Ray."""
+STARTERS = {-1: ("ray", "holder.log"), -2: ("srun", "srun.log")}
+"""In place of a rank: what starts the ranks of an attempt elsewhere, what it is called here, and its log."""
 
 
 def newest_attempt(run: RunFolder) -> tuple[int, list[tuple[int, Path]]]:
     """Number of the newest attempt and (rank, log) of each of its ranks; (0, []) before the first.
 
-    Of an attempt on Ray that has started no rank (HOLDER, log), which says why.
+    Of an attempt on a cluster that has started no rank (one of STARTERS, log), which says why.
     """
     attempts = _numbered(run.logs, r"attempt-(\d+)")
     if not attempts:
         return 0, []
     number, folder = attempts[-1]
     ranks = _numbered(folder, r"rank-(\d+)\.log")
-    holder = folder / "holder.log"
-    return number, ranks or ([(HOLDER, holder)] if holder.exists() else [])
+    starters = [(place, folder / log) for place, (_, log) in STARTERS.items()]
+    return number, ranks or [(place, log) for place, log in starters if log.exists()]
 
 
 def _label(rank: int) -> str:
-    return "[ray]" if rank == HOLDER else f"[{rank}]"
+    return f"[{STARTERS[rank][0]}]" if rank in STARTERS else f"[{rank}]"
 
 
 def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
@@ -46,7 +46,7 @@ def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
 def show(run: RunFolder, *, lines: int) -> None:
     """The last lines of every rank of the newest attempt, rank by rank."""
     number, logs = newest_attempt(run)
-    ranks = sum(rank != HOLDER for rank, _ in logs)
+    ranks = sum(rank not in STARTERS for rank, _ in logs)
     print(f"{run.path}: attempt {number}, {ranks} ranks" if logs else f"{run.path}: no attempt has begun yet")
     for rank, path in logs:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]:

@@ -287,6 +287,7 @@ def test_a_sweep_is_an_array_of_runs(user: User, undisturbed: User, cluster: Slu
         (("launch.slurm.gpus_per_node=3",), "fewer GPUs than the run wants"),
         (("run.folder=/dev/shm/solomonov-runs",), "the run's folder is not on shared storage"),
         (("launch.slurm.setup_script=nowhere.sh",), "the setup script cannot be read"),
+        (("launch.slurm.container_image=torch.sqsh",), "this cluster starts no containers"),
         (("launch.slurm.options=[--reservation=nowhere]",), "sbatch failed"),
     ],
 )

@@ -284,6 +284,33 @@ def test_what_cannot_run_is_refused_with_the_way_out(
     assert remedy in error.remedy
 
 
+SRUN_HELP = """cat <<'END'
+Usage: srun [OPTIONS(0)... [executable(0) [args(0)...]]]
+      --container=<path>      Path to OCI container bundle
+      --container-id=<id>     OCI container ID
+Options provided by plugins:
+      PYXIS
+END"""
+
+
+def test_a_container_is_refused_where_srun_knows_none(cluster: Path, tmp_path: Path) -> None:
+    wanted = request(tmp_path, config=launch(slurm={"container_image": "torch.sqsh", "container_mounts": "/data"}))
+    fake_commands(cluster, srun=SRUN_HELP.replace("PYXIS", "--not-container-image=x --container-image-save=x"))
+    error = refused(wanted, CLUSTER)
+    assert "starts no containers" in error.what
+    assert "torch.sqsh" in error.got
+    assert "Pyxis" in error.rule
+    assert "launch.slurm.setup_script" in error.remedy
+    assert calls(cluster, "srun") == [["--help"]]
+    fake_commands(cluster, srun=SRUN_HELP.replace("PYXIS", "--container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH"))
+    check_request(wanted, CLUSTER)
+    error = refused(request(tmp_path, config=launch(slurm={"container_mounts": "/data"})), CLUSTER)
+    assert "no container" in error.what
+    assert "container_image" in error.remedy
+    check_request(request(tmp_path), CLUSTER)
+    assert len(calls(cluster, "srun")) == 2, "nobody else asks"
+
+
 def test_the_partitions_are_named_where_there_is_no_such_one(tmp_path: Path) -> None:
     assert "main, low, broken" in refused(request(tmp_path, config=launch(partition="gpu")), CLUSTER).rule
     assert "sinfo shows none" in refused(request(tmp_path), []).rule

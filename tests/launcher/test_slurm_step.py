@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from launcher.agent import PREFIX
 from launcher.errors import LaunchConfigurationError
 from launcher.exits import RankExit
-from launcher.job import JobSpec
+from launcher.job import Attempt, JobSpec
 from launcher.slurm_step import Allocation, SlurmGang, tasks_ended
 from tests.support.fake_slurm import fake_commands
 from tests.support.processes import wait_for
@@ -99,6 +99,7 @@ def test_whatever_a_log_holds_is_read(text: bytes) -> None:
 # Two agents that begin, with a sign of life of the second; then it dies, and srun says so. Orders reach the first one
 # until it was told to kill its rank; `deaf`: until it is ended itself.
 SRUN = f"""
+[ -e "$FOLDER/refuses" ] && {{ echo "srun: unrecognized option '--container-image'" >&2; exit 3; }}
 say() {{ printf '%s%s\\n' '{PREFIX}' "$1"; }}
 say '{{"kind": "started", "rank": 0, "host": "node1", "pid": 11}}'
 say '{{"kind": "started", "rank": 1, "host": "node2", "pid": 12}}'
@@ -167,6 +168,21 @@ def test_a_step_that_ends_without_a_word_has_lost_its_ranks(tmp_path: Path, requ
         (0, True, False, "node1"),
         (1, True, False, "node2"),
     ]
+
+
+def test_a_step_that_srun_does_not_begin_ends_as_srun_did(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """No rank was killed: there was none."""
+    (tmp_path / "refuses").touch()
+    step = request.getfixturevalue("step")
+    ends = ends_of(step, 2)
+    assert [(end.rank, end.code, end.lost, end.killed, end.host) for end in ends] == [
+        (0, 3, False, False, None),
+        (1, 3, False, False, None),
+    ]
+    assert not step.alive
+    attempt = Attempt(1, tmp_path, 2, [], 1, exits=ends)
+    assert attempt.describe() == "rank 0: exit code 3 (crashed)"
+    assert attempt.tail[-1] == "srun: unrecognized option '--container-image'", "why, from what should have started it"
 
 
 def test_agents_that_do_not_obey_are_ended_with_their_step(tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -67,6 +67,20 @@ def test_ray_is_heard_where_no_rank_was_started(run: RunFolder, capsys: pytest.C
     assert capsys.readouterr().out == f"{run.path}: attempt 2, 0 ranks\n[ray] the start timed out\n[ray] no room\n"
 
 
+def test_srun_is_heard_where_no_rank_was_started(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    log(run, 1, 0, "").rename(run.logs / "attempt-1" / "srun.log")
+    (run.logs / "attempt-1" / "srun.log").write_text("srun: one\nsrun: unrecognized option\n")
+    show(run, lines=1)
+    assert capsys.readouterr().out == f"{run.path}: attempt 1, 0 ranks\n[srun] srun: unrecognized option\n"
+    follow(run, lines=2, goes_on=looks(lambda: None, lambda: log(run, 1, 0, "of a rank\n")))
+    assert capsys.readouterr().out.splitlines() == [
+        "--- attempt 1",
+        "[srun] srun: one",
+        "[srun] srun: unrecognized option",
+        "[0] of a rank",
+    ]
+
+
 def looks(*acts: Callable[[], object]) -> Callable[[], bool]:
     """`goes_on` of a run that does one thing before each look, and has ended after the last."""
     left = list(acts)
