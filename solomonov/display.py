@@ -74,7 +74,7 @@ class TrainingDisplay:
         if kind == "rank_exited" and fields.get("exit_code") != 0 and not fields.get("killed_by_launcher"):
             how = fields.get("signal") or f"exit code {fields.get('exit_code')}"
             if fields.get("exit_code") != exits.AGAIN:
-                self._say(f"rank {fields.get('rank')} ended: {how}, at step {fields.get('step')}")
+                self._say(f"rank {fields.get('rank')} ended: {how}, {_place(fields.get('step'))}")
         elif kind == "restart":
             self._say(f"starting again (attempt {fields.get('attempt')}): {fields.get('cause')}")
         elif kind == "sidecar_restart":
@@ -91,7 +91,7 @@ class TrainingDisplay:
         where = [f"on {fields['host']}"] if fields["host"] else []
         where += [f"in {fields['section']}"] if fields["section"] else []
         where += [fields["call"]] if fields["call"] else []
-        where.append(f"at step {fields['step']}")
+        where.append(_place(fields["step"]))
         lost = "" if fields["steps_lost"] is None else f", {fields['steps_lost']} updates to train again"
         self._say(f"incident {fields['what']}: {', '.join(where)}")
         self._say(f"         step {fields['durable_step']} is kept{lost}; {fields['done']}")
@@ -204,6 +204,11 @@ def _data_sentence(kind: str, record: Mapping[str, Any]) -> str | None:
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _place(step: int | None) -> str:
+    """Where a rank was that ended, in words."""
+    return "before its first step" if step is None else f"at step {step}"
 
 
 def last_line(run: RunFolder) -> dict[str, Any] | None:

@@ -78,6 +78,7 @@ def committed_like(result: dict[str, Any], path: Path) -> dict[str, Any]:
 
 @pytest.mark.ray
 @pytest.mark.e2e
+@pytest.mark.spare
 def test_stream_delivers_the_same_rows_inline_and_from_workers(stream_run: tuple[dict[str, Any], str]) -> None:
     result, _ = stream_run
     for part in ("throughput", "first_row", "rank"):
@@ -91,6 +92,7 @@ def test_stream_delivers_the_same_rows_inline_and_from_workers(stream_run: tuple
 
 @pytest.mark.ray
 @pytest.mark.e2e
+@pytest.mark.spare
 def test_stream_replies_are_large_and_bounded(stream_run: tuple[dict[str, Any], str]) -> None:
     result, _ = stream_run
     assert result["throughput"]["inline"]["reply_mib"] is None
@@ -102,6 +104,7 @@ def test_stream_replies_are_large_and_bounded(stream_run: tuple[dict[str, Any], 
 
 @pytest.mark.ray
 @pytest.mark.e2e
+@pytest.mark.spare
 def test_stream_meets_the_faults_that_it_makes_and_no_others(stream_run: tuple[dict[str, Any], str]) -> None:
     result, _ = stream_run
     unexpected = list(found(result, "unexpected"))
@@ -115,6 +118,7 @@ def test_stream_meets_the_faults_that_it_makes_and_no_others(stream_run: tuple[d
 
 @pytest.mark.ray
 @pytest.mark.e2e
+@pytest.mark.spare
 def test_stream_shows_what_it_wrote_and_leaves_nothing(
     stream_run: tuple[dict[str, Any], str], short_folder: Path
 ) -> None:
@@ -129,6 +133,7 @@ def test_stream_shows_what_it_wrote_and_leaves_nothing(
 
 @pytest.mark.ray
 @pytest.mark.e2e
+@pytest.mark.spare
 def test_committed_stream_result_is_of_this_benchmark(stream_run: tuple[dict[str, Any], str]) -> None:
     result, _ = stream_run
     committed = committed_like(result, COMMITTED)
@@ -154,6 +159,7 @@ def layouts_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any
 
 @pytest.mark.dist
 @pytest.mark.e2e
+@pytest.mark.spare
 def test_layouts_ran_as_they_are_called(layouts_run: tuple[dict[str, Any], str]) -> None:
     result, output = layouts_run
     rows = {(row["ranks"], row["title"]): row for row in result["rows"]}
@@ -179,6 +185,7 @@ def test_layouts_ran_as_they_are_called(layouts_run: tuple[dict[str, Any], str])
 
 @pytest.mark.dist
 @pytest.mark.e2e
+@pytest.mark.spare
 def test_layouts_measure_memory_beside_what_is_foreseen(layouts_run: tuple[dict[str, Any], str]) -> None:
     """The bounds of `test_footprint`, doubled: the model here is so small that batches and masks count."""
     for row in layouts_run[0]["rows"]:
@@ -197,6 +204,7 @@ def test_a_row_is_named_by_what_differs() -> None:
 
 @pytest.mark.dist
 @pytest.mark.e2e
+@pytest.mark.spare
 def test_committed_layouts_result_is_of_this_benchmark(layouts_run: tuple[dict[str, Any], str]) -> None:
     result, _ = layouts_run
     committed = committed_like(result, COMMITTED_LAYOUTS)

@@ -122,7 +122,11 @@ def test_the_end() -> None: pass
 @pytest.mark.parametrize(
     ("options", "full", "names"),
     [
-        (["--sampled"], "", ["always", "the_end", "long", "longer[0]", "longer[1]", "longer[2]"]),
+        (
+            ["--sampled", "--spare-seconds=3600"],
+            "",
+            ["always", "the_end", "long", "longer[0]", "longer[1]", "longer[2]"],
+        ),
         (["--sampled", "--spare-seconds=0"], "", ["always", "the_end"]),
         (["--sampled", "--spare-seconds=0"], "1", ["always", "the_end", "long", "longer[0]", "longer[1]", "longer[2]"]),
         (["--spare-seconds=0"], "", ["long", "longer[0]", "longer[1]", "longer[2]", "always", "the_end"]),

@@ -157,6 +157,7 @@ def assert_equal_within(
         assert distance <= bound, f"{key} differs by {distance:.2e}"
 
 
+@pytest.mark.spare
 def test_the_inner_stage_of_a_pipeline_trains_without_rows() -> None:
     layout = Layout(zero_stage=1, accumulation=2, pipeline=3)
     outcomes = run_ranks(tiny.run_and_tell_needs, 3, layout, STEPS)
@@ -229,6 +230,7 @@ def test_evaluation_sums_over_all_ranks(world: int, layout: Layout) -> None:
         assert second < first, "a step on these rows was taken in between"
 
 
+@pytest.mark.spare
 def test_ranks_stand_where_the_grid_says() -> None:
     places = run_ranks(tiny.place_in_the_grid, 4, Layout(zero_stage=1, pipeline=2, shuffled=True))
     assert places == [(False, 0), (True, 0), (True, 1), (False, 1)]

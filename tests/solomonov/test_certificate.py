@@ -98,6 +98,7 @@ def check_page(text: str, certificate: dict[str, Any]) -> None:
     assert "out of luck" in text
 
 
+@pytest.mark.spare
 def test_an_interrupted_proof_goes_on(tmp_path: Path) -> None:
     """The first command is interrupted behind some layouts; the second one runs the others, and the third none."""
     folder = tmp_path / "proofs" / "kept"

@@ -132,6 +132,8 @@ def test_a_line_that_is_being_written_is_waited_for(empty: RunFolder, capsys: py
             "rank 1 ended: SIGKILL, at step 7",
         ),
         ("rank_exited", {"rank": 0, "exit_code": 1, "step": 7}, "rank 0 ended: exit code 1, at step 7"),
+        ("rank_exited", {"rank": 0, "exit_code": 1, "step": None}, "rank 0 ended: exit code 1, before its first step"),
+        ("rank_exited", {"rank": 0, "exit_code": 1, "step": 0}, "rank 0 ended: exit code 1, at step 0"),
         ("rank_exited", {"rank": 0, "exit_code": exits.DONE, "step": 7}, ""),
         ("rank_exited", {"rank": 0, "exit_code": exits.AGAIN, "step": 7}, ""),
         ("rank_exited", {"rank": 0, "signal": "SIGKILL", "exit_code": None, "killed_by_launcher": True}, ""),
