@@ -68,7 +68,8 @@ class Signal:
 def measure_signal(
     model: Transformer, input_ids: Tensor, document_ids: Tensor, labels: Tensor, source: Source | None = None
 ) -> Signal:
-    """Measure a model as it is; its gradients are those of the mean loss afterwards.
+    """Measure a model as it is, and as it is written where it is compiled; its gradients are those of the mean loss
+    afterwards.
 
     Args:
         input_ids, document_ids, labels: (B, T) integers, as the model takes them; `source` likewise.
@@ -86,7 +87,7 @@ def measure_signal(
     model.zero_grad(set_to_none=True)
     with ExitStack() as hooks:
         for block in model.blocks():
-            hooks.callback(block.register_forward_hook(look).remove)
+            hooks.enter_context(hooked(block, look))
         loss = model(input_ids, document_ids, labels, source=source) / (labels != -100).sum()
         loss.backward()
     norms = []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from solomonov.model.attention import layer_contexts
 from solomonov.model.cross import Source, memory_of
@@ -55,6 +58,28 @@ def test_signal_is_that_of_a_stack_walked_by_hand(mode: str) -> None:
         assert len(gradients) == len(list(model.layers[index].parameters()))
         assert 2 * norm == pytest.approx(float(torch.cat([g.flatten() for g in gradients]).norm()), rel=1e-4)
     assert found.gradient_ratio == pytest.approx(found.gradient_norms[0] / found.gradient_norms[3])
+
+
+def test_a_compiled_model_is_measured_as_it_is_written() -> None:
+    """Whether compiled code takes notice of a hook depends on when it came; and for each hook it is compiled anew."""
+    model = spread_model(tiny_config(layers=4))
+    rows = _rows()
+    plain = measure_signal(model, *rows)
+    graphs: list[GraphModule] = []
+
+    def backend(graph: GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    for block in model.blocks():
+        block.compile(backend=backend, dynamic=False)
+    model(*rows)
+    compiled = len(graphs)
+    assert compiled > 0
+    assert measure_signal(model, *rows) == plain
+    assert len(graphs) == compiled, "nothing was compiled for it"
+    model(*rows)
+    assert len(graphs) == compiled, "and afterwards the same code runs"
 
 
 def test_a_first_block_that_is_passed_by_leaves_its_values_to_the_others() -> None:
