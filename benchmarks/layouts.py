@@ -45,6 +45,7 @@ from solomonov.equivalence import LEAST_EPS, Trial
 from solomonov.equivalence_rank import spec_of
 from solomonov.footprint import Training, footprint
 from solomonov.metrics import LOSS_BOUND
+from solomonov.model.attention_config import AttentionConfig
 from solomonov.model.config import ModelConfig
 from solomonov.parallel import ParallelConfig
 
@@ -75,7 +76,9 @@ ROWS: Final = 8
 def trial_of(sizes: Sizes) -> Trial:
     """What all rows train."""
     return Trial(
-        model=ModelConfig(layers=sizes.layers, d_model=sizes.d_model, heads=4),
+        model=ModelConfig(
+            layers=sizes.layers, d_model=sizes.d_model, heads=4, attention=AttentionConfig(preset="rope")
+        ),
         vocab_size=sizes.vocab_size,
         sequence_tokens=sizes.sequence_tokens,
         rows=ROWS,

@@ -80,7 +80,8 @@ def _supervise_in_slurm(folder: Path, allocation: Allocation) -> int:
         cycle.note(kind, fields)
         _print_event(kind, **fields)
 
-    start_gang = partial(SlurmGang, allocation=allocation, rank_script=rank_script)
+    options = config.slurm.srun_options
+    start_gang = partial(SlurmGang, allocation=allocation, rank_script=rank_script, srun_options=options)
     try:
         return LocalLauncher(config, on_event=on_event, start_gang=start_gang).run(spec).wait()
     finally:

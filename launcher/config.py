@@ -63,6 +63,16 @@ class SlurmConfig(Section):
                 raise ValueError(f"{option!r} is no option: each begins with `--`, its value follows after `=`")
         return options
 
+    @property
+    def srun_options(self) -> list[str]:
+        """Options of the step in which the ranks run; srun does not take the CPUs of a rank from the job."""
+        given = {
+            "container-image": self.container_image,
+            "container-mounts": self.container_mounts,
+            "cpus-per-task": self.cpus_per_rank,
+        }
+        return [f"--{name}={value}" for name, value in given.items() if value is not None]
+
 
 class RayConfig(Section):
     """What is asked of Ray, where it starts the run."""

@@ -168,13 +168,11 @@ class Place:
             return partial(RayGang, room=room)
         if self.allocation is None:
             return LocalGang
-        image, mounts = launch.slurm.container_image, launch.slurm.container_mounts
-        options = [f"--container-image={image}"] if image is not None else []
-        options += [f"--container-mounts={mounts}"] if mounts is not None else []
-        if (cpus := launch.slurm.cpus_per_rank) is not None:
-            options.append(f"--cpus-per-task={cpus}")  # srun does not take it from the job
         return partial(
-            SlurmGang, allocation=self.allocation, rank_script=slurm_scripts() / "rank.sh", srun_options=options
+            SlurmGang,
+            allocation=self.allocation,
+            rank_script=slurm_scripts() / "rank.sh",
+            srun_options=launch.slurm.srun_options,
         )
 
     def is_current(self) -> bool:

@@ -113,13 +113,15 @@ class Run:
 def model_of(run: Run) -> ModelConfig:
     """The model of a run: that of the table in the module's docstring, or its wide counterpart."""
     setting = setting_of(run.task)
-    deep = setting.shape(run.layers)
+    attention = {"preset": "rope"}
+    deep = {**setting.shape(run.layers), "attention": attention}
     if run.mode != WIDE:
-        return ModelConfig.model_validate({**deep, "residual": run.mode, "attention": {"preset": "rope"}})
+        return ModelConfig.model_validate({**deep, "residual": run.mode})
     wanted = parameter_count(ModelConfig.model_validate(deep), setting.vocabulary)
     width, head = setting.d_model, setting.d_model // setting.heads
     while True:
-        wide = ModelConfig(layers=2, d_model=width, heads=width // head, d_ff=2 * width, residual="prenorm")
+        shape = {"layers": 2, "d_model": width, "heads": width // head, "d_ff": 2 * width}
+        wide = ModelConfig.model_validate({**shape, "residual": "prenorm", "attention": attention})
         if parameter_count(wide, setting.vocabulary) >= wanted:
             return wide
         width += head

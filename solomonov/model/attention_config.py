@@ -17,8 +17,11 @@ LayerPosition = Literal["rope", "nope", "alibi"]
 IN_THE_STREAM = ("sinusoidal", "learned")
 """Positions that are added to the embedding; attention then has none of its own."""
 
-DEFAULT_PRESET: Preset = "rope"
-"""What an empty section means."""
+DEFAULT_PRESET: Preset = "hybrid"
+"""What an empty section means; `ModelConfig` gives an encoder, which sees all at once, `ENCODER_PRESET`."""
+
+ENCODER_PRESET: Preset = "rope"
+"""What an empty section of an encoder means."""
 
 ASSUMED_TRAIN_TOKENS = 1024
 """Tokens a row in training where `train_tokens` says nothing."""
@@ -75,9 +78,9 @@ class AttentionConfig(Section):
     """
 
     preset: Preset = DEFAULT_PRESET
-    """`vanilla`: the Transformer of 2017. `rope`: rotary positions, QK norm. `alibi`: linear biases. `local`: five
-    layers in six see a window. `hybrid`: three in four see a window and rotate, every fourth sees all without positions
-    and with logits that grow with the number of keys; output gates."""
+    """Not given: `hybrid`, in an encoder `rope`. `vanilla`: the Transformer of 2017. `rope`: rotary positions, QK norm.
+    `alibi`: linear biases. `local`: five layers in six see a window. `hybrid`: three in four see a window and rotate,
+    every fourth sees all without positions and with logits that grow with the number of keys; output gates."""
 
     position: Literal["rope", "nope", "alibi", "sinusoidal", "learned"] = "rope"
     """How order is told: `rope` rotates queries and keys by their position within the document (arXiv 2104.09864);

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from solomonov.model.attention_config import AttentionConfig, LayerAttention
+from solomonov.model.attention_config import ENCODER_PRESET, AttentionConfig, LayerAttention
 from solomonov.model.front_config import FrontConfig
 from solomonov.model.residual import ResidualMode
 from solomonov.model.stacks import Architecture, Stack, stacks_of
@@ -125,6 +126,17 @@ class ModelConfig(Section):
 
     tie_embeddings: bool = False
     """Whether the output head shares the embedding's matrix W."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _an_encoder_sees_all(cls, given: Any) -> Any:
+        """Its preset where none is given; what is no mapping is refused by its own field."""
+        if not isinstance(given, Mapping) or given.get("architecture") != "encoder":
+            return given
+        attention = given.get("attention", {})
+        if not isinstance(attention, Mapping) or "preset" in attention:
+            return given
+        return {**given, "attention": {"preset": ENCODER_PRESET, **attention}}
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> Self:

@@ -38,7 +38,7 @@ def compare(name: str, lines: list[str], update: bool) -> list[str]:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_losses(world: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    run = make_run(tmp_path, ranks=world)
+    run = make_run(tmp_path, ranks=world, overrides=("model.attention.preset=rope",))
     assert set(run_ranks(train_run, world, run.path, timeout=180)) == {0}
     lines = [
         f"{line['step']} {line['loss']!r} {line['grad_norm']!r} {line['tokens']} {line['data_digest']}"

@@ -64,7 +64,8 @@ def test_a_start_that_leads_nowhere_starts_nothing(tmp_path: Path) -> None:
 
 def test_a_step_that_slurm_refuses_is_a_crash_of_every_rank(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    config = LaunchConfig(max_restarts=1, restart_backoff_seconds=0.0)
+    step = {"container_image": "image.sqsh", "container_mounts": "/data:/data", "cpus_per_rank": 3}
+    config = LaunchConfig.model_validate({"max_restarts": 1, "restart_backoff_seconds": 0.0, "slurm": step})
     write_job(tmp_path, JobSpec(["true"], tmp_path / "logs", ranks=2), config, tmp_path / "rank.sh")
     refusal = "echo 'srun: error: Unable to create step' >&2; exit 1"
     path = fake_commands(tmp_path / "bin", srun=refusal)["PATH"]
@@ -79,6 +80,7 @@ def test_a_step_that_slurm_refuses_is_a_crash_of_every_rank(tmp_path: Path) -> N
     assert len(started) == 2
     assert started[0][-6:] == ["-m", "launcher", "agent", str(tmp_path / "logs" / "attempt-1"), "1", "true"]
     assert {"--ntasks=2", "--nodes=1", "--kill-on-bad-exit=0", str(tmp_path / "rank.sh")} <= set(started[0])
+    assert {"--container-image=image.sqsh", "--container-mounts=/data:/data", "--cpus-per-task=3"} <= set(started[0])
 
 
 def test_the_commands_are_functions_too(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_a_run_is_evaluated_exported_and_continued(run: RunFolder, capsys: Captu
     assert main(["export", "own", "--step", "3", "--to", "elsewhere", "--dtype", "bfloat16"]) == exits.DONE
     said = capsys.readouterr().out
     assert "bfloat16" in said
-    assert "forced by           nothing\n" in said
+    assert "forced by           model.attention.global_position: nope (not in Qwen3ForCausalLM)" in said
     assert (Path("elsewhere") / "config.json").exists()
 
     [again] = answer(capsys, "evaluate", exported["folder"], "--data", "dataset", "--max-bytes", "600")

@@ -110,7 +110,8 @@ def test_what_is_not_plain_yaml_is_refused(text: str) -> None:
 
 def test_the_length_of_a_row_reaches_the_model() -> None:
     """As what a preset's window and the log-n scale start from; what is given stands."""
-    assert parse().config.model.attention.train_tokens == 512, "the default of data.sequence_tokens"
+    attention = parse().config.model.attention
+    assert (attention.train_tokens, attention.window) == (512, 128), "the default of data.sequence_tokens"
     given = ("data.sequence_tokens=256", "model.attention.preset=hybrid")
     attention = parse(MINIMAL, *given).config.model.attention
     assert (attention.train_tokens, attention.window) == (256, 64)
@@ -133,7 +134,7 @@ def test_learned_positions_reach_as_far_as_rows_do() -> None:
 
 
 def test_attention_flags_that_do_not_go_together_are_named_with_their_key() -> None:
-    error = refusal(MINIMAL, "model.attention.global_every=4")
+    error = refusal(MINIMAL, "model.attention.preset=rope", "model.attention.global_every=4")
     assert "model.attention: global_every without window" in error.got
 
 

@@ -12,7 +12,7 @@ from solomonov.exits import CONFIGURATION, DONE
 
 TEXT = """\
 run: {name: big}
-model: {layers: 32, d_model: 4096, heads: 32, kv_heads: 8, d_ff: 14336}
+model: {layers: 32, d_model: 4096, heads: 32, kv_heads: 8, d_ff: 14336, attention: {preset: rope}}
 tokenizer: {vocab_size: 128256}
 data: {folder: nowhere, sources: [{name: one, path: x}], sequence_tokens: 8192}
 training: {total_tokens: 1000000000000, global_batch_tokens: 4194304, micro_batch_sequences: 2}

@@ -72,7 +72,7 @@ def plain_losses(
     """
     config = run.config()
     model = Transformer(config.model, config.tokenizer.vocab_size, seed=config.run.seed)
-    plain = [p for name, p in model.named_parameters() if name.endswith("norm.weight") or name == "embedding.weight"]
+    plain = [p for name, p in model.named_parameters() if p.dim() < 2 or name == "embedding.weight"]
     decaying = [p for p in model.parameters() if not any(p is other for other in plain)]
     groups = [{"params": decaying, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8)

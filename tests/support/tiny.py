@@ -42,7 +42,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "vanilla": {"preset": "vanilla"},
     "hybrid": {"preset": "hybrid", "window": 5, "global_every": 2, "sink": True},
     "alibi": {"preset": "alibi", "window": 3, "global_every": 2, "gate": "head", "sink": True},
-    "learned": {"position": "learned", "train_tokens": SOURCE},
+    "learned": {"preset": "rope", "position": "learned", "train_tokens": SOURCE},
 }
 BIASES = {"bias": True, "norm": "layernorm", "embedding_norm": True, "output_head": "transform"}
 """What a model with learned positions also has."""

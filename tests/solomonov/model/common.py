@@ -41,8 +41,10 @@ BIASES: dict[str, Any] = {
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
-    """Two layers, width 16, four heads on two key-value heads."""
-    return ModelConfig.model_validate({"layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "d_ff": 24} | changes)
+    """Two layers, width 16, four heads on two key-value heads; attention of the preset `rope` where none is given."""
+    attention = {"preset": "rope"} | changes.pop("attention", {})
+    shape = {"layers": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "d_ff": 24, "attention": attention}
+    return ModelConfig.model_validate(shape | changes)
 
 
 def two_stacks(**changes: Any) -> ModelConfig:

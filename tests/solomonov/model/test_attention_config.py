@@ -17,10 +17,28 @@ def attention(**keys: Any) -> AttentionConfig:
     return AttentionConfig.model_validate(keys)
 
 
+def plain(**keys: Any) -> AttentionConfig:
+    """Flags on top of those of `rope`, which sets the fewest."""
+    return attention(**{"preset": "rope"} | keys)
+
+
 def test_an_empty_section_is_the_default_preset() -> None:
     assert attention() == attention(preset=DEFAULT_PRESET) == ModelConfig().attention
-    assert DEFAULT_PRESET == "rope"
-    assert (attention().position, attention().qk_norm, attention().window) == ("rope", True, None)
+    assert ModelConfig(architecture="encoder_decoder").attention == attention()
+    assert DEFAULT_PRESET == "hybrid"
+
+
+def test_an_encoder_which_has_no_windows_begins_from_another_preset() -> None:
+    def of(**keys: Any) -> AttentionConfig:
+        return ModelConfig.model_validate({"architecture": "encoder", **keys}).attention
+
+    assert of() == of(attention={}) == plain()
+    assert of(attention={"gate": "head"}) == plain(gate="head")
+    assert of(attention={"preset": "vanilla"}) == attention(preset="vanilla")
+    with pytest.raises(ValidationError, match=r"encoder with attention\.window, attention\.logit_scale"):
+        of(attention={"preset": "hybrid"})
+    with pytest.raises(ValidationError, match="valid dictionary"):
+        of(attention="rope")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +144,7 @@ def test_flags_that_do_not_go_together_are_refused_with_the_nearest_choice(
     keys: dict[str, Any], rule: str, remedy: str
 ) -> None:
     with pytest.raises(ValidationError) as caught:
-        attention(**keys)
+        plain(**keys)
     text = str(caught.value)
     assert rule in text
     assert remedy in text
@@ -134,7 +152,7 @@ def test_flags_that_do_not_go_together_are_refused_with_the_nearest_choice(
 
 def test_every_nth_layer_is_global_and_the_last_of_a_shorter_stack() -> None:
     def globals_of(layers: int, **keys: Any) -> list[int]:
-        flags = attention(**keys)
+        flags = plain(**keys)
         return [layer for layer in range(layers) if flags.is_global(layer, layers)]
 
     assert globals_of(9, window=4, global_every=4) == [3, 7]
@@ -153,7 +171,7 @@ def test_kinds_of_layers() -> None:
     assert local.of_layer(0, 6) == LayerAttention("rope", 100.0, 8, False)
     assert local.of_layer(5, 6) == LayerAttention("rope", 1e6, None, False)
     assert attention(preset="vanilla").of_layer(0, 1).position == "nope", "it is in the stream"
-    assert attention(logit_scale="log_n").of_layer(0, 1).log_n, "without a window all layers see all"
+    assert plain(logit_scale="log_n").of_layer(0, 1).log_n, "without a window all layers see all"
 
 
 @pytest.mark.parametrize("preset", ["vanilla", "rope", "local", "hybrid"])

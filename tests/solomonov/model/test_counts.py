@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from solomonov.model.config import ModelConfig
 from solomonov.model.counts import flops_per_token, layer_flops, parameter_count, parameter_shapes, visible_keys
 from solomonov.model.residual import MODES
 from solomonov.model.transformer import Transformer
@@ -58,7 +57,7 @@ def test_shapes_are_those_of_the_module(changes: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("changes", [{}, BIASES], ids=["plain", "biases"])
 def test_flops_agree_with_a_count_of_the_products(changes: dict[str, Any]) -> None:
-    config = ModelConfig(**changes | {"layers": 3, "d_model": 32, "heads": 4, "kv_heads": 2})
+    config = tiny_config(**changes | {"layers": 3, "d_model": 32, "d_ff": None})
     tokens = 16
     model = Transformer(config, VOCAB, seed=0)
     documents = torch.zeros(1, tokens, dtype=torch.int32)
@@ -98,7 +97,7 @@ def test_in_an_encoder_a_token_sees_all_of_a_row() -> None:
 
 
 def test_attention_term_is_the_sum_over_visible_keys() -> None:
-    config = ModelConfig(layers=5, d_model=32, heads=4)
+    config = tiny_config(layers=5, d_model=32)
     tokens = 9
     visible = sum(position + 1 for position in range(tokens)) / tokens
     without = flops_per_token(config, VOCAB, -1)  # T + 1 = 0: no attention at all

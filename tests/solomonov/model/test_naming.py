@@ -32,7 +32,7 @@ def test_hidden_matrices_are_those_of_blocks() -> None:
     shapes = parameter_shapes(_config(1, False, "encoder_decoder"), 5)
     found = {name for name, shape in shapes.items() if is_hidden_matrix(name, shape)}
     assert found == {name for name, shape in shapes.items() if len(shape) == 2} - {"embedding.weight", "head.weight"}
-    assert sum(name.startswith("encoder.") for name in found) == 7
+    assert sum(name.startswith("encoder.") for name in found) == 8
 
 
 @given(
