@@ -210,6 +210,15 @@ def test_text_is_python_s_own_without_digits_and_what_is_held_out_is_not_trained
 
 
 @pytest.mark.spare
+@pytest.mark.parametrize("task", reach.TASKS)
+def test_no_kind_of_attention_has_more_parameters_than_another(task: str) -> None:
+    counts = [
+        parameter_count(reach.model_of(reach.Run(task, kind, 0, 1)), reach.TASKS[task].vocabulary)
+        for kind in reach.KINDS
+    ]
+    assert max(counts) - min(counts) < 0.005 * max(counts)
+
+
 def test_reach_is_asked_at_every_length_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "reach.json"
     words = ["--tasks", "copy", "text", "--kinds", "rope", "windows only", "--seeds", "1", "--steps", "5"]
