@@ -219,6 +219,15 @@ def test_no_kind_of_attention_has_more_parameters_than_another(task: str) -> Non
     assert max(counts) - min(counts) < 0.005 * max(counts)
 
 
+def test_the_same_bytes_of_text_are_asked_about_at_every_length() -> None:
+    rows = [reach.rows_of(reach.Text(), times, 3) for times in reach.TIMES]
+    for times, (ids, documents, labels) in zip(reach.TIMES, rows, strict=True):
+        assert ids.shape == documents.shape == labels.shape == (16, times * reach.TOKENS)
+        assert torch.equal(ids[:, -reach.TOKENS :], rows[0][0])
+        assert torch.equal(labels[labels != IGNORED].view(16, -1), rows[0][2])
+        assert torch.equal(labels[:, -reach.TOKENS : -1], ids[:, -reach.TOKENS + 1 :].long())
+
+
 def test_reach_is_asked_at_every_length_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "reach.json"
     words = ["--tasks", "copy", "text", "--kinds", "rope", "windows only", "--seeds", "1", "--steps", "5"]
