@@ -62,7 +62,8 @@ def run_all(
         summary: of the records, for the result.
 
     Raises:
-        BenchmarkError: there is a result at the place of the new one, and --more was not given.
+        BenchmarkError: there is a result at the place of the new one, and --more was not given, or it holds trainings
+            that are not asked for.
         BrokenProcessPool: a worker was killed; what had ended is kept.
     """
     out: Path | None = options.out
@@ -73,6 +74,21 @@ def run_all(
     kept = {
         number: record for number, fields in enumerate(wanted) for record in old if fields.items() <= record.items()
     }
+    alien = len(old) - len({id(record) for record in kept.values()})
+    if alien:
+        raise BenchmarkError(
+            f"{out} holds {alien} trainings that are not asked for, which would be lost: ask for them too, or give "
+            "another --out"
+        )
+
+    def keep() -> None:
+        if out is not None:
+            records = [kept[number] for number in sorted(kept)]
+            commits = sorted({record["commit"] for record in records})
+            write_result(out, {**facts, "commits": commits, "summary": summary(records), "runs": records})
+
+    if kept:
+        keep()  # with this command, where nothing is missing as well
     yield from kept.values()
     missing = [number for number in range(len(runs)) if number not in kept]
     pool = ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"))
@@ -80,10 +96,7 @@ def run_all(
         jobs = {pool.submit(train, runs[number]): number for number in missing}
         for job, number in _ended(jobs):
             kept[number] = {**job.result(), "commit": facts["git_commit"]}
-            if out is not None:
-                records = [kept[number] for number in sorted(kept)]
-                commits = sorted({record["commit"] for record in records})
-                write_result(out, {**facts, "commits": commits, "summary": summary(records), "runs": records})
+            keep()
             yield kept[number]
     finally:
         pool.shutdown(cancel_futures=True)
