@@ -72,7 +72,7 @@ def bundled_config(model: ModelConfig, sequence_tokens: int) -> dict[str, Any]:
         "norm": model.norm,
         "norm_eps": model.norm_eps,
         "qk_norm": flags.qk_norm_over if flags.qk_norm else "none",
-        "gate": flags.gate,
+        "gate": {False: "none", True: "element", "head": "head"}[flags.output_gate],
         "value_residual": model.value_residual,
         "sinusoidal": sinusoidal,
         "embedding_scale": math.sqrt(model.d_model) if sinusoidal and model.tie_embeddings else 1.0,

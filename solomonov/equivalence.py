@@ -143,8 +143,8 @@ def scale_down(config: Config, ranks: int) -> Trial:
     if model.base_d_model is not None:
         changes["base_d_model"] = max(2, d_model * model.base_d_model // model.d_model)
     attention = model.attention
-    if attention.window is not None:
-        attention = attention.model_copy(update={"window": min(attention.window, MOST_WINDOW)})
+    if attention.window_tokens is not None:
+        attention = attention.model_copy(update={"window_tokens": min(attention.window_tokens, MOST_WINDOW)})
     small = ModelConfig.model_validate({**model.model_dump(), **changes, "attention": attention})
     vocab_size = min(config.tokenizer.vocab_size, MOST_PIECES)
     tokens = min(config.data.sequence_tokens, MOST_TOKENS)
@@ -153,7 +153,7 @@ def scale_down(config: Config, ranks: int) -> Trial:
         source_tokens = min(source_tokens, model.longest_tokens)
     rows = math.lcm(*worlds(ranks)) * max(ACCUMULATIONS)
     before = {f"model.{key}": getattr(model, key) for key in changes} | {
-        "model.attention.window": model.attention.window,
+        "model.attention.window_tokens": model.attention.window_tokens,
         "tokenizer.vocab_size": config.tokenizer.vocab_size,
         "data.sequence_tokens": config.data.sequence_tokens,
         "training.global_batch_tokens": config.training.global_batch_tokens,
@@ -161,7 +161,7 @@ def scale_down(config: Config, ranks: int) -> Trial:
         "optimizer.eps": config.optimizer.eps,
     }
     now = {f"model.{key}": value for key, value in changes.items()} | {
-        "model.attention.window": attention.window,
+        "model.attention.window_tokens": attention.window_tokens,
         "tokenizer.vocab_size": vocab_size,
         "data.sequence_tokens": tokens,
         "training.global_batch_tokens": rows * tokens,

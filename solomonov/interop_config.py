@@ -11,7 +11,6 @@ from typing import Any
 from solomonov.errors import ConfigurationError
 from solomonov.interop_biased import SIZES, read_biased, written_biased
 from solomonov.interop_families import GLOBAL, LOCAL, Family, Multipliers
-from solomonov.model.attention_config import AttentionConfig
 from solomonov.model.config import ModelConfig
 
 # Of config.json, what changes no logit.
@@ -56,11 +55,11 @@ def written_config(model: ModelConfig, family: Family, sequence_tokens: int) -> 
         **{name: values[0] for name, values in family.only.items()},
     }
     if "use_sliding_window" in family.defaults:
-        config["use_sliding_window"] = flags.window is not None
-    if family.windows and (flags.window is not None or "use_sliding_window" not in family.defaults):
+        config["use_sliding_window"] = flags.window_tokens is not None
+    if family.windows and (flags.window_tokens is not None or "use_sliding_window" not in family.defaults):
         config["layer_types"] = [GLOBAL if kind.window is None else LOCAL for kind in kinds]
         # Gemma makes the mask of local layers also where there are none.
-        config["sliding_window"] = sequence_tokens if flags.window is None else flags.window
+        config["sliding_window"] = sequence_tokens if flags.window_tokens is None else flags.window_tokens
     if family.bare_layers:
         config["no_rope_layers"] = [int(kind.position == "rope") for kind in kinds]
         config.setdefault("layer_types", [GLOBAL] * model.layers)
@@ -140,7 +139,7 @@ def read_config(config: Mapping[str, Any], family: Family) -> ReadConfig:
 
 _RULE = (
     "each key of its config.json has a value that ours can have as well: plain rotary positions, no biases, no caps on "
-    "logits, silu or gelu_pytorch_tanh, windows and layers without positions in a repeating pattern"
+    "logits, silu or gelu_pytorch_tanh, windows and layers without positions in any order"
 )
 _BIASED_RULE = (
     "each key of its config.json has a value that ours can have as well: gelu, relu or silu, one matrix for all "
@@ -194,7 +193,7 @@ def _layers(given: Mapping[str, Any], family: Family, theta: float, local_theta:
     """Flags of our attention that give each layer what its class's keys give it.
 
     Raises:
-        ConfigurationError: the layers follow no pattern of ours.
+        ConfigurationError: layers with the same window differ in their positions.
     """
     layers = given["num_hidden_layers"]
     bare, local = _bare_layers(given, family, layers), _local_layers(given, family, layers)
@@ -208,18 +207,17 @@ def _layers(given: Mapping[str, Any], family: Family, theta: float, local_theta:
         candidates = [[not each for each in bare], bare]
     for chosen in candidates:
         kinds = {(here, without) for here, without in zip(chosen, bare, strict=True)}
-        patterns = _global_every(chosen)
-        if len(kinds) != len({here for here, _ in kinds}) or not patterns:
+        pattern = _pattern(chosen)
+        if len(kinds) != len({here for here, _ in kinds}):
             continue
-        every = patterns[0]
         positions = {here: "nope" if without else "rope" for here, without in kinds}
-        flags = {"window": window, "position": positions[True], "rope_theta": float(local_theta)}
-        if every is None:
+        flags = {"window_tokens": window, "position": positions[True], "rope_theta": float(local_theta)}
+        if pattern is None:
             return flags
         if positions[False] == "rope" and positions[True] == "rope" and local_theta == theta:
-            return flags | {"global_every": every}
+            return flags | {"pattern": pattern}
         rotates = {"global_rope_theta": float(theta)} if positions[False] == "rope" else {}
-        return flags | {"global_every": every, "global_position": positions[False], **rotates}
+        return flags | {"pattern": pattern, "global_position": positions[False], **rotates}
     raise _not_held(family, odd)
 
 
@@ -254,12 +252,9 @@ def _local_layers(given: Mapping[str, Any], family: Family, layers: int) -> list
     return [(layer + 1) % pattern != 0 for layer in range(layers)]
 
 
-def _global_every(local: Sequence[bool]) -> list[int | None]:
-    """The n of our pattern with which just these layers are local, None where all are; empty: it is no such pattern."""
-    layers = len(local)
-    found: list[int | None] = []
-    for every in [None, *range(2, layers + 2)]:
-        flags = AttentionConfig(window=1, global_every=every)
-        if all(flags.is_global(layer, layers) != local[layer] for layer in range(layers)):
-            found.append(every)
-    return found
+def _pattern(local: Sequence[bool]) -> str | None:
+    """The shortest pattern with which just these layers are local; None: all are."""
+    letters = "".join("L" if here else "G" for here in local)
+    lengths = range(1, len(letters) + 1)
+    shortest = next(letters[:size] for size in lengths if (letters[:size] * len(letters))[: len(letters)] == letters)
+    return None if shortest == "L" else shortest

@@ -396,11 +396,16 @@ def misfits(model: ModelConfig, family: Family) -> dict[str, Any]:
         odd["attention.position"] = flags.position
     if flags.global_position not in (None, *positions):
         odd["attention.global_position"] = flags.global_position
-    if flags.window is not None and not family.windows:
-        odd["attention.window"] = flags.window
+    if flags.window_tokens is not None and not family.windows:
+        odd["attention.window_tokens"] = flags.window_tokens
     if flags.global_rope_theta not in (None, flags.rope_theta) and not family.two_thetas:
         odd["attention.global_rope_theta"] = flags.global_rope_theta
-    held = {"qk_norm": family.qk_norm != "none", "gate": "none", "logit_scale": "none", "sink": False}
+    held: dict[str, Any] = {
+        "qk_norm": family.qk_norm != "none",
+        "output_gate": False,
+        "log_n_scale": False,
+        "sink": False,
+    }
     if flags.qk_norm and family.qk_norm != "none":
         held["qk_norm_over"] = family.qk_norm
     odd |= {f"attention.{name}": getattr(flags, name) for name, value in held.items() if getattr(flags, name) != value}

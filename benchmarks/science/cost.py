@@ -98,10 +98,10 @@ def attentions(tokens: int) -> list[Choice]:
         *(attention(preset, preset=preset, train_tokens=tokens) for preset in ("vanilla", "alibi", "local", "hybrid")),
         attention("no QK norm", qk_norm=False),
         attention("NoPE", position="nope"),
-        attention("window", window=window),
-        attention("gate a head", gate="head"),
-        attention("gate an element", gate="element"),
-        attention("log-n", logit_scale="log_n", train_tokens=tokens),
+        attention("window", window_tokens=window),
+        attention("gate a head", output_gate="head"),
+        attention("gate an element", output_gate=True),
+        attention("log-n", log_n_scale=True, train_tokens=tokens),
         attention("sink", sink=True),
     ]
 

@@ -41,7 +41,7 @@ KINDS: Final[dict[str, dict[str, Any]]] = {
     "rope": {"preset": "rope"},
     "nope": {"preset": "rope", "position": "nope"},
     "alibi": {"preset": "alibi"},
-    "windows only": {"preset": "rope", "window": TOKENS // 4},
+    "windows only": {"preset": "rope", "window_tokens": TOKENS // 4},
     "hybrid": {"preset": "hybrid", "train_tokens": TOKENS},
 }
 

@@ -264,8 +264,9 @@ class Projections(nn.Module):
             self.q_norm = RMSNorm(at_once[0] * self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(at_once[1] * self.head_dim, config.norm_eps)
         self.gate: OutputGate | None = None
-        if flags.gate != "none":
-            self.gate = OutputGate(config.d_model, self.heads * (self.head_dim if flags.gate == "element" else 1))
+        if flags.output_gate:
+            each = 1 if flags.output_gate == "head" else self.head_dim
+            self.gate = OutputGate(config.d_model, self.heads * each)
 
     def split(self, flat: Tensor, heads: int) -> Tensor:
         """(B, T, heads * E) -> (B, T, heads, E)."""

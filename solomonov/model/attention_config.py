@@ -38,15 +38,15 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     # arXiv 2108.12409
     "alibi": {"position": "alibi", "qk_norm": False},
     # Five local layers to a global one, as in Gemma 3 (arXiv 2503.19786).
-    "local": {"position": "rope", "qk_norm": True, "global_every": 6, "global_rope_theta": 1e6},
+    "local": {"position": "rope", "qk_norm": True, "pattern": "LLLLLG", "global_rope_theta": 1e6},
     # Local rotary and global position-free layers (arXiv 2501.18795), gates (2505.06708), SSMax (2501.19399)
     "hybrid": {
         "position": "rope",
         "qk_norm": True,
-        "global_every": 4,
+        "pattern": "LLLG",
         "global_position": "nope",
-        "gate": "element",
-        "logit_scale": "log_n",
+        "output_gate": True,
+        "log_n_scale": True,
     },
 }
 """Preset -> the flags that it sets; its window is worked out from the length of a row."""
@@ -73,8 +73,8 @@ class LayerAttention:
 class AttentionConfig(Section):
     """How tokens look at each other. `preset` fills in what is not given.
 
-    The attention of an encoder takes `position` (but alibi), `rope_theta`, `qk_norm` and `gate`, and cross-attention
-    `qk_norm` and `gate`; all else is of a decoder's own attention.
+    The attention of an encoder takes `position` (but alibi), `rope_theta`, `qk_norm` and `output_gate`, and
+    cross-attention `qk_norm` and `output_gate`; all else is of a decoder's own attention.
     """
 
     preset: Preset = DEFAULT_PRESET
@@ -102,11 +102,12 @@ class AttentionConfig(Section):
     """What one mean square is taken over: a `head`, as in Qwen3, or `all` heads together, as in OLMo 2 (arXiv
     2501.00656)."""
 
-    window: int | None = Field(default=None, ge=1)
+    window_tokens: int | None = Field(default=None, ge=1)
     """Tokens that a query of a local layer sees, its own and those just before it; null: all layers see all."""
 
-    global_every: int | None = Field(default=None, ge=2)
-    """With a window: each n-th layer is global and sees all, in a stack of fewer layers the last one; null: none."""
+    pattern: str | None = Field(default=None, pattern="^[LG]+$")
+    """Which layers are local and see a window (L), and which are global and see all (G), from the first one and over
+    again, as in LLLG; a stack of fewer layers has the last of these letters. null: with window_tokens L, else G."""
 
     global_position: LayerPosition | None = None
     """How global layers tell order; null: as `position` says."""
@@ -114,12 +115,12 @@ class AttentionConfig(Section):
     global_rope_theta: float | None = Field(default=None, gt=1.0)
     """Base of the rotary frequencies of global layers; null: `rope_theta`."""
 
-    gate: Literal["none", "head", "element"] = "none"
+    output_gate: bool | Literal["head"] = False
     """What attention found is multiplied by sigmoid(W x + b) before the output projection, x the block's normed input:
-    one gate a `head`, or one an `element` of it (arXiv 2505.06708)."""
+    `true`: one gate an element of a head, `head`: one a head, E times as few (arXiv 2505.06708)."""
 
-    logit_scale: Literal["none", "log_n"] = "none"
-    """`log_n`: logits are multiplied by s_h * ln(keys that the query sees), s_h learned, one a head (SSMax, arXiv
+    log_n_scale: bool = False
+    """Logits are multiplied by s_h * ln(keys that the query sees), s_h learned, one a head (SSMax, arXiv
     2501.19399); in global layers alone where there are local ones. What ALiBi takes and a sink are not."""
 
     sink: bool = False
@@ -143,16 +144,22 @@ class AttentionConfig(Section):
     @model_validator(mode="after")
     def _flags_agree(self) -> Self:
         of_global = self.given_global_keys
-        if self.window is None and (self.global_every is not None or of_global):
-            names = ", ".join((["global_every"] if self.global_every is not None else []) + of_global)
+        letters = self.letters
+        if self.window_tokens is None and ("L" in letters or of_global):
+            names = ", ".join((["pattern"] if "L" in letters else []) + of_global)
             raise ValueError(
-                f"{names} without window: without a window every layer sees all, and none is the global one. "
-                f"Set window (say {default_window('hybrid', self.train_tokens)}), or {names} to null"
+                f"{names} without window_tokens: without a window every layer sees all, and none is local or the "
+                f"global one. Set window_tokens (say {default_window('hybrid', self.train_tokens)}), or {names} to null"
             )
-        if of_global and self.global_every is None:
+        if self.window_tokens is not None and "L" not in letters:
             raise ValueError(
-                f"{', '.join(of_global)} without global_every: with a window and no global_every all layers are local. "
-                "Set global_every (say 4), or it to null"
+                f"window_tokens {self.window_tokens} with pattern {letters}: without an L no layer is local. Set "
+                "pattern to LLLG, say, or window_tokens to null"
+            )
+        if of_global and "G" not in letters:
+            raise ValueError(
+                f"{', '.join(of_global)} with pattern {letters}: without a G all layers are local. Set pattern (say "
+                "LLLG), or it to null"
             )
         if self.position in IN_THE_STREAM and self.global_position is not None:
             raise ValueError(
@@ -170,12 +177,17 @@ class AttentionConfig(Section):
                 f"qk_norm_over {self.qk_norm_over} with qk_norm false: nothing is normed. Set qk_norm to true, or "
                 "qk_norm_over to head"
             )
-        if self.logit_scale == "log_n" and self.window is not None and self.global_every is None:
+        if self.log_n_scale and "G" not in letters:
             raise ValueError(
-                f"logit_scale log_n with window {self.window} and no global_every: it is for layers that see all, and "
-                "there is none. Set global_every (say 4), or logit_scale to none"
+                f"log_n_scale with window_tokens {self.window_tokens} and pattern {letters}: it is for layers that see "
+                "all, and there is none. Set pattern (say LLLG), or log_n_scale to false"
             )
         return self
+
+    @property
+    def letters(self) -> str:
+        """L or G of each layer, over again."""
+        return self.pattern if self.pattern is not None else "G" if self.window_tokens is None else "L"
 
     @property
     def given_global_keys(self) -> list[str]:
@@ -194,23 +206,20 @@ class AttentionConfig(Section):
             layer: its number, from 0.
             layers: of the stack.
         """
-        if self.window is None:
-            return True
-        if self.global_every is None:
-            return False
-        return (layer + 1) % self.global_every == 0 or (layers < self.global_every and layer == layers - 1)
+        letters = self.letters[-layers:]
+        return letters[layer % len(letters)] == "G"
 
     def of_layer(self, layer: int, layers: int) -> LayerAttention:
         """What the attention of layer number `layer` of `layers` does, from 0."""
         sees_all = self.is_global(layer, layers)
-        at_global = sees_all and self.window is not None
+        at_global = sees_all and self.window_tokens is not None
         position = self.global_position if at_global and self.global_position is not None else self.position
         theta = self.global_rope_theta if at_global and self.global_rope_theta is not None else self.rope_theta
         return LayerAttention(
             position="nope" if position == "sinusoidal" or position == "learned" else position,
             rope_theta=theta,
-            window=None if sees_all else self.window,
-            log_n=self.logit_scale == "log_n" and sees_all,
+            window=None if sees_all else self.window_tokens,
+            log_n=self.log_n_scale and sees_all,
             sink=self.sink,
         )
 
@@ -227,13 +236,17 @@ class AttentionConfig(Section):
                 "and an encoder looks ahead as well. Set attention.position to rope (or attention.preset, where that "
                 "says alibi)"
             )
-        wanted = {"window": self.window is not None, "logit_scale": self.logit_scale != "none", "sink": self.sink}
+        wanted = {
+            "window_tokens": self.window_tokens is not None,
+            "log_n_scale": self.log_n_scale,
+            "sink": self.sink,
+        }
         if architecture == "encoder" and any(wanted.values()):
             names = ", ".join(f"attention.{name}" for name, is_given in wanted.items() if is_given)
             return (
                 f"architecture encoder with {names}: in an encoder all see all of their document, and of these flags "
-                "it takes none, but positions, qk_norm and gate. Set attention.preset to rope (with gate: element for "
-                "the gates of hybrid), window to null, logit_scale to none and sink to false"
+                "it takes none, but positions, qk_norm and output_gate. Set attention.preset to rope (with "
+                "output_gate: true for the gates of hybrid), window_tokens to null, log_n_scale and sink to false"
             )
         return None
 
@@ -253,18 +266,21 @@ def _fitting(preset: Preset, given: Mapping[str, Any]) -> dict[str, Any]:
     flags = dict(PRESETS[preset])
     window = default_window(preset, tokens if type(tokens) is int and tokens > 1 else None)
     if window is not None:
-        flags["window"] = window
+        flags["window_tokens"] = window
 
     def chosen(name: str) -> Any:
         return given.get(name, flags.get(name))
 
-    if chosen("window") is None:
-        flags.pop("global_every", None)
-    no_global = chosen("global_every") is None
+    if chosen("window_tokens") is None:
+        flags.pop("pattern", None)
+    letters = str(chosen("pattern") or "L")
+    if "L" not in letters:
+        flags.pop("window_tokens", None)
+    no_global = "G" not in letters or chosen("window_tokens") is None
     if no_global or chosen("position") in IN_THE_STREAM:
         flags.pop("global_position", None)
-    if no_global and chosen("window") is not None:
-        flags.pop("logit_scale", None)
+    if "G" not in letters and chosen("window_tokens") is not None:
+        flags.pop("log_n_scale", None)
     if no_global or (chosen("global_position") or chosen("position")) != "rope":
         flags.pop("global_rope_theta", None)
     return flags

@@ -101,8 +101,8 @@ def _projection_shapes(config: ModelConfig, branch: str) -> dict[str, tuple[int,
         at_once = (config.heads, config.kv_head_count) if flags.qk_norm_over == "all" else (1, 1)
         for name, heads in zip("qk", at_once, strict=True):
             shapes[f"{name}_norm.weight"] = (heads * config.head_width,)
-    if flags.gate != "none":
-        gates = queries if flags.gate == "element" else config.heads
+    if flags.output_gate:
+        gates = config.heads if flags.output_gate == "head" else queries
         shapes |= {"gate.weight": (gates, width), "gate.bias": (gates,)}
     of_flags = {f"{branch}.{name}": shape for name, shape in shapes.items()}
     return _matrix_shapes(config, branch, matrices) | of_flags

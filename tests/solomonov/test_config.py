@@ -43,6 +43,39 @@ def test_defaults_origins_and_overrides() -> None:
     assert "schedule.kind" not in loaded.origins
 
 
+EVERYDAY = """
+run:        {name: own-text, seed: 7}
+model:      {architecture: decoder, layers: 12, d_model: 256, heads: 8, kv_heads: 8, d_ff: 688, residual: auto,
+             attention: {position: rope, pattern: LLLG, window_tokens: 256, qk_norm: true, output_gate: true,
+                         log_n_scale: true, global_position: nope, sink: false}}
+tokenizer:  {kind: unigram, vocab_size: 8192}
+data:       {folder: datasets/own-text,
+             sources: [{name: own, path: "text/**/*.txt", weight: 1.0}],
+             sequence_tokens: 512, packing: best_fit,
+             prepare: {workers: 2, shard_bytes: 67108864, backend: local},
+             workers: {backend: ray, count: 2}}
+objective:  {kind: clm}
+training:   {total_steps: 1000, global_batch_tokens: 16384, micro_batch_sequences: 8, precision: auto,
+             activation_checkpointing: none, compile: auto}
+optimizer:  {kind: adamw, lr: 0.003}
+schedule:   {kind: wsd, warmup_steps: 100}
+parallel:   {zero_stage: 1, pipeline: 1, sequence: 1, offload: none}
+checkpoint: {every_steps: 100, keep_last: 3}
+resilience: {hang_minimum_seconds: 10}
+evaluation: {every_steps: 200}
+metrics:    {every_steps: 1}
+launch:     {nodes: 1, ranks_per_node: 2, max_restarts: 10, partition: null}
+"""
+"""The names that everyone types: they stay as they are."""
+
+
+def test_the_names_that_everyone_types_are_taken() -> None:
+    loaded = parse(EVERYDAY)
+    flags = loaded.config.model.attention
+    assert [flags.is_global(layer, 12) for layer in range(12)] == [False, False, False, True] * 3
+    assert (flags.window_tokens, flags.output_gate, flags.log_n_scale) == (256, True, True)
+
+
 def test_a_misspelt_key_names_the_nearest() -> None:
     error = refusal(MINIMAL + "optimizer: {learning_rate: 1, weight_decya: 0.1}\nmodell: {}\n")
     assert "test.yaml has 3 mistakes" in error.what
@@ -111,14 +144,14 @@ def test_what_is_not_plain_yaml_is_refused(text: str) -> None:
 def test_the_length_of_a_row_reaches_the_model() -> None:
     """As what a preset's window and the log-n scale start from; what is given stands."""
     attention = parse().config.model.attention
-    assert (attention.train_tokens, attention.window) == (512, 128), "the default of data.sequence_tokens"
+    assert (attention.train_tokens, attention.window_tokens) == (512, 128), "the default of data.sequence_tokens"
     given = ("data.sequence_tokens=256", "model.attention.preset=hybrid")
     attention = parse(MINIMAL, *given).config.model.attention
-    assert (attention.train_tokens, attention.window) == (256, 64)
+    assert (attention.train_tokens, attention.window_tokens) == (256, 64)
     attention = parse(MINIMAL, *given, "model.attention.train_tokens=128").config.model.attention
-    assert (attention.train_tokens, attention.window) == (128, 32)
+    assert (attention.train_tokens, attention.window_tokens) == (128, 32)
     attention = parse(MINIMAL, *given, "model.attention.train_tokens=null").config.model.attention
-    assert (attention.train_tokens, attention.window) == (256, 64)
+    assert (attention.train_tokens, attention.window_tokens) == (256, 64)
     assert "data.sequence_tokens: Input should be a valid integer" in refusal(MINIMAL, "data.sequence_tokens=x").got
     assert "train_tokens" not in refusal(MINIMAL, "data.sequence_tokens=x").got
     assert "model.attention" in refusal(MINIMAL, "model.attention=3").got
@@ -134,8 +167,8 @@ def test_learned_positions_reach_as_far_as_rows_do() -> None:
 
 
 def test_attention_flags_that_do_not_go_together_are_named_with_their_key() -> None:
-    error = refusal(MINIMAL, "model.attention.preset=rope", "model.attention.global_every=4")
-    assert "model.attention: global_every without window" in error.got
+    error = refusal(MINIMAL, "model.attention.preset=rope", "model.attention.pattern=LLLG")
+    assert "model.attention: pattern without window_tokens" in error.got
 
 
 def test_unreadable_file(tmp_path: Path) -> None:

@@ -61,10 +61,10 @@ def test_a_deep_model_is_scaled_down_and_each_change_is_told() -> None:
 def test_a_window_is_scaled_down_with_the_rows_that_it_moves_over() -> None:
     found = trial()
     flags = found.model.attention
-    assert (flags.preset, flags.window, flags.global_every) == ("hybrid", 5, 4)
-    assert found.changed["model.attention.window"] == (128, 5)
+    assert (flags.preset, flags.window_tokens, flags.pattern) == ("hybrid", 5, "LLLG")
+    assert found.changed["model.attention.window_tokens"] == (128, 5)
     assert [found.model.layer_attention(layer).window for layer in range(4)] == [5, 5, 5, None]
-    assert "model.attention.window" not in trial(model=MODEL + ", attention: {preset: rope}").changed
+    assert "model.attention.window_tokens" not in trial(model=MODEL + ", attention: {preset: rope}").changed
 
 
 TWO = "architecture: encoder_decoder, layers: 24, encoder_layers: 6, d_model: 256, heads: 8, kv_heads: 2"

@@ -91,7 +91,7 @@ def _logits(config: ModelConfig, state: dict[str, Tensor], ids: Tensor) -> Tenso
         ({"tie_embeddings": True, "attention": {"qk_norm": False}, "kv_heads": 4}, "LlamaForCausalLM"),
         ({"attention": {"qk_norm": False, "position": "nope"}}, "SmolLM3ForCausalLM"),
         (
-            {"residual": "peri", "tie_embeddings": True, "attention": {"preset": "local", "window": 8}},
+            {"residual": "peri", "tie_embeddings": True, "attention": {"preset": "local", "window_tokens": 8}},
             "Gemma3ForCausalLM",
         ),
     ],
@@ -221,11 +221,15 @@ def test_a_model_with_a_front_is_refused(tmp_path: Path, tokenizer_path: Path, c
         ({"residual": "keel", "layers": 3}, ["model.residual: keel (not in Qwen3ForCausalLM)"]),
         ({"value_residual": True, "layers": 3}, ["model.value_residual: True (not in Qwen3ForCausalLM)"]),
         (
-            {"attention": {"preset": "hybrid", "window": 8, "global_every": 2}, "residual": "scaled", "base_layers": 1},
+            {
+                "attention": {"preset": "hybrid", "window_tokens": 8, "pattern": "LG"},
+                "residual": "scaled",
+                "base_layers": 1,
+            },
             [
                 "model.attention.global_position: nope (not in Qwen3ForCausalLM)",
-                "model.attention.gate: element (not in Qwen3ForCausalLM)",
-                "model.attention.logit_scale: log_n (not in Qwen3ForCausalLM)",
+                "model.attention.output_gate: True (not in Qwen3ForCausalLM)",
+                "model.attention.log_n_scale: True (not in Qwen3ForCausalLM)",
             ],
         ),
         (

@@ -119,15 +119,19 @@ NARROW = {"layers": 6, "d_model": 32, "heads": 4, "kv_heads": 1}
 @pytest.mark.parametrize(
     ("world", "layout", "flags"),
     [
-        (1, Layout(zero_stage=0), {"window": 8}),
-        (1, Layout(zero_stage=0), {"preset": "hybrid", "window": 8, "global_every": 3, "sink": True}),
-        (1, Layout(zero_stage=0, recompute="selective"), {"preset": "hybrid", "window": 8, "global_every": 3}),
-        (1, Layout(zero_stage=0, recompute="full", every=4), {"preset": "local", "window": 8}),
+        (1, Layout(zero_stage=0), {"window_tokens": 8}),
+        (1, Layout(zero_stage=0), {"preset": "hybrid", "window_tokens": 8, "pattern": "LLG", "sink": True}),
+        (1, Layout(zero_stage=0, recompute="selective"), {"preset": "hybrid", "window_tokens": 8, "pattern": "LLG"}),
+        (1, Layout(zero_stage=0, recompute="full", every=4), {"preset": "local", "window_tokens": 8}),
         (1, Layout(zero_stage=0), {"preset": "alibi"}),
-        (1, Layout(zero_stage=3), {"preset": "hybrid", "window": 8, "global_every": 3, "sink": True}),
+        (1, Layout(zero_stage=3), {"preset": "hybrid", "window_tokens": 8, "pattern": "LLG", "sink": True}),
         (2, Layout(zero_stage=1, accumulation=2, pipeline=2), {"preset": "alibi"}),
-        (2, Layout(zero_stage=1, accumulation=2, pipeline=2), {"preset": "hybrid", "window": 8, "global_every": 3}),
-        (2, Layout(zero_stage=1, sequence=2), {"preset": "alibi", "window": 33}),
+        (
+            2,
+            Layout(zero_stage=1, accumulation=2, pipeline=2),
+            {"preset": "hybrid", "window_tokens": 8, "pattern": "LLG"},
+        ),
+        (2, Layout(zero_stage=1, sequence=2), {"preset": "alibi", "window_tokens": 33}),
     ],
     ids=str,
 )

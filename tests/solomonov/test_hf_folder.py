@@ -53,6 +53,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": [LOCAL, LOCAL, LOCAL, GLOBAL],
         },
     ),
+    "qwen3, global and local": (
+        "Qwen3ForCausalLM",
+        {
+            "head_dim": 6,
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "layer_types": [GLOBAL, LOCAL, GLOBAL, GLOBAL],
+        },
+    ),
     "granite": (
         "GraniteForCausalLM",
         {
@@ -67,6 +76,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3ForCausalLM", {}),
     "smollm3, every second": ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 2, "tie_word_embeddings": False}),
     "smollm3, the others": ("SmolLM3ForCausalLM", {"no_rope_layers": [0, 0, 0, 1]}),
+    "smollm3, none at the ends": ("SmolLM3ForCausalLM", {"no_rope_layers": [0, 1, 1, 0]}),
     "smollm3, all with positions": ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 1, 1, 1]}),
     "smollm3, none with positions": ("SmolLM3ForCausalLM", {"no_rope_layers": [0, 0, 0, 0]}),
     "smollm3, windows with positions": (
@@ -275,9 +285,7 @@ def test_what_a_key_means_that_is_absent(
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("qwen3", {"layer_types": [LOCAL] * 4}, "use_sliding_window: False"),
-        ("qwen3, local and global", {"layer_types": [GLOBAL, LOCAL, GLOBAL, LOCAL]}, "layer_types"),
         ("qwen3, local and global", {"layer_types": ["chunked_attention"] * 4}, "layer_types.*chunked_attention"),
-        ("smollm3", {"no_rope_layers": [0, 1, 1, 0]}, "no_rope_layers"),
         ("smollm3, windows with positions", {"no_rope_layers": [1, 1, 0, 0]}, "no_rope_layers"),
         ("gemma2", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50"),
         ("gemma2", {"final_logit_softcapping": ...}, "final_logit_softcapping: 30"),

@@ -53,21 +53,21 @@ HELD: dict[str, list[dict[str, Any]]] = {
     "Qwen3ForCausalLM": [
         {},
         {"head_dim": 6, "tie_embeddings": True, "residual": "layerscale"},
-        {"attention": {"window": 4}},
-        {"attention": {"window": 4, "global_every": 3, "global_rope_theta": 10_000.0}, "layers": 5},
-        {"attention": {"window": 4, "global_every": 4}, "residual": "lns"},
+        {"attention": {"window_tokens": 4}},
+        {"attention": {"window_tokens": 4, "pattern": "LLG", "global_rope_theta": 10_000.0}, "layers": 5},
+        {"attention": {"window_tokens": 4, "pattern": "LLLG"}, "residual": "lns"},
         {"head_dim": 6, "d_model": 18},
     ],
     "SmolLM3ForCausalLM": [
         {"attention": NO_QK | {"position": "nope"}, "residual": "rezero"},
-        {"attention": NO_QK | {"window": 4}, "tie_embeddings": True},
-        {"attention": NO_QK | {"window": 4, "global_every": 2, "global_position": "nope"}, "layers": 5},
-        {"attention": NO_QK | {"position": "nope", "window": 4, "global_every": 2, "global_position": "rope"}},
+        {"attention": NO_QK | {"window_tokens": 4}, "tie_embeddings": True},
+        {"attention": NO_QK | {"window_tokens": 4, "pattern": "LG", "global_position": "nope"}, "layers": 5},
+        {"attention": NO_QK | {"position": "nope", "window_tokens": 4, "pattern": "LG", "global_position": "rope"}},
         {"attention": NO_QK, "head_dim": 6, "d_model": 18},
     ],
     "Gemma2ForCausalLM": [
         {"residual": "peri", "attention": NO_QK, "feed_forward": "geglu"},
-        {"residual": "peri", "attention": NO_QK | {"window": 4, "global_every": 2}, "tie_embeddings": True},
+        {"residual": "peri", "attention": NO_QK | {"window_tokens": 4, "pattern": "LG"}, "tie_embeddings": True},
     ],
     "Olmo2ForCausalLM": [
         {"residual": "outnorm", "attention": {"qk_norm_over": "all"}, "tie_embeddings": True},
@@ -76,8 +76,18 @@ HELD: dict[str, list[dict[str, Any]]] = {
     ],
     "Gemma3ForCausalLM": [
         {"residual": "peri"},
-        {"residual": "peri", "attention": {"preset": "local", "window": 4}, "layers": 7, "feed_forward": "geglu"},
-        {"residual": "peri", "attention": {"window": 4, "rope_theta": 500.0}, "tie_embeddings": True, "head_dim": 6},
+        {
+            "residual": "peri",
+            "attention": {"preset": "local", "window_tokens": 4},
+            "layers": 7,
+            "feed_forward": "geglu",
+        },
+        {
+            "residual": "peri",
+            "attention": {"window_tokens": 4, "rope_theta": 500.0},
+            "tie_embeddings": True,
+            "head_dim": 6,
+        },
     ],
     "EuroBertForMaskedLM": [
         {"architecture": "encoder", "attention": NO_QK | {"rope_theta": 500.0}, "residual": "layerscale"},
@@ -167,8 +177,8 @@ def _configs(draw: st.DrawFn) -> ModelConfig:
     flags: dict[str, Any] = {"qk_norm": family.qk_norm != "none", "rope_theta": pick(50.0, 1e4)}
     flags |= {"qk_norm_over": "all" if family.qk_norm == "all" else "head", "position": pick(*positions)}
     if family.windows and (window := pick(None, 3, 5, 40)) is not None:
-        flags |= {"window": window, "global_every": pick(None, 2, 3, 9)}
-        if flags["global_every"] is not None:
+        flags |= {"window_tokens": window, "pattern": pick(None, "LG", "LLG", "GL", "L" * 8 + "G")}
+        if flags["pattern"] is not None:
             flags["global_position"] = pick(None, *positions)
             rotates = (flags["global_position"] or flags["position"]) == "rope"
             flags["global_rope_theta"] = pick(None, 700.0 if family.two_thetas else flags["rope_theta"])
@@ -222,12 +232,12 @@ def test_what_is_written_reads_as_what_was_written(config: ModelConfig) -> None:
         ({"attention": {"preset": "vanilla"}}, {"attention.position": "sinusoidal"}),
         ({"attention": {"preset": "alibi"}}, {"attention.position": "alibi"}),
         (
-            {"attention": {"window": 4, "global_every": 2, "global_position": "alibi"}},
+            {"attention": {"window_tokens": 4, "pattern": "LG", "global_position": "alibi"}},
             {"attention.global_position": "alibi"},
         ),
-        ({"attention": {"preset": "local", "window": 4}}, {"attention.global_rope_theta": 1e6}),
-        ({"attention": {"gate": "head"}}, {"attention.gate": "head"}),
-        ({"attention": {"logit_scale": "log_n"}}, {"attention.logit_scale": "log_n"}),
+        ({"attention": {"preset": "local", "window_tokens": 4}}, {"attention.global_rope_theta": 1e6}),
+        ({"attention": {"output_gate": "head"}}, {"attention.output_gate": "head"}),
+        ({"attention": {"log_n_scale": True}}, {"attention.log_n_scale": True}),
         ({"attention": {"sink": True}}, {"attention.sink": True}),
         ({"attention": {"qk_norm_over": "all"}}, {"attention.qk_norm_over": "all"}),
         ({"residual": "outnorm"}, {"attention.qk_norm_over": "head"}),

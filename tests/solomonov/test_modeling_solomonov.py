@@ -48,7 +48,7 @@ PAIRS: list[dict[str, Any]] = [
     *({"residual": mode, "layers": 2, "encoder_layers": 3, "base_layers": 2} for mode in MODES),
     {"residual": "keel", "layers": 3, "encoder_layers": 1},
     *({"attention": ATTENTION[name], "layers": 3, "encoder_layers": 2} for name in TWO_WAYS),
-    {"attention": {"gate": "element", "sink": True}, "layers": 2, "encoder_layers": 2, "kv_heads": 4},
+    {"attention": {"output_gate": True, "sink": True}, "layers": 2, "encoder_layers": 2, "kv_heads": 4},
     {"value_residual": True, "layers": 3, "encoder_layers": 2, "kv_heads": 1},
     {**BIASES, "layers": 2, "encoder_layers": 2, "tie_embeddings": True},
     {**BIASES, "attention": ATTENTION["vanilla"], "layers": 1, "encoder_layers": 2, "output_head": "bias"},
@@ -57,7 +57,7 @@ PAIRS: list[dict[str, Any]] = [
 ENCODERS: list[dict[str, Any]] = [
     {},
     {"residual": "deepnorm", "kv_heads": 1, "tie_embeddings": True},
-    {"attention": {"preset": "vanilla", "gate": "element"}, "tie_embeddings": True},
+    {"attention": {"preset": "vanilla", "output_gate": True}, "tie_embeddings": True},
     {"attention": {"position": "nope", "qk_norm_over": "all"}, "residual": "layerscale"},
     BIASES,
     {**BIASES, "value_residual": True, "layers": 3},

@@ -22,7 +22,7 @@ def plain_by_hand(names: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_parameter_is_in_one_group_with_its_decay(tied: bool) -> None:
-    flags = {"gate": "head", "logit_scale": "log_n", "sink": True}
+    flags = {"output_gate": "head", "log_n_scale": True, "sink": True}
     model = spread_model(tiny_config(tie_embeddings=tied, attention=flags))
     named = dict(model.named_parameters())
     groups = parameter_groups(named.items(), OptimizerConfig(weight_decay=0.25), model.config)

@@ -60,21 +60,21 @@ def softmax_mix(logits: Sequence[float], values: Sequence[Array], sink: float | 
 
 
 def sees_all(config: ModelConfig, layer: int) -> bool:
-    """Whether a layer has no window: every `global_every`-th, counted from 1, in a shorter stack the last."""
+    """Whether a layer has no window: where its letter is G, of as many last letters as there are layers at most."""
     flags = config.attention
-    if flags.window is None:
+    if flags.window_tokens is None:
         return True
-    if flags.global_every is None:
-        return False
-    chosen = [number for number in range(1, config.layers + 1) if number % flags.global_every == 0] or [config.layers]
-    return layer + 1 in chosen
+    letters = list(flags.pattern or "L")
+    while len(letters) > config.layers:
+        letters.pop(0)
+    return (letters * config.layers)[layer] == "G"
 
 
 def order_of(config: ModelConfig, layer: int) -> tuple[str, float]:
     """How a layer tells order, and the base of its rotation."""
     flags = config.attention
     position, theta = flags.position, flags.rope_theta
-    if flags.window is not None and sees_all(config, layer):
+    if flags.window_tokens is not None and sees_all(config, layer):
         position = flags.global_position or position
         theta = flags.global_rope_theta or theta
     return position, theta
@@ -104,11 +104,11 @@ def linear(state: Mapping[str, Array], name: str, x: Array) -> Array:
 
 def gates(state: Mapping[str, Array], prefix: str, config: ModelConfig, x: Array) -> Array:
     """(H * E,) numbers that the mixed values are multiplied by: sigmoid(W x + b) (arXiv 2505.06708)."""
-    if config.attention.gate == "none":
+    if not config.attention.output_gate:
         return np.ones(config.heads * config.head_width)
     found = linear(state, f"{prefix}.gate", x)
     opened = np.array([1.0 / (1.0 + math.exp(-float(value))) for value in found])
-    return opened if config.attention.gate == "element" else np.repeat(opened, config.head_width)
+    return opened if config.attention.output_gate is True else np.repeat(opened, config.head_width)
 
 
 def attention(
@@ -148,11 +148,11 @@ def attention(
     answers = []
     for position, x in enumerate(document):
         mixed = []
-        first = 0 if to_all or flags.window is None else max(0, position - flags.window + 1)
+        first = 0 if to_all or flags.window_tokens is None else max(0, position - flags.window_tokens + 1)
         seen = range(first, position + 1)
         for head, query in enumerate(heads("q", x, config.heads, position)):
             logits = [float(np.dot(query, keys[j][head // shared])) / math.sqrt(width) for j in seen]
-            if flags.logit_scale == "log_n" and to_all:  # SSMax, arXiv 2501.19399
+            if flags.log_n_scale and to_all:  # SSMax, arXiv 2501.19399
                 factor = float(state[f"{prefix}.log_scale"][head]) * math.log(len(seen))
                 logits = [factor * logit for logit in logits]
             if order == "alibi":
@@ -179,8 +179,11 @@ def attention_to_all(
 
     def heads(name: str, x: Array, position: int) -> list[Array]:
         flat = linear(state, f"{prefix}.{name}", x)
+        normed = config.attention.qk_norm and name != "v"
+        if normed and config.attention.qk_norm_over == "all":
+            flat = rms_norm(flat, state[f"{prefix}.{name}_norm.weight"], config.norm_eps)
         parts = [flat[begin : begin + width] for begin in range(0, len(flat), width)]
-        if config.attention.qk_norm and name != "v":
+        if normed and config.attention.qk_norm_over == "head":
             parts = [rms_norm(part, state[f"{prefix}.{name}_norm.weight"], config.norm_eps) for part in parts]
         if rotates and name != "v":
             theta, columns = config.attention.rope_theta, config.front.image_size[1] // config.front.patch_size
@@ -239,19 +242,19 @@ def dense_attention(
     query, key, value = placed("q"), placed("k").repeat_interleave(shared, 0), heads("v").repeat_interleave(shared, 0)
     logits = query @ key.transpose(1, 2) / math.sqrt(width)
     distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
-    if flags.logit_scale == "log_n" and to_all:
+    if flags.log_n_scale and to_all:
         logits = logits * state["log_scale"][:, None, None] * torch.arange(1, tokens + 1).double().log()[:, None]
     if order == "alibi":
         slopes = torch.tensor([alibi_slope(head, config.heads) for head in range(config.heads)]).double()
         logits = logits - slopes[:, None, None] * distance
     hidden = distance < 0
-    if not to_all and flags.window is not None:
-        hidden = hidden | (distance >= flags.window)
+    if not to_all and flags.window_tokens is not None:
+        hidden = hidden | (distance >= flags.window_tokens)
     logits = logits.masked_fill(hidden, -math.inf)
     if flags.sink:
         logits = torch.cat((logits, state["sink"][:, None, None].expand(-1, tokens, 1)), -1)
     mixed = logits.softmax(-1)[..., :tokens] @ value
-    if flags.gate != "none":
+    if flags.output_gate:
         opened = (x @ state["gate.weight"].T + state["gate.bias"]).sigmoid()
         mixed = mixed * opened.view(tokens, config.heads, -1).transpose(0, 1)
     return mixed.transpose(0, 1).reshape(tokens, -1) @ state["out.weight"].T

@@ -40,8 +40,8 @@ SHUFFLED = RankGrid(((1, 2), (0, 3)))
 ATTENTION: dict[str, dict[str, Any]] = {
     "rope": {"preset": "rope"},
     "vanilla": {"preset": "vanilla"},
-    "hybrid": {"preset": "hybrid", "window": 5, "global_every": 2, "sink": True},
-    "alibi": {"preset": "alibi", "window": 3, "global_every": 2, "gate": "head", "sink": True},
+    "hybrid": {"preset": "hybrid", "window_tokens": 5, "pattern": "LG", "sink": True},
+    "alibi": {"preset": "alibi", "window_tokens": 3, "pattern": "LG", "output_gate": "head", "sink": True},
     "learned": {"preset": "rope", "position": "learned", "train_tokens": SOURCE},
 }
 BIASES = {"bias": True, "norm": "layernorm", "embedding_norm": True, "output_head": "transform"}

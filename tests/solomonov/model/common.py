@@ -19,11 +19,11 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "vanilla": {"preset": "vanilla"},
     "rope": {"preset": "rope"},
     "alibi": {"preset": "alibi"},
-    "local": {"preset": "local", "window": 3, "global_every": 2},
-    "hybrid": {"preset": "hybrid", "window": 4, "global_every": 2, "train_tokens": 12},
-    "all local": {"position": "alibi", "window": 3, "sink": True, "gate": "head"},
+    "local": {"preset": "local", "window_tokens": 3, "pattern": "LG"},
+    "hybrid": {"preset": "hybrid", "window_tokens": 4, "pattern": "LG", "train_tokens": 12},
+    "all local": {"position": "alibi", "window_tokens": 3, "sink": True, "output_gate": "head"},
     "normed together": {"qk_norm_over": "all"},
-    "much at once": {"preset": "hybrid", "window": 5, "global_every": 2, "global_position": "alibi", "sink": True},
+    "much at once": {"preset": "hybrid", "window_tokens": 5, "pattern": "LG", "global_position": "alibi", "sink": True},
 }
 """The presets, and flags that none of them has, with windows that rows of a test outgrow."""
 

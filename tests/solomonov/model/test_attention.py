@@ -48,22 +48,24 @@ def test_attention_equals_loops_over_each_document(kv_heads: int, qk_norm: bool)
 @st.composite
 def flag_sets(draw: st.DrawFn, local: bool, also_global: bool) -> dict[str, Any]:
     """Every legal combination of flags with layers of these kinds."""
-    position = draw(st.sampled_from(["rope", "nope", "alibi", "sinusoidal"]))
+    position = draw(st.sampled_from(["rope", "nope", "alibi", "sinusoidal", "learned"]))
     flags: dict[str, Any] = {
         "position": position,
         "rope_theta": draw(st.sampled_from([100.0, 10_000.0])),
         "qk_norm": draw(st.booleans()),
-        "gate": draw(st.sampled_from(["none", "head", "element"])),
+        "output_gate": draw(st.sampled_from([False, "head", True])),
         "sink": draw(st.booleans()),
-        "window": draw(st.integers(1, 10)) if local else None,
-        "global_every": draw(st.integers(2, 3)) if local and also_global else None,
+        "window_tokens": draw(st.integers(1, 10)) if local else None,
+        "pattern": draw(st.sampled_from(["LG", "LLG", "GL", "LGGL"])) if local and also_global else None,
     }
-    if flags["global_every"] is not None and position != "sinusoidal":
+    if flags["qk_norm"]:
+        flags["qk_norm_over"] = draw(st.sampled_from(["head", "all"]))
+    if flags["pattern"] is not None and position not in ("sinusoidal", "learned"):
         flags["global_position"] = draw(st.sampled_from([None, "rope", "nope", "alibi"]))
-    if flags["global_every"] is not None and (flags.get("global_position") or position) == "rope":
+    if flags["pattern"] is not None and (flags.get("global_position") or position) == "rope":
         flags["global_rope_theta"] = draw(st.sampled_from([None, 1000.0]))
     if also_global:
-        flags["logit_scale"] = draw(st.sampled_from(["none", "log_n"]))
+        flags["log_n_scale"] = draw(st.booleans())
     return flags
 
 
@@ -225,7 +227,9 @@ def test_only_the_new_tokens_ask() -> None:
         assert torch.equal(getattr(last, name), getattr(whole, name)[:, :, 3:])
 
 
-@pytest.mark.parametrize("keys", [{}, {"window": 2}, {"position": "alibi", "window": 4}, {"sink": True}], ids=str)
+@pytest.mark.parametrize(
+    "keys", [{}, {"window_tokens": 2}, {"position": "alibi", "window_tokens": 4}, {"sink": True}], ids=str
+)
 def test_a_row_of_nothing_but_padding_is_finite_in_both_directions(keys: dict[str, Any]) -> None:
     config = tiny_config(attention=keys)
     module = Attention(config)

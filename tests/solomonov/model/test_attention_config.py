@@ -33,9 +33,9 @@ def test_an_encoder_which_has_no_windows_begins_from_another_preset() -> None:
         return ModelConfig.model_validate({"architecture": "encoder", **keys}).attention
 
     assert of() == of(attention={}) == plain()
-    assert of(attention={"gate": "head"}) == plain(gate="head")
+    assert of(attention={"output_gate": "head"}) == plain(output_gate="head")
     assert of(attention={"preset": "vanilla"}) == attention(preset="vanilla")
-    with pytest.raises(ValidationError, match=r"encoder with attention\.window, attention\.logit_scale"):
+    with pytest.raises(ValidationError, match=r"encoder with attention\.window_tokens, attention\.log_n_scale"):
         of(attention={"preset": "hybrid"})
     with pytest.raises(ValidationError, match="valid dictionary"):
         of(attention="rope")
@@ -49,18 +49,18 @@ def test_an_encoder_which_has_no_windows_begins_from_another_preset() -> None:
         ("alibi", {"position": "alibi", "qk_norm": False}),
         (
             "local",
-            {"position": "rope", "qk_norm": True, "window": 256, "global_every": 6, "global_rope_theta": 1e6},
+            {"position": "rope", "qk_norm": True, "window_tokens": 256, "pattern": "LLLLLG", "global_rope_theta": 1e6},
         ),
         (
             "hybrid",
             {
                 "position": "rope",
                 "qk_norm": True,
-                "window": 256,
-                "global_every": 4,
+                "window_tokens": 256,
+                "pattern": "LLLG",
                 "global_position": "nope",
-                "gate": "element",
-                "logit_scale": "log_n",
+                "output_gate": True,
+                "log_n_scale": True,
             },
         ),
     ],
@@ -73,7 +73,7 @@ def test_a_preset_sets_these_flags_and_no_others(preset: str, expected: dict[str
 def test_the_window_of_a_preset_is_a_quarter_of_a_row_and_at_most_1024() -> None:
     for tokens, window in ((256, 64), (4096, 1024), (65536, 1024), (2, 1), (None, 256)):
         assert default_window("hybrid", tokens) == window
-        assert attention(preset="hybrid", train_tokens=tokens).window == window
+        assert attention(preset="hybrid", train_tokens=tokens).window_tokens == window
     assert default_window("rope", 4096) is None
 
 
@@ -82,21 +82,22 @@ def test_the_window_of_a_preset_is_a_quarter_of_a_row_and_at_most_1024() -> None
     given_flags=st.fixed_dictionaries(
         {},
         optional={
-            "window": st.none() | st.integers(1, 9),
-            "global_every": st.none() | st.integers(2, 9),
+            "window_tokens": st.none() | st.integers(1, 9),
+            "pattern": st.none() | st.text("LG", min_size=1, max_size=9),
             "position": st.sampled_from(["rope", "nope", "alibi", "sinusoidal", "learned"]),
-            "gate": st.sampled_from(["none", "head", "element"]),
+            "output_gate": st.sampled_from([False, "head", True]),
             "qk_norm": st.booleans(),
             "sink": st.booleans(),
         },
     ),
 )
 def test_what_is_given_stands_and_a_preset_breaks_no_rule_of_its_own(preset: str, given_flags: dict[str, Any]) -> None:
-    """Only a global_every without any window is a mistake among these, and it is the user's own."""
-    lonely = given_flags.get("global_every") is not None
-    lonely = lonely and given_flags.get("window", default_window(preset, None)) is None  # type: ignore[arg-type]
-    if lonely:
-        with pytest.raises(ValidationError, match="without window"):
+    """Only an L without any window, and a window without an L, are mistakes among these, and the user's own."""
+    letters = given_flags.get("pattern") or ""
+    lonely = "L" in letters and given_flags.get("window_tokens", default_window(preset, None)) is None  # type: ignore[arg-type]
+    idle = letters and "L" not in letters and given_flags.get("window_tokens") is not None
+    if lonely or idle:
+        with pytest.raises(ValidationError, match="without window_tokens" if lonely else "no layer is local"):
             attention(preset=preset, **given_flags)
         return
     found = attention(preset=preset, **given_flags)
@@ -107,34 +108,36 @@ def test_what_is_given_stands_and_a_preset_breaks_no_rule_of_its_own(preset: str
 @pytest.mark.parametrize(
     ("keys", "rule", "remedy"),
     [
-        ({"global_every": 4}, "without a window every layer sees all", "Set window"),
+        ({"pattern": "LLLG"}, "without a window every layer sees all", "Set window_tokens"),
         ({"global_position": "nope"}, "without a window every layer sees all", "global_position to null"),
-        ({"window": 8, "global_rope_theta": 5e5}, "all layers are local", "Set global_every"),
+        ({"window_tokens": 8, "global_rope_theta": 5e5}, "all layers are local", "Set pattern"),
         (
-            {"position": "sinusoidal", "window": 8, "global_every": 2, "global_position": "nope"},
+            {"position": "sinusoidal", "window_tokens": 8, "pattern": "LG", "global_position": "nope"},
             "added to the embedding is in all layers",
             "Set global_position to null",
         ),
         (
-            {"window": 8, "global_every": 2, "global_position": "nope", "global_rope_theta": 5e5},
+            {"window_tokens": 8, "pattern": "LG", "global_position": "nope", "global_rope_theta": 5e5},
             "nothing rotates there",
             "Set global_rope_theta to null",
         ),
         (
-            {"position": "alibi", "window": 8, "global_every": 2, "global_rope_theta": 5e5},
+            {"position": "alibi", "window_tokens": 8, "pattern": "LG", "global_rope_theta": 5e5},
             "global layers is alibi",
             "Set global_rope_theta to null",
         ),
         ({"qk_norm": False, "qk_norm_over": "all"}, "nothing is normed", "qk_norm_over to head"),
-        ({"window": 8, "logit_scale": "log_n"}, "for layers that see all", "Set global_every"),
-        ({"window": 0}, "greater than or equal to 1", ""),
-        ({"window": 8, "global_every": 1}, "greater than or equal to 2", ""),
-        ({"window": 8, "global_every": 2, "global_position": "sinusoidal"}, "global_position", ""),
+        ({"window_tokens": 8, "log_n_scale": True}, "for layers that see all", "Set pattern"),
+        ({"window_tokens": 0}, "greater than or equal to 1", ""),
+        ({"window_tokens": 8, "pattern": "G"}, "no layer is local", "window_tokens to null"),
+        ({"window_tokens": 8, "pattern": "LXG"}, "pattern", ""),
+        ({"window_tokens": 8, "pattern": ""}, "pattern", ""),
+        ({"window_tokens": 8, "pattern": "LG", "global_position": "sinusoidal"}, "global_position", ""),
         ({"preset": "hybird"}, "preset", ""),
         ({"preset": ["rope"]}, "preset", ""),
         ({"position": "rotary"}, "position", ""),
         (
-            {"position": "learned", "window": 8, "global_every": 2, "global_position": "nope"},
+            {"position": "learned", "window_tokens": 8, "pattern": "LG", "global_position": "nope"},
             "position learned",
             "rope",
         ),
@@ -150,28 +153,30 @@ def test_flags_that_do_not_go_together_are_refused_with_the_nearest_choice(
     assert remedy in text
 
 
-def test_every_nth_layer_is_global_and_the_last_of_a_shorter_stack() -> None:
+def test_letters_say_which_layers_are_global_and_the_last_ones_those_of_a_shorter_stack() -> None:
     def globals_of(layers: int, **keys: Any) -> list[int]:
         flags = plain(**keys)
         return [layer for layer in range(layers) if flags.is_global(layer, layers)]
 
-    assert globals_of(9, window=4, global_every=4) == [3, 7]
-    assert globals_of(4, window=4, global_every=4) == [3]
-    assert globals_of(3, window=4, global_every=4) == [2]
-    assert globals_of(1, window=4, global_every=4) == [0]
-    assert globals_of(3, window=4) == []
-    assert globals_of(3) == [0, 1, 2]
+    assert globals_of(9, window_tokens=4, pattern="LLLG") == [3, 7]
+    assert globals_of(4, window_tokens=4, pattern="LLLG") == [3]
+    assert globals_of(3, window_tokens=4, pattern="LLLG") == [2]
+    assert globals_of(1, window_tokens=4, pattern="LLLG") == [0]
+    assert globals_of(3, window_tokens=4) == []
+    assert globals_of(7, window_tokens=4, pattern="GLL") == [0, 3, 6]
+    assert globals_of(2, window_tokens=4, pattern="GLG") == [1]
+    assert globals_of(3) == globals_of(3, pattern="G") == [0, 1, 2]
 
 
 def test_kinds_of_layers() -> None:
-    hybrid = attention(preset="hybrid", window=8)
+    hybrid = attention(preset="hybrid", window_tokens=8)
     assert hybrid.of_layer(0, 4) == LayerAttention("rope", 10_000.0, 8, False)
     assert hybrid.of_layer(3, 4) == LayerAttention("nope", 10_000.0, None, True)
-    local = attention(preset="local", window=8, rope_theta=100.0)
+    local = attention(preset="local", window_tokens=8, rope_theta=100.0)
     assert local.of_layer(0, 6) == LayerAttention("rope", 100.0, 8, False)
     assert local.of_layer(5, 6) == LayerAttention("rope", 1e6, None, False)
     assert attention(preset="vanilla").of_layer(0, 1).position == "nope", "it is in the stream"
-    assert plain(logit_scale="log_n").of_layer(0, 1).log_n, "without a window all layers see all"
+    assert plain(log_n_scale=True).of_layer(0, 1).log_n, "without a window all layers see all"
 
 
 @pytest.mark.parametrize("preset", ["vanilla", "rope", "local", "hybrid"])
@@ -188,6 +193,6 @@ def test_rotation_alone_needs_even_heads() -> None:
         ModelConfig.model_validate({"head_dim": 15})
     for position in ("nope", "alibi", "sinusoidal"):
         assert ModelConfig.model_validate({"head_dim": 15, "attention": {"position": position}}).head_width == 15
-    keys = {"position": "nope", "window": 4, "global_every": 2, "global_position": "rope"}
+    keys = {"position": "nope", "window_tokens": 4, "pattern": "LG", "global_position": "rope"}
     with pytest.raises(ValidationError, match="15 wide"):
         ModelConfig.model_validate({"head_dim": 15, "attention": keys})

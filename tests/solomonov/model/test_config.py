@@ -59,10 +59,14 @@ def test_shapes_that_cannot_work_are_refused(changes: dict[str, object], message
         ),
         (
             {"architecture": "encoder", "attention": {"preset": "hybrid"}},
-            "attention.window, attention.logit_scale",
+            "attention.window_tokens, attention.log_n_scale",
             "gate",
         ),
-        ({"architecture": "encoder", "attention": {"window": 4}}, "encoder with attention.window:", "window to null"),
+        (
+            {"architecture": "encoder", "attention": {"window_tokens": 4}},
+            "encoder with attention.window_tokens:",
+            "window_tokens to null",
+        ),
         ({"architecture": "encoder", "attention": {"sink": True}}, "encoder with attention.sink:", "sink to false"),
         ({"architecture": "seq2seq"}, "'decoder', 'encoder' or 'encoder_decoder'", ""),
     ],
@@ -75,7 +79,7 @@ def test_architectures_refuse_what_they_do_not_take(changes: dict[str, object], 
 
 
 def test_windows_behind_an_encoder_are_the_decoders_alone() -> None:
-    flags = {"preset": "hybrid", "window": 4, "sink": True}
+    flags = {"preset": "hybrid", "window_tokens": 4, "sink": True}
     config = ModelConfig.model_validate({"architecture": "encoder_decoder", "layers": 4, "attention": flags})
     encoder, decoder = ([config.layer_attention(layer, stack) for layer in (0, 3)] for stack in config.stacks)
     assert [(kind.window, kind.log_n, kind.sink) for kind in encoder] == [(None, False, False)] * 2
@@ -83,7 +87,7 @@ def test_windows_behind_an_encoder_are_the_decoders_alone() -> None:
 
 
 def test_an_encoder_that_rotates_needs_even_heads_whatever_the_decoder_does() -> None:
-    keys = {"position": "rope", "window": 4, "global_every": 2, "global_position": "nope"}
+    keys = {"position": "rope", "window_tokens": 4, "pattern": "LG", "global_position": "nope"}
     shape = {"architecture": "encoder_decoder", "layers": 1, "head_dim": 15, "attention": keys}
     with pytest.raises(ValidationError, match="15 wide"):
         ModelConfig.model_validate(shape)

@@ -25,7 +25,7 @@ from tests.solomonov.model.common import ATTENTION, BIASES, VOCAB, random_ids, r
         {"feed_forward": "relu2"},
         {"feed_forward": "geglu", "d_ff": None},
         *({"attention": flags, "layers": 3, "head_dim": 6} for flags in ATTENTION.values()),
-        {"architecture": "encoder", "attention": {"gate": "head"}},
+        {"architecture": "encoder", "attention": {"output_gate": "head"}},
         *({**BIASES, "tie_embeddings": tied, "architecture": "encoder_decoder"} for tied in (False, True)),
         {**BIASES, "attention": ATTENTION["much at once"], "feed_forward": "swiglu", "output_head": "bias"},
         *(
@@ -73,7 +73,7 @@ def test_flops_agree_with_a_count_of_the_products(changes: dict[str, Any]) -> No
 @pytest.mark.parametrize("source_tokens", [8, 12, 40])
 def test_flops_of_two_stacks_agree_with_a_count_of_the_products(source_tokens: int) -> None:
     """On one token of the target, with its share of the source."""
-    tokens, config = 16, two_stacks(d_model=32, layers=3, encoder_layers=5, attention={"gate": "element"})
+    tokens, config = 16, two_stacks(d_model=32, layers=3, encoder_layers=5, attention={"output_gate": True})
     model = Transformer(config, VOCAB, seed=0)
     ids = random_ids(1, tokens)
     with FlopCounterMode(display=False) as counter:
@@ -109,7 +109,7 @@ def test_a_window_shows_as_many_keys_as_are_counted_one_by_one(window: int) -> N
     tokens = 9
     counted = sum(min(position + 1, window) for position in range(tokens)) / tokens
     assert visible_keys(tokens, window) == pytest.approx(counted)
-    flags = {"window": window, "global_every": 2}
+    flags = {"window_tokens": window, "pattern": "LG"}
     full = layer_flops(tiny_config(), VOCAB, tokens)
     mixed = layer_flops(tiny_config(attention=flags), VOCAB, tokens)
     assert mixed["layers.1"] == full["layers.1"], "a global layer"

@@ -31,10 +31,11 @@ def _streams(width: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("gate", ["none", "head", "element"])
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_each_document_sees_all_of_its_source(kv_heads: int, gate: str, qk_norm: bool) -> None:
-    flags = {"gate": gate, "qk_norm": qk_norm, "sink": True, "window": 2}
+@pytest.mark.parametrize("gate", [False, "head", True])
+@pytest.mark.parametrize("norm", [None, "head", "all"])
+def test_each_document_sees_all_of_its_source(kv_heads: int, gate: bool | str, norm: str | None) -> None:
+    normed = {"qk_norm": False} if norm is None else {"qk_norm_over": norm}
+    flags = {"output_gate": gate, **normed, "sink": True, "window_tokens": 2}
     config = two_stacks(kv_heads=kv_heads, head_dim=6, attention=flags)
     module = CrossAttention(config)
     state = _filled(module)

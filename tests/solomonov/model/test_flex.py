@@ -101,7 +101,8 @@ def test_as_operations_on_a_cpu_it_gives_the_same(monkeypatch: pytest.MonkeyPatc
 def test_a_compiled_block_takes_it_in_whole_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a compiler reads of it, run as operations, over two batches with documents of other lengths."""
     config = tiny_config(
-        d_model=64, attention={"position": "alibi", "window": 33, "global_every": 2, "sink": True, "gate": "head"}
+        d_model=64,
+        attention={"position": "alibi", "window_tokens": 33, "pattern": "LG", "sink": True, "output_gate": "head"},
     )
     block = Block(config, 0)
     initialise(block, config, 0, prefix="layers.0.")
@@ -123,12 +124,12 @@ def test_a_compiled_block_takes_it_in_whole_and_once(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("keys", "device", "suits"),
     [
-        ({"window": 8}, "cuda", True),
-        ({"window": 8}, "cpu", False),
+        ({"window_tokens": 8}, "cuda", True),
+        ({"window_tokens": 8}, "cpu", False),
         ({"position": "alibi"}, "cuda", True),
         ({"sink": True}, "cuda", True),
         ({}, "cuda", False),
-        ({"window": 8, "global_every": 2, "global_position": "nope"}, "cuda", True),
+        ({"window_tokens": 8, "pattern": "LG", "global_position": "nope"}, "cuda", True),
     ],
 )
 def test_what_is_left_to_the_kernel(keys: dict[str, Any], device: str, suits: bool) -> None:
@@ -137,12 +138,14 @@ def test_what_is_left_to_the_kernel(keys: dict[str, Any], device: str, suits: bo
 
 
 def test_a_full_layer_beside_local_ones_takes_the_plain_way() -> None:
-    config = tiny_config(attention={"window": 8, "global_every": 2}, head_dim=16)
+    config = tiny_config(attention={"window_tokens": 8, "pattern": "LG"}, head_dim=16)
     assert [flex_suits(config, layer, torch.device("cuda")) for layer in (0, 1)] == [True, False]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("keys", [{"window": 33}, {"position": "alibi"}, {"sink": True, "window": 33}], ids=str)
+@pytest.mark.parametrize(
+    "keys", [{"window_tokens": 33}, {"position": "alibi"}, {"sink": True, "window_tokens": 33}], ids=str
+)
 def test_the_kernel_gives_what_the_cpu_gives(keys: dict[str, Any]) -> None:
     """Outputs and gradients in fp32 within 1e-4 (bf16 products are not in play), 200 tokens of several documents."""
     config = tiny_config(attention=keys, head_dim=16)

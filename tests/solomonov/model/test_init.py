@@ -48,7 +48,7 @@ def test_pipeline_layers_have_the_same_numbers(tied: bool, architecture: str) ->
 
 
 def test_cross_attention_starts_like_attention_with_values_of_its_own() -> None:
-    start = dict(Transformer(two_stacks(attention={"gate": "head"}), VOCAB, seed=1).named_parameters())
+    start = dict(Transformer(two_stacks(attention={"output_gate": "head"}), VOCAB, seed=1).named_parameters())
     assert torch.equal(start["layers.1.cross_attention.gate.weight"], torch.zeros(4, 16))
     assert torch.equal(start["layers.1.cross_attention.gate.bias"], torch.full((4,), 2.0))
     assert torch.equal(start["layers.1.cross_attention_norm.weight"], torch.ones(16))
@@ -79,7 +79,7 @@ def test_spreads_are_those_of_the_table(residual: str) -> None:
 
 
 def test_gates_start_open_sinks_small_and_scales_at_the_length_of_training() -> None:
-    flags = {"gate": "head", "logit_scale": "log_n", "sink": True, "train_tokens": 256}
+    flags = {"output_gate": "head", "log_n_scale": True, "sink": True, "train_tokens": 256}
     for tokens, attention in ((256, flags), (1024, {**flags, "train_tokens": None})):
         config = tiny_config(attention=attention)
         start = dict(Transformer(config, VOCAB, seed=1).named_parameters())

@@ -21,7 +21,7 @@ from tests.solomonov.model.common import BIASES, VOCAB, random_ids, tiny_config,
 
 
 def test_every_parameter_has_exactly_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = {"gate": "head", "logit_scale": "log_n", "sink": True}
+    everything = {"output_gate": "head", "log_n_scale": True, "sink": True}
     for mode in MODES:
         for config in (tiny_config, two_stacks):
             for name in parameter_shapes(config(attention=everything, residual=mode, norm="layernorm"), VOCAB):

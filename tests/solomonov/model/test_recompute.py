@@ -79,7 +79,7 @@ def test_no_bit_changes_with_biases(values: bool, recompute: Recompute, precisio
 def test_no_bit_changes_with_two_stacks(recompute: Recompute) -> None:
     found = []
     for again in (NOTHING_AGAIN, recompute):
-        found.append(train_pair(spread_model(two_stacks(layers=3, attention={"gate": "element"}), recompute=again)))
+        found.append(train_pair(spread_model(two_stacks(layers=3, attention={"output_gate": True}), recompute=again)))
     (expected_loss, expected), (loss, gradients) = found
     assert torch.equal(loss, expected_loss)
     assert gradients.keys() == expected.keys()

@@ -86,8 +86,8 @@ POSITIONS = [{"position": position} for position in ("rope", "nope", "sinusoidal
     [
         *({"attention": flags} for flags in POSITIONS),
         {"tie_embeddings": True, "attention": {"preset": "vanilla"}},
-        {"attention": {"gate": "head", "qk_norm": False, "rope_theta": 100.0}, "kv_heads": 4},
-        {"attention": {"gate": "element"}, "kv_heads": 1},
+        {"attention": {"output_gate": "head", "qk_norm": False, "rope_theta": 100.0}, "kv_heads": 4},
+        {"attention": {"output_gate": True}, "kv_heads": 1},
         *({"residual": mode, "layers": 3, "base_layers": 2} for mode in MODES),
         {"residual": "deepnorm", "norm": "layernorm", "feed_forward": "gelu"},
         *({"value_residual": True, "residual": mode, "layers": 3} for mode in ("prenorm", "deepnorm", "keel")),
@@ -110,8 +110,8 @@ def test_logits_of_an_encoder_equal_float64_loops(changes: dict[str, object]) ->
     [
         *({"attention": flags} for flags in POSITIONS),
         {"tie_embeddings": True, "attention": {"preset": "vanilla"}},
-        {"attention": {"gate": "head", "qk_norm": False, "rope_theta": 100.0}, "kv_heads": 4},
-        {"attention": {**ATTENTION["much at once"], "gate": "element"}, "layers": 3},
+        {"attention": {"output_gate": "head", "qk_norm": False, "rope_theta": 100.0}, "kv_heads": 4},
+        {"attention": {**ATTENTION["much at once"], "output_gate": True}, "layers": 3},
         {"attention": ATTENTION["local"], "layers": 3},
         *({"residual": mode, "layers": 3, "encoder_layers": 2, "base_layers": 2} for mode in MODES),
         *({"residual": mode, "encoder_layers": None, "norm": "layernorm", "feed_forward": "gelu"} for mode in MODES),
