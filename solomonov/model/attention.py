@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -16,6 +17,7 @@ from solomonov.model.cache import LayerCache
 from solomonov.model.config import ModelConfig
 from solomonov.model.flex import FlexPlan, flex_attend, flex_plan, flex_suits
 from solomonov.model.norms import RMSNorm
+from solomonov.model.packed import PackedPlan, packed_attend
 from solomonov.model.positions import alibi_slopes, log_visible
 from solomonov.model.rope import document_positions, grid_rope_tables, rope_tables, rotate
 from solomonov.model.stacks import Stack
@@ -52,13 +54,16 @@ class AttentionContext:
 
     mask: Tensor | None
     """(B, 1, T, S) bool, true where a query may look, or (B, H, T, S) fp32 biases, see `window`; with a sink S is one
-    more. None: `flex` says it."""
+    more. None: `flex` or `packed` says it."""
 
     block: int
     """Queries of a block where attention goes block by block: B and T above are of blocks. 0: it does not."""
 
     flex: FlexPlan | None
     """How a CUDA kernel finds out which keys to look at."""
+
+    packed: PackedPlan | None
+    """Likewise a kernel of the CPU, where there is no window that a row outgrows."""
 
     cosine: Tensor | None
     """(B, 1, T, E/2) fp32; None: nothing is rotated."""
@@ -113,19 +118,23 @@ def attention_context(
     if kind.position == "alibi":
         slopes = torch.tensor(alibi_slopes(config.heads), device=device)
         slopes = slopes if share is None else slopes[share.heads(config.heads)]
-    mask, flex = None, None
-    # New tokens after cached ones come in any number, for each of which the kernel would be compiled.
-    if not kind.causal:
+    mask, flex, packed = None, None, None
+    # New tokens after cached ones come in any number, for each of which the CUDA kernel would be compiled.
+    if new_tokens is None and flex_suits(config, device):
+        flex = flex_plan(document_ids, kind.window, slopes, causal=kind.causal)
+    elif new_tokens is None and device.type == "cpu" and (kind.window is None or total <= kind.window):
+        packed = PackedPlan(document_ids, document_ids, kind.causal, slopes)
+    elif not kind.causal:
         mask = window.same_document(document_ids, document_ids)[:, None]
-    elif new_tokens is None and flex_suits(config, layer, device):
-        flex = flex_plan(document_ids, kind.window, slopes)
     else:
         seen = window.visible(document_ids[:, -window.keys_in_reach(total, new, kind.window) :], new, kind.window)
         mask = seen[:, None] if slopes is None else window.biased(seen, slopes)
         if kind.sink:
             mask = window.with_room_for_sink(mask)
-    block = 0 if flex is not None else window.block_size(new, kind.window)
-    return AttentionContext(mask, block, flex, cosine, sine, log_visible(positions) if kind.log_n else None, share)
+    block = 0 if mask is None else window.block_size(new, kind.window)
+    return AttentionContext(
+        mask, block, flex, packed, cosine, sine, log_visible(positions) if kind.log_n else None, share
+    )
 
 
 def layer_contexts(
@@ -156,6 +165,7 @@ def attend(
     mask: Tensor | None,
     block: int = 0,
     flex: FlexPlan | None = None,
+    packed: PackedPlan | None = None,
     sink: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention of H query heads over K key-value heads, of which each serves H/K.
@@ -163,7 +173,7 @@ def attend(
     Args:
         query: (B, T, H, E).
         key: (B, S, K, E); `value` likewise.
-        mask, block, flex: as in the context.
+        mask, block, flex, packed: as in the context.
         sink: (H,) logits.
 
     Returns:
@@ -174,6 +184,9 @@ def attend(
     rows, tokens, heads, width = query.shape
     shared = heads // key.shape[2]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if torch.is_autocast_enabled(query.device.type):  # what torch does by itself before its own product alone
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if flex is not None:
         return flex_attend(query, key, value, flex, sink).transpose(1, 2)
     if block:
@@ -181,6 +194,8 @@ def attend(
         key, value = (window.keys_in_blocks(each, tokens, block) for each in (key, value))
     if shared > 1:
         key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    if packed is not None:
+        return packed_attend(query, key, value, packed, sink).transpose(1, 2)
     if sink is None:
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     else:
@@ -202,6 +217,11 @@ def _with_sink(query: Tensor, key: Tensor, value: Tensor, sink: Tensor) -> tuple
     return query, key + channel, value
 
 
+def _how(context: AttentionContext) -> dict[str, Any]:
+    """Keywords of `attend`."""
+    return {"mask": context.mask, "block": context.block, "flex": context.flex, "packed": context.packed}
+
+
 def _attend_together(
     query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, sink: Tensor | None
 ) -> Tensor:
@@ -214,7 +234,7 @@ def _attend_together(
         key, value = key.repeat_interleave(copies, dim=2), value.repeat_interleave(copies, dim=2)
     if sink is not None:
         sink = sink[share.heads(query.shape[2])]
-    return share.attend(query, key, value, 0, mask=context.mask, block=context.block, flex=context.flex, sink=sink)
+    return share.attend(query, key, value, 0, **_how(context), sink=sink)
 
 
 class Linear(nn.Module):
@@ -332,7 +352,7 @@ class Attention(Projections):
         if self.observer is not None:
             self.observer(query, key, self.sink)
         if context.share is None:
-            mixed = attend(query, key, value, mask=context.mask, block=context.block, flex=context.flex, sink=self.sink)
+            mixed = attend(query, key, value, **_how(context), sink=self.sink)
         else:
             mixed = _attend_together(query, key, value, context, self.sink)
         return self.joined(mixed, x)

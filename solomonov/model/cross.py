@@ -7,10 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from solomonov.model.attention import Projections, attend
 from solomonov.model.cache import LayerCache
+from solomonov.model.packed import PackedPlan
 from solomonov.model.window import same_document
 
 
@@ -32,8 +34,11 @@ class Memory:
     hidden: Tensor | None
     """(B, S, D), what the encoder made of it; None: its keys and values are cached."""
 
-    mask: Tensor
-    """(B, 1, T, S) bool, true where a query may look; all of it where a query sees nothing."""
+    mask: Tensor | None
+    """(B, 1, T, S) bool, true where a query may look; all of it where a query sees nothing. None: `packed` says it."""
+
+    packed: PackedPlan | None
+    """Who looks at whom, where a CPU's kernel finds it out."""
 
     nothing: Tensor
     """(B, T, 1, 1) bool, true where a query's document has no source: it finds 0."""
@@ -47,10 +52,15 @@ def memory_of(hidden: Tensor | None, source_document_ids: Tensor, document_ids: 
         source_document_ids: (B, S).
         document_ids: (B, T) of the queries.
     """
-    seen = same_document(document_ids, source_document_ids)
-    nothing = ~seen.any(dim=2, keepdim=True)
+    ascending = source_document_ids.sort(dim=1).values
+    asking = document_ids.to(ascending.dtype).contiguous()
+    place = torch.searchsorted(ascending, asking).clamp(max=ascending.shape[1] - 1)
+    nothing = (ascending.gather(1, place) != asking)[..., None, None]
+    if document_ids.device.type == "cpu":
+        return Memory(hidden, None, PackedPlan(document_ids, source_document_ids, causal=False), nothing)
     # A query without keys would be a softmax of minus infinities: it looks anywhere, and what it found is dropped.
-    return Memory(hidden, (seen | nothing)[:, None], nothing[..., None])
+    mask = same_document(document_ids, source_document_ids) | nothing[..., 0]
+    return Memory(hidden, mask[:, None], None, nothing)
 
 
 class CrossAttention(Projections):
@@ -71,7 +81,7 @@ class CrossAttention(Projections):
             if past.source is None:
                 past.source = self._of_source(memory)
             key, value = past.source
-        mixed = attend(query, key, value, mask=memory.mask)
+        mixed = attend(query, key, value, mask=memory.mask, packed=memory.packed)
         return self.joined(mixed.masked_fill(memory.nothing, 0.0), x)
 
     def _of_source(self, memory: Memory) -> tuple[Tensor, Tensor]:

@@ -35,38 +35,38 @@ class FlexPlan:
     """What becomes of a logit; None: nothing."""
 
 
-def flex_suits(config: ModelConfig, layer: int, device: torch.device) -> bool:
-    """Whether a layer is faster or smaller so: on CUDA, with a window, ALiBi or a sink. Plain full attention is not."""
-    kind = config.layer_attention(layer)
-    special = kind.window is not None or kind.position == "alibi" or kind.sink
-    return special and device.type == "cuda" and config.head_width >= LEAST_WIDTH
+def flex_suits(config: ModelConfig, device: torch.device) -> bool:
+    """Whether layers go this way: all on CUDA. A mask of documents rules torch's faster kernels out, and is T x T."""
+    return device.type == "cuda" and config.head_width >= LEAST_WIDTH
 
 
-def flex_plan(document_ids: Tensor, window: int | None, slopes: Tensor | None) -> FlexPlan:
+def flex_plan(document_ids: Tensor, window: int | None, slopes: Tensor | None, *, causal: bool = True) -> FlexPlan:
     """The plan for rows of packed documents.
 
     Args:
         document_ids: (B, T).
         window: keys that a query sees at most; None: all of its document.
         slopes: (H,) of ALiBi, fp32; None: no bias.
+        causal: a token sees none that comes later; else there is no window.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     tokens = document_ids.shape[1]
-    counts, blocks = key_blocks(document_ids, window)
+    counts, blocks = key_blocks(document_ids, window, causal)
     mask = BlockMask.from_kv_blocks(
         counts[:, None],
         blocks[:, None],
         BLOCK_SIZE=BLOCK_TOKENS,
-        mask_mod=mask_function(document_ids, window),
+        mask_mod=mask_function(document_ids, window, causal),
         seq_lengths=(tokens, tokens),
     )
     return FlexPlan(mask, None if slopes is None else score_function(slopes))
 
 
-def key_blocks(document_ids: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+def key_blocks(document_ids: Tensor, window: int | None, causal: bool = True) -> tuple[Tensor, Tensor]:
     """Which blocks of keys each block of queries has to look at: those from the begin of the first query's document, or
-    of its window, to its own. They are counted from the tokens; torch's own way writes out all T x T of the mask.
+    of its window, to its own, or where it is not causal to the end of the last query's document. They are counted from
+    the tokens; torch's own way writes out all T x T of the mask.
 
     Returns:
         (B, n) int32 how many, n = ceil(T / BLOCK_TOKENS), and (B, n, n) int32 their numbers, ascending, then others.
@@ -81,19 +81,27 @@ def key_blocks(document_ids: Tensor, window: int | None) -> tuple[Tensor, Tensor
     first_blocks = begins // BLOCK_TOKENS
     own = torch.arange(len(first_queries), device=document_ids.device)
     numbers = (first_blocks[:, :, None] + own) % len(own)
-    return (own - first_blocks + 1).int(), numbers.int().contiguous()
+    last_blocks = own
+    if not causal:
+        last_queries = (first_queries + BLOCK_TOKENS - 1).clamp(max=tokens - 1)
+        after = document_positions(document_ids.flip(1)).flip(1)
+        last_blocks = (last_queries + after[:, last_queries]) // BLOCK_TOKENS
+    return (last_blocks - first_blocks + 1).int(), numbers.int().contiguous()
 
 
-def mask_function(document_ids: Tensor, window: int | None) -> MaskFunction:
-    """Whether a query sees a key: of its document, not after it, and within the window."""
+def mask_function(document_ids: Tensor, window: int | None, causal: bool = True) -> MaskFunction:
+    """Whether a query sees a key: of its document, where it is causal not after it, and within the window."""
+
+    def of_document(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return document_ids[row, query] == document_ids[row, key]
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         near = query >= key
         if window is not None:
             near = near & (query - key < window)
-        return near & (document_ids[row, query] == document_ids[row, key])
+        return near & of_document(row, head, query, key)
 
-    return sees
+    return sees if causal else of_document
 
 
 def score_function(slopes: Tensor) -> ScoreFunction:

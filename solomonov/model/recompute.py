@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from solomonov.model.packed import attend_documents
+
 T = TypeVar("T")
 
 _aten = torch.ops.aten
@@ -26,6 +28,7 @@ largest and cheap to compute again."""
 _ATTENTION = frozenset(
     {
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        attend_documents,
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,

@@ -1,8 +1,8 @@
 """Which keys a query sees, as masks and biases; and windows in blocks, whose cost grows with T * w and not with T^2.
 
 A window of w is cut into blocks of w queries, each of which attends to the w keys before its block and those of its
-block: exact, since a query of the block sees none before these. Short rows, and new tokens after cached ones, are one
-block as they are.
+block: exact, since a query of the block sees none before these. New tokens after cached ones, and rows
+for which no kernel finds out by itself what is seen, are one block as they are where they are short.
 """
 
 from __future__ import annotations

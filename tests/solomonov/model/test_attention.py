@@ -151,8 +151,10 @@ def test_flags_that_are_off_leave_the_plain_product() -> None:
     query = rotate(module.q_norm(query).transpose(1, 2), context.cosine, context.sine)
     key = rotate(module.k_norm(key).transpose(1, 2), context.cosine, context.sine)
     key, value = key.repeat_interleave(2, dim=1), value.transpose(1, 2).repeat_interleave(2, dim=1)
-    mask = (documents[:, :, None] == documents[:, None, :]) & torch.ones(6, 6, dtype=torch.bool).tril()
-    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None])
+    of_documents = zip(*(x.split([3, 2, 1], dim=2) for x in (query, key, value)), strict=True)
+    mixed = torch.cat(
+        [functional.scaled_dot_product_attention(*parts, is_causal=True) for parts in of_documents], dim=2
+    )
     assert torch.equal(module(x, context), module.out(mixed.transpose(1, 2).reshape(1, 6, 16)))
 
 
@@ -206,25 +208,16 @@ def test_rows_that_ranks_share_give_what_whole_rows_give(
         torch.testing.assert_close(other, one, rtol=1e-5, atol=2e-5)
 
 
-@given(runs=st.lists(st.integers(1, 6), min_size=1, max_size=5), padding=st.integers(0, 4))
-def test_mask_is_causal_and_within_documents(runs: list[int], padding: int) -> None:
-    row = [document for document, tokens in enumerate(runs) for _ in range(tokens)] + [-1] * padding
-    context = attention_context(torch.tensor([row]), tiny_config())
-    assert context.mask is not None
-    assert context.mask.shape == (1, 1, len(row), len(row))
-    for query in range(len(row)):
-        for key in range(len(row)):
-            assert bool(context.mask[0, 0, query, key]) == (key <= query and row[key] == row[query])
-
-
 def test_only_the_new_tokens_ask() -> None:
     documents = torch.tensor([[0, 0, 1, 1, 1]])
     whole, last = (
         attention_context(documents, tiny_config()),
         attention_context(documents, tiny_config(), new_tokens=2),
     )
-    for name in ("mask", "cosine", "sine"):
+    for name in ("cosine", "sine"):
         assert torch.equal(getattr(last, name), getattr(whole, name)[:, :, 3:])
+    assert last.mask is not None
+    assert last.mask[0, 0].int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,20 @@ def grid(heads: int, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 runs = st.lists(st.integers(1, 150), min_size=1, max_size=5)
 
 
+@given(runs=runs, padding=st.integers(0, 4))
+def test_of_all_to_all_the_mask_and_the_blocks_are_those_of_the_documents(runs: list[int], padding: int) -> None:
+    documents = documents_of(runs, padding)
+    size = flex.BLOCK_TOKENS
+    seen = windows.same_document(documents, documents)
+    assert torch.equal(mask_function(documents, None, causal=False)(*grid(1, documents.shape[1]))[0], seen)
+    counts, numbers = key_blocks(documents, None, causal=False)
+    for block in range(counts.shape[1]):
+        listed = numbers[0, block, : int(counts[0, block])].tolist()
+        rows = seen[0, block * size : (block + 1) * size]
+        needed = sorted({key // size for key in rows.any(dim=0).nonzero().flatten().tolist()})
+        assert listed == list(range(needed[0], needed[-1] + 1))
+
+
 @given(runs=runs, padding=st.integers(0, 4), window=st.none() | st.integers(1, 300))
 def test_the_mask_function_is_the_mask(runs: list[int], padding: int, window: int | None) -> None:
     documents = documents_of(runs, padding)
@@ -121,30 +135,14 @@ def test_a_compiled_block_takes_it_in_whole_and_once(monkeypatch: pytest.MonkeyP
     assert counters["stats"]["unique_graphs"] == 1, "the second batch was compiled again"
 
 
-@pytest.mark.parametrize(
-    ("keys", "device", "suits"),
-    [
-        ({"window_tokens": 8}, "cuda", True),
-        ({"window_tokens": 8}, "cpu", False),
-        ({"position": "alibi"}, "cuda", True),
-        ({"sink": True}, "cuda", True),
-        ({}, "cuda", False),
-        ({"window_tokens": 8, "pattern": "LG", "global_position": "nope"}, "cuda", True),
-    ],
-)
-def test_what_is_left_to_the_kernel(keys: dict[str, Any], device: str, suits: bool) -> None:
-    assert flex_suits(tiny_config(attention=keys, head_dim=16), 0, torch.device(device)) == suits
-    assert not flex_suits(tiny_config(attention=keys, head_dim=8), 0, torch.device(device)), "too narrow a head"
-
-
-def test_a_full_layer_beside_local_ones_takes_the_plain_way() -> None:
-    config = tiny_config(attention={"window_tokens": 8, "pattern": "LG"}, head_dim=16)
-    assert [flex_suits(config, layer, torch.device("cuda")) for layer in (0, 1)] == [True, False]
+def test_cuda_takes_it_for_all_but_narrow_heads() -> None:
+    for width, device, suits in ((16, "cuda", True), (8, "cuda", False), (16, "cpu", False)):
+        assert flex_suits(tiny_config(head_dim=width), torch.device(device)) == suits
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "keys", [{"window_tokens": 33}, {"position": "alibi"}, {"sink": True, "window_tokens": 33}], ids=str
+    "keys", [{}, {"window_tokens": 33}, {"position": "alibi"}, {"sink": True, "window_tokens": 33}], ids=str
 )
 def test_the_kernel_gives_what_the_cpu_gives(keys: dict[str, Any]) -> None:
     """Outputs and gradients in fp32 within 1e-4 (bf16 products are not in play), 200 tokens of several documents."""

@@ -15,6 +15,7 @@ from solomonov.activations import Allocated
 from solomonov.model.attention import attention_context
 from solomonov.model.config import NOTHING_AGAIN, Recompute
 from solomonov.model.cross import Source
+from solomonov.model.packed import attend_documents
 from solomonov.model.transformer import Transformer, compile_blocks
 from tests.solomonov.model.common import ATTENTION, BIASES, VOCAB, random_ids, spread_model, tiny_config, two_stacks
 
@@ -117,7 +118,7 @@ def computed(recompute: Recompute) -> Counter[Any]:
 
 def test_selective_computes_norms_again_and_neither_products_nor_attention() -> None:
     kept, selective, full = (computed(again) for again in (NOTHING_AGAIN, Recompute("selective"), Recompute("full")))
-    attention = aten._scaled_dot_product_flash_attention_for_cpu.default
+    attention = attend_documents
     products, norms, activations = aten.mm.default, aten.rsqrt.default, aten.silu.default
     assert kept[attention] == 4
     assert kept[norms] == 4 * 4 + 1, "two of a block, two of its heads, the final one"
@@ -137,9 +138,9 @@ def test_selective_computes_no_product_again_that_a_gate_or_a_window_has(flags: 
         return operations.counts
 
     kept, selective = counts(NOTHING_AGAIN), counts(Recompute("selective"))
-    attention = aten._scaled_dot_product_flash_attention_for_cpu.default
-    assert kept[attention] == 2
-    for name in (aten.mm.default, aten.addmm.default, attention):
+    in_windows = aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert kept[attend_documents] + kept[in_windows] == 2
+    for name in (aten.mm.default, aten.addmm.default, attend_documents, in_windows):
         assert selective[name] == kept[name], str(name)
     assert selective[aten.sigmoid.default] > kept[aten.sigmoid.default]
 
@@ -169,7 +170,7 @@ def test_selective_computes_no_product_of_two_stacks_again() -> None:
         return operations.counts
 
     kept, selective, full = (counts(again) for again in (NOTHING_AGAIN, Recompute("selective"), Recompute("full")))
-    attention, products = aten._scaled_dot_product_flash_attention_for_cpu.default, aten.mm.default
+    attention, products = attend_documents, aten.mm.default
     assert kept[attention] == 3 + 2 * 2
     assert [selective[name] - kept[name] for name in (products, attention)] == [0, 0]
     assert [full[name] - kept[name] for name in (products, attention)] == [3 * 6 + 2 * 10, 3 + 2 * 2]
