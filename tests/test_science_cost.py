@@ -21,6 +21,7 @@ from solomonov.model.residual import MODES
 def test_every_residual_form_and_preset_has_its_cost_beside_the_plain_one() -> None:
     result = measure(QUICK, "command")
     forms = [cost.PLAIN.title, *(mode for mode in MODES if mode != "prenorm")]
+    forms += ["value residual", "stochastic depth, half the updates of the last block"]
     assert [row["title"] for row in result["residual"]] == [row["title"] for row in result["depth"]] == forms
     titles = [row["title"] for row in result["attention"]]
     assert {"vanilla", "alibi", "local", "hybrid", "sink"} < set(titles)

@@ -10,10 +10,11 @@ seconds    Of a step: median over the rounds, the least and the largest.
 memory     MiB of tensors that forward and backward make, at most at once: activations, and what is on its way to the
            gradients, which are there already. Counted in a step of its own.
 
-residual      24 layers of width 128, 4 rows of 256 tokens: every residual form.
+residual      24 layers of width 128, 4 rows of 256 tokens: every residual form, value residual, stochastic depth (which
+              draws anew each round, and saves a quarter of the blocks on average).
 attention     The same with pre-norm: presets and single flags.
 long rows     6 layers of width 64, one row of 4,096 tokens: what windows spare.
-depth         1,000 layers of width 32, 8 rows of 16 tokens: every residual form.
+depth         1,000 layers of width 32, 8 rows of 16 tokens: the same.
 recompute     Full recomputation of every sqrt(L)-th block of width 64 on 8 rows of 64 tokens: memory at 16 to 1,024
               layers, which grows as L^p: p = 0.5 where it is O(sqrt L), 1 without recomputation.
 
@@ -71,7 +72,7 @@ class Sizes:
 
     residual: Rows = Rows(24, 128, 4, 256)
     long_rows: Rows = Rows(6, 64, 1, 4096)
-    depth: Rows = Rows(1000, 32, 8, 16)
+    depth: Rows = Rows(1000, 32, 8, 16, rounds=3)
     recompute: Rows = Rows(1024, 64, 8, 64)
 
 
@@ -82,7 +83,12 @@ QUICK: Final = Sizes(
     recompute=Rows(64, 32, 1, 16, 1),
 )
 PLAIN: Final = Choice("plain Pre-LN with RoPE")
-RESIDUALS: Final = [PLAIN, *(Choice(mode, {"residual": mode}) for mode in MODES if mode != "prenorm")]
+RESIDUALS: Final = [
+    PLAIN,
+    *(Choice(mode, {"residual": mode}) for mode in MODES if mode != "prenorm"),
+    Choice("value residual", {"value_residual": True}),
+    Choice("stochastic depth, half the updates of the last block", {"stochastic_depth": 0.5}),
+]
 
 
 def attention(title: str, **flags: Any) -> Choice:
@@ -117,7 +123,7 @@ class Trained:
     """A model and its optimizer, stepped by hand."""
 
     def __init__(self, config: ModelConfig, size: Rows, recompute: Recompute = NOTHING_AGAIN) -> None:
-        self.model = Transformer(config, VOCABULARY, seed=0, recompute=recompute)
+        self.model, self.updates = Transformer(config, VOCABULARY, seed=0, recompute=recompute), 0
         settings = OptimizerConfig(lr=1e-3)
         self.optimizer = make_optimizer(self.model.named_parameters(), settings, config, fused=False)
         generator = torch.Generator().manual_seed(0)
@@ -132,6 +138,10 @@ class Trained:
     def step(self) -> float:
         """Seconds of a step."""
         begun = time.perf_counter()
+        if self.model.config.stochastic_depth:
+            for block in self.model.blocks():
+                block.draw(0, self.updates)
+        self.updates += 1
         self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -142,7 +152,8 @@ def peak_bytes(config: ModelConfig, size: Rows, recompute: Recompute = NOTHING_A
     """What forward and backward make, at most at once, beside parameters and gradients that are there already."""
     with Allocated() as allocated:
         trained = Trained(config, size, recompute)
-        trained.backward()
+        for parameter in trained.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
         there = allocated.now
         allocated.peak = there
         trained.backward()

@@ -14,7 +14,7 @@ loss        Held-out, in nats, after the last update; nan where an update was no
 skip        Rise of that loss when each eighth of the layers is passed by, first to last.
 first       Share of the first eighth in the sum of the rises: 0.125 where all layers are used alike.
 idle        Eighths whose absence changes the loss by less than 0.005.
-ratio       Gradient of the first block's output matrices over that of the last one's, before the first update.
+ratio       Gradient of the first block over that of the last one, before the first update.
 growth      Size of the stream behind the last block over that behind the embedding, after the last update.
 
 What it can show is trainability and even use, not the value of depth: one layer can solve this task, and a shallow and
