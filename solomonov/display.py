@@ -173,6 +173,8 @@ def _sentence(record: Mapping[str, Any]) -> str | None:
         return f"diagnostics without {record['what']}: {record['reason']}"
     if kind.startswith("data_"):
         return _data_sentence(kind, record)
+    if kind == "signal" and record["advice"]:
+        return f"signal  {record['verdict']}: {record['reading']}; {record['advice']}"
     if kind == "preflight":
         return f"hosts   {', '.join(node['host'] for node in record['nodes'])}: {record['verdict']}"
     if kind == "checkpoint_failed":

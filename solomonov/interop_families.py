@@ -9,7 +9,6 @@
 | Gemma3   | peri               | head           | yes     |                          | yes                 |
 | Olmo2    | outnorm            | all            |         |                          |                     |
 | Granite  | prenorm, read only |                |         |                          |                     |
-
 | EuroBert | prenorm, encoder   |                |         |                          |                     |
 
 All these have RMSNorm, a gated feed-forward (silu or gelu) and rotary positions. Residual forms that fold are prenorm

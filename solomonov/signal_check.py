@@ -50,7 +50,7 @@ class SignalCheck:
 
 def narrowed(model: ModelConfig) -> ModelConfig:
     """A copy with all layers and flags, few and narrow heads, and a feed-forward in proportion."""
-    shared = model.heads // model.kv_head_count
+    shared = min(model.heads // model.kv_head_count, NARROW_HEADS)
     keys = min(model.kv_head_count, max(1, NARROW_HEADS // shared))
     heads, width = shared * keys, min(model.head_width, NARROW_WIDTH)
     d_model = heads * width

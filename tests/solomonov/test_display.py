@@ -73,6 +73,8 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
         empty.journal.write("metrics_failed", attempt=1, message="[Errno 28]")
         empty.journal.write("checkpoint_durable", step=12)  # not news either
         empty.journal.write("preflight", verdict="good", nodes=[{"host": "one"}, {"host": "two"}])
+        empty.journal.write("signal", verdict="broken", reading="0 comes through", advice="change model.residual")
+        empty.journal.write("signal", verdict="even", reading="all comes through", advice=None)  # as it should be
         workers = [{"worker": number, "worker_node": "one"} for number in range(2)]
         empty.journal.write("data_service_started", namespace="n", workers=workers)
         empty.journal.write("data_worker_died", worker=1, cause="ActorDiedError", seconds=3.0)
@@ -96,6 +98,7 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
         'metrics failed: {"message": "[Errno 28]"}',
         "step 12/60 loss 2.500",
         "hosts one, two: good",
+        "signal broken: 0 comes through; change model.residual",
         "rows from 2 data workers on 1 Ray node",
         "data worker 1 died: starting it again; its requests go to others",
         "data worker 0 holds still (process 7 on far): ending it",
@@ -108,6 +111,7 @@ def test_a_run_is_introduced_and_followed(empty: RunFolder, capsys: pytest.Captu
     assert "step 0" not in output
     assert "durable" not in output
     assert "served" not in output
+    assert "all comes through" not in output
     assert "diagnosed" not in output
 
 

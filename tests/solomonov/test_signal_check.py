@@ -76,6 +76,13 @@ def test_the_copy_is_as_deep_and_of_the_same_kind(mode: str) -> None:
     assert (copy.d_model, copy.heads, copy.kv_head_count, copy.head_width, copy.d_ff) == (64, 4, 1, 16, 256)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(64, 1), (128, 8), (3, 3), (6, 2), (1, 1)])
+def test_the_copy_is_narrow_however_many_heads_share_a_key(heads: int, kv_heads: int) -> None:
+    copy = narrowed(deep("scaled", 12, d_model=64 * heads, heads=heads, kv_heads=kv_heads))
+    assert copy.d_model <= 64
+    assert copy.heads // copy.kv_head_count == min(heads // kv_heads, 4)
+
+
 def test_the_copy_of_a_mup_model_is_as_far_from_its_base() -> None:
     model = deep("scaled", 12, parameterization="mup", base_d_model=256)
     assert narrowed(model).base_d_model == 16
