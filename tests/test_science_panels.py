@@ -9,7 +9,7 @@ import matplotlib
 import pytest
 from matplotlib import pyplot
 
-from benchmarks.science import coordinates, reach
+from benchmarks.science import coordinates, depth_picture, reach, transfer
 from benchmarks.science.panels import panels
 
 
@@ -65,15 +65,55 @@ def test_reach_has_a_panel_a_task_with_medians_between_the_seeds(tmp_path: Path,
     assert "nats" in of_text.get_ylabel()
 
 
+def lines_of(axis: Any) -> list[tuple[list[float], list[list[float]]]]:
+    """Medians, and the ends of the bars, of each line with bars."""
+    return [
+        (list(line.get_ydata()), [segment[:, 1].tolist() for segment in bars.get_segments()])
+        for line, _, [bars] in axis.containers
+    ]
+
+
 def test_coordinates_have_a_column_for_what_grows_and_begin_at_nothing(tmp_path: Path, kept: list[Any]) -> None:
-    rows = [
-        {"kind": kind, "grows": grows, **{name: {"medians": [[2, 1.0], [4, far]]} for name in ("stream", "logits")}}
+    records = [
+        {"kind": kind, "grows": grows, grows: size, "stream": moved + seed, "logits": moved}
         for grows in ("width", "depth")
         for kind, far in (("sp", 9.0), ("completep", 1.5))
+        for size, moved in ((2, 1.0), (4, far))
+        for seed in (0.0, 0.25, 1.0)
     ]
-    coordinates.draw(rows, tmp_path / "coordinates.png")
+    coordinates.draw(records, tmp_path / "coordinates.png")
     [figure] = kept
     assert [axis.get_xlabel() for axis in figure.axes] == ["width", "depth"] * 2
     for axis in figure.axes:
         assert axis.get_ylim()[0] == 0.0, "so that what is flat looks flat"
-        assert [list(line.get_ydata()) for line in axis.lines] == [[1.0, 9.0], [1.0, 1.5]]
+    of_stream, of_logits = figure.axes[0], figure.axes[2]
+    assert [medians for medians, _ in lines_of(of_logits)] == [[1.0, 9.0], [1.0, 1.5]]
+    assert lines_of(of_stream)[0] == ([1.25, 9.25], [[1.0, 2.0], [9.0, 10.0]])
+
+
+def test_a_rate_at_which_nothing_was_finite_has_no_point(tmp_path: Path, kept: list[Any]) -> None:
+    records = [
+        {"kind": "sp", "layers": layers, "lr": lr, "finite": loss is not None, "loss": loss}
+        for layers, lr, loss in ((6, 0.1, 2.0), (6, 0.1, 3.0), (6, 0.2, 1.0), (6, 0.2, None), (9, 0.1, 4.0))
+    ] + [{"kind": "completep", "layers": 9, "lr": 0.4, "finite": False, "loss": None}]
+    transfer.draw(records, tmp_path / "transfer.png")
+    [figure] = kept
+    assert [axis.get_title() for axis in figure.axes] == ["sp", "completep"]
+    assert lines_of(figure.axes[0]) == [([2.5, 1.0], [[2.0, 3.0], [1.0, 1.0]]), ([4.0], [[4.0, 4.0]])]
+    assert lines_of(figure.axes[1]) == [([], [])]
+
+
+def test_depth_is_drawn_of_all_seeds_and_of_one_rate(tmp_path: Path, kept: list[Any]) -> None:
+    def run(mode: str, seed: int, loss: float, **more: Any) -> dict[str, Any]:
+        return {"mode": mode, "layers": 24, "lr": 1e-3, "seed": seed, "losses": [loss] * 3, "skip": [loss] * 8} | more
+
+    runs = [run("scaled", seed, loss) for seed, loss in enumerate((1.0, 2.0, 4.0))]
+    broken = {"mode": "postnorm", "layers": 24, "lr": 1e-3, "seed": 0, "losses": [5.0, 5.0]}
+    runs += [broken, run("scaled", 0, 9.0, lr=3e-3)]
+    depth_picture.draw({"runs": runs, "limits": {"floor": 0.5}}, tmp_path / "depth.png")
+    [figure] = kept
+    left, right = figure.axes
+    assert [list(line.get_ydata()) for line in left.lines[:2]] == [[2.0] * 3, [5.0] * 2]
+    [vertices] = [path.vertices[:, 1] for path in left.collections[0].get_paths()]
+    assert (vertices.min(), vertices.max()) == (1.0, 4.0)
+    assert lines_of(right) == [([2.0] * 8, [[1.0, 4.0]] * 8), ([], [])]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import table
-from benchmarks.science.panels import panels
+from benchmarks.science.panels import bars, panels
 from benchmarks.science.runs import conduct, options_of
 from benchmarks.science.tasks import NoisyPermutation
 from solomonov.config import OptimizerConfig
@@ -135,16 +135,19 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
+def draw(records: Sequence[dict[str, Any]], picture: Path) -> None:
     """A column for what grows, a row for what is moved, a line a kind."""
-    sweeps = list(dict.fromkeys(row["grows"] for row in rows))
+    sweeps = list(dict.fromkeys(record["grows"] for record in records))
     with panels(picture, len(MOVED), len(sweeps), width=5.0, height=3.2) as grid:
         for axes, name in zip(grid, MOVED, strict=True):
             for axis, grows in zip(axes, sweeps, strict=True):
-                for row in rows:
-                    if row["grows"] == grows:
-                        points = zip(*row[name]["medians"], strict=True)
-                        axis.plot(*points, DASHES[row["kind"]], marker="o", markersize=3, label=row["kind"])
+                here = [record for record in records if record["grows"] == grows]
+                for kind in sorted({record["kind"] for record in here}, key=list(KINDS).index):
+                    moved: dict[float, list[float]] = {}
+                    for record in here:
+                        if record["kind"] == kind:
+                            moved.setdefault(size_of(record), []).append(record[name])
+                    bars(axis, moved, linestyle=DASHES[kind], label=kind)
                 axis.set(xlabel=grows, ylabel=f"{name}, moved")
                 axis.set_xscale("log", base=2)
                 axis.set_ylim(bottom=0.0)
@@ -177,10 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind in KINDS
         for seed in range(options.seeds)
     ]
-    rows = summary(conduct(runs, train, options, summary, line))
-    print(report(rows))
+    records = conduct(runs, train, options, summary, line)
+    print(report(summary(records)))
     if options.picture is not None:
-        draw(rows, options.picture)
+        draw(records, options.picture)
     return 0
 
 

@@ -2,41 +2,47 @@
 
     python -m benchmarks.science.depth_picture RESULT.json PICTURE.png
 
-Left: training loss of the first seed against the update, a line a residual form, a panel a depth, one learning rate.
-Right: by how much the held-out loss rises when each eighth of the layers is passed by, first to last.
+Left: training loss against the update, the median of the seeds, in a band from the least to the largest; a line a
+residual form, a panel a depth, one learning rate. Right: by how much the held-out loss rises when each eighth of the
+layers is passed by, first to last, with bars over the seeds.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.science.panels import panels
+from benchmarks.science.panels import bars, panels
 
 RATE = 1e-3
 SMOOTHED = 5
 """Updates that a point of a curve is the mean of."""
 
 
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Means of the last few."""
+    return [sum(losses[max(0, at - SMOOTHED + 1) : at + 1]) / min(SMOOTHED, at + 1) for at in range(len(losses))]
+
+
 def draw(result: dict[str, Any], picture: Path) -> None:
     """Draw a result of `depth` as it was written."""
-    runs = [run for run in result["runs"] if run["lr"] == RATE and run["seed"] == 0]
+    runs = [run for run in result["runs"] if run["lr"] == RATE]
     depths = sorted({run["layers"] for run in runs})
     with panels(picture, len(depths), 2, width=5.5, height=3.2) as rows:
         for (left, right), layers in zip(rows, depths, strict=True):
-            for number, run in enumerate(run for run in runs if run["layers"] == layers):
-                losses = run["losses"]
-                smooth = [
-                    sum(losses[max(0, at - SMOOTHED + 1) : at + 1]) / min(SMOOTHED, at + 1) for at in range(len(losses))
-                ]
-                left.plot(smooth, label=run["mode"], color=f"C{number}", linewidth=1.2)
-                if "skip" in run:
-                    right.plot(
-                        range(1, len(run["skip"]) + 1), run["skip"], color=f"C{number}", marker="o", markersize=3
-                    )
+            here = [run for run in runs if run["layers"] == layers]
+            for number, mode in enumerate(dict.fromkeys(run["mode"] for run in here)):
+                seeds = [run for run in here if run["mode"] == mode]
+                updates = list(zip(*(smoothed(run["losses"]) for run in seeds), strict=False))
+                medians, least, largest = (list(map(of, updates)) for of in (statistics.median, min, max))
+                left.plot(medians, label=mode, color=f"C{number}", linewidth=1.2)
+                left.fill_between(range(len(updates)), least, largest, color=f"C{number}", alpha=0.2, linewidth=0)
+                skips = list(zip(*(run["skip"] for run in seeds if "skip" in run), strict=True))
+                bars(right, dict(enumerate(skips, start=1)), color=f"C{number}")
             for name, level in result["limits"].items():
                 left.axhline(level, color="grey", linestyle=":", linewidth=0.8)
                 left.text(0, level, name, fontsize=7, color="grey", va="bottom")

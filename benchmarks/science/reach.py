@@ -25,7 +25,7 @@ from typing import Any, Final
 import torch
 
 from benchmarks.harness import table
-from benchmarks.science.panels import panels
+from benchmarks.science.panels import bars, panels
 from benchmarks.science.runs import conduct, fit, options_of
 from benchmarks.science.tasks import IGNORED, Batch, Copy, Passkey, Recall, Task, Text
 from solomonov.model.config import ModelConfig
@@ -138,14 +138,11 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
     """What is found against the length of the row, a panel a task, a line a kind, from the least seed to the best."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    lengths = [times * TOKENS for times in TIMES]
     with panels(picture, 1, len(tasks), width=5.0, height=4.0) as [axes]:
         for axis, task in zip(axes, tasks, strict=True):
             for row in (row for row in rows if row["task"] == task):
-                found = [row[str(times)] for times in TIMES]
-                medians = [each["median"] for each in found]
-                below, above = ([abs(each[end] - each["median"]) for each in found] for end in ("min", "max"))
-                axis.errorbar(lengths, medians, (below, above), marker="o", markersize=3, capsize=2, label=row["kind"])
+                found: dict[float, list[float]] = {times * TOKENS: list(row[str(times)].values()) for times in TIMES}
+                bars(axis, found, label=row["kind"])
             what = "loss of the last tokens, nats a byte" if task == "text" else "share found"
             axis.set(title=f"{task}, trained on {TOKENS} tokens", xlabel="tokens of a row", ylabel=what)
             axis.set_xscale("log", base=2)

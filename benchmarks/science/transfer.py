@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.harness import table
 from benchmarks.science.depth import BASE_LAYERS, HELD_OUT_ROWS, ROWS, TASKS, setting_of
-from benchmarks.science.panels import panels
+from benchmarks.science.panels import bars, panels
 from benchmarks.science.runs import conduct, fit, options_of
 from benchmarks.science.tasks import Batch
 from solomonov.model.config import ModelConfig
@@ -106,17 +106,20 @@ def report(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> str:
     return table(title, ["", *(f"{rate:.2g}" for rate in rates), "off by", "price"], lines)
 
 
-def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
-    """Loss against the rate, a panel a parameterisation, a line a depth."""
-    kinds = sorted({row["kind"] for row in rows}, key=list(KINDS).index)
+def draw(records: Sequence[dict[str, Any]], picture: Path) -> None:
+    """Loss against the rate, a panel a parameterisation, a line a depth; what was not finite is not drawn."""
+    kinds = sorted({record["kind"] for record in records}, key=list(KINDS).index)
     with panels(picture, 1, len(kinds), width=5.5, height=4.0) as [axes]:
         for axis in axes[1:]:
             axis.sharey(axes[0])
         for axis, kind in zip(axes, kinds, strict=True):
-            for row in rows:
-                if row["kind"] == kind:
-                    points = [(rate, loss) for rate, loss in row["losses"] if loss is not None]
-                    axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{row['layers']} layers")
+            here = [record for record in records if record["kind"] == kind]
+            for layers in sorted({record["layers"] for record in here}):
+                losses: dict[float, list[float]] = {}
+                for record in here:
+                    if record["layers"] == layers and record["finite"]:
+                        losses.setdefault(record["lr"], []).append(record["loss"])
+                bars(axis, losses, label=f"{layers} layers")
             axis.set(title=kind, xlabel="learning rate", ylabel="held-out loss, nats")
             axis.set_xscale("log", base=2)
             axis.legend()
@@ -152,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = summary(records)
     print(report(rows, limits))
     if options.picture is not None:
-        draw(rows, options.picture)
+        draw(records, options.picture)
     return 0
 
 
