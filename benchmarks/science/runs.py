@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -131,27 +131,17 @@ def schedule(step: int, lr: float, steps: int, warmup: int) -> float:
     return lr * min(1.0, (step + 1) / warmup, (steps - step) / (steps // 5))
 
 
-def fit(
-    model: Transformer,
-    batch: Callable[[int], Batch],
-    *,
-    lr: float,
-    steps: int,
-    warmup: int,
-    kind: Literal["adamw", "muon"] = "adamw",
-) -> list[float]:
+def fit(model: Transformer, batch: Callable[[int], Batch], *, lr: float, steps: int, warmup: int) -> list[float]:
     """Train with AdamW (0.9, 0.95), weight decay 0.1 and norms clipped at 1; compiles deep models in place.
 
     Args:
         batch: from the number of an update, from 0, to its rows.
-        kind: muon: Muon for the matrices of the layers, and for the rest AdamW at half the rate.
         lr: the peak, times what the parameterisation says of each parameter.
 
     Returns:
         the training loss of each update in nats a label; fewer than `steps` where one, or its gradient, is not finite.
     """
-    other = lr / 2 if kind == "muon" else None
-    settings = OptimizerConfig(kind=kind, lr=lr, adamw_lr=other, betas=(0.9, 0.95), weight_decay=0.1)
+    settings = OptimizerConfig(lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     optimizer = make_optimizer(model.named_parameters(), settings, model.config, fused=True)
     if model.config.layers >= COMPILE_LAYERS and model.config.layers * steps >= COMPILE_LAYER_UPDATES:
         compile_blocks(model)

@@ -10,7 +10,7 @@ uniform beside what came before, and who is further from the beginning can but g
 learn to use all their layers is what is asked. A window of 0 is none: then a layer may look at all of the row, and
 shortcuts (arXiv 2210.10749) need fewer layers.
 
-A decoder of width 32 with 4 heads and a feed-forward of 64, 32 rows an update, Muon, one rate for all depths, 100
+A decoder of width 32 with 4 heads and a feed-forward of 64, 32 rows an update, AdamW, one rate for all depths, 100
 updates of warm-up, the last fifth decays to 0. `auto` is what a model of that depth is by default. One core a run.
 
 all       Share of all places where the likeliest element is the right one, of rows that were not trained on.
@@ -82,7 +82,7 @@ def train(run: Run) -> dict[str, Any]:
     def batch(step: int) -> Batch:
         return task.batch(ROWS, run.tokens, step, run.seed)
 
-    losses = fit(model, batch, lr=run.lr, steps=run.steps, warmup=min(100, run.steps), kind="muon")
+    losses = fit(model, batch, lr=run.lr, steps=run.steps, warmup=min(100, run.steps))
     record = {**asdict(run), "bound": bound(run), "finite": len(losses) == run.steps}
     record["losses"] = [round(loss, 4) for loss in losses[:: max(1, run.steps // 200)]]
     ids, documents, labels = task.batch(HELD_OUT_ROWS, run.tokens, -1, 0)
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--items", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=13)
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--picture", metavar="FILE", type=Path)
     options = options_of(parser, arguments)

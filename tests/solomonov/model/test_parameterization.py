@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -56,32 +57,43 @@ def test_at_the_base_nothing_is_multiplied() -> None:
             assert found.decay == plain.decay or muon
 
 
-def moved(kind: str, width: int, optimizer: str, updates: int = 4) -> float:
-    """Root mean square of what some updates at a rate of 0.001, on the same rows, change of the logits."""
+def moved(kind: str, width: int, optimizer: Literal["adamw", "muon"], updates: int = 4) -> float:
+    """Root mean square of what some updates at a rate of 0.001, on the same rows, change of the logits. Those of Muon
+    are without momentum, and orthogonal by an SVD."""
     base = {} if kind == "sp" else {"base_d_model": 32}
     config = ModelConfig.model_validate(
         {"layers": 2, "d_model": width, "heads": width // 16, "d_ff": 2 * width, "parameterization": kind, **base}
         | {"base_layers": 2, "residual": "scaled"}
     )
     model = Transformer(config, VOCAB, seed=0)
-    settings = OptimizerConfig(lr=0.001, weight_decay=0.0)
+    settings = OptimizerConfig(kind=optimizer, lr=0.001, weight_decay=0.0)
     adamw = make_optimizer(model.named_parameters(), settings, config, fused=False)
+    by_muon = [group for group in adamw.param_groups if group["muon"]]
+    adamw.param_groups = [group for group in adamw.param_groups if not group["muon"]]
     ids, labels = random_ids(4, 16), random_ids(4, 16, seed=1)
     documents = torch.zeros_like(ids)
     before = model(ids, documents).detach()
     for _ in range(updates):
-        adamw.zero_grad()
+        model.zero_grad()
         (model(ids, documents, labels) / labels.numel()).backward()
         for group in adamw.param_groups:
             group["lr"] = settings.lr * group["lr_scale"]
         adamw.step()
+        with torch.no_grad():
+            for group in by_muon:
+                for matrix in group["params"]:
+                    assert matrix.grad is not None
+                    left, _, right = torch.linalg.svd(matrix.grad, full_matrices=False)
+                    size = 0.2 * math.sqrt(max(matrix.shape))
+                    matrix -= settings.lr * group["lr_scale"] * size * (left @ right)
     return float((model(ids, documents).detach() - before).square().mean().sqrt())
 
 
-def test_updates_move_logits_alike_at_every_width_but_in_the_standard_way() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_updates_move_logits_alike_at_every_width_but_in_the_standard_way(optimizer: Literal["adamw", "muon"]) -> None:
     """The coordinate check of arXiv 2203.03466, appendix D.1, 16 times as wide: logits move about as far (what comes of
     the head's initial values falls as 1/sqrt(n)); the standard parameterization moves them eight times as far."""
-    found = {kind: [moved(kind, width, "adamw") for width in (32, 512)] for kind in ("sp", "mup", "completep")}
+    found = {kind: [moved(kind, width, optimizer) for width in (32, 512)] for kind in ("sp", "mup", "completep")}
     assert found["mup"] == found["completep"], "of the base's depth"
     assert found["mup"][0] == found["sp"][0], "of the base's width"
     assert 0.5 < found["mup"][1] / found["mup"][0] < 1.5
