@@ -97,6 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("--ema", action="store_true", help="the moving average of the weights in their place")
     export.add_argument("--to", help="folder to write (default: exports/step-N, or step-N-ema, in the run)")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    export.add_argument(
+        "--as", dest="model_type", metavar="CLASS", help="llama, qwen3, granite, ... (default: the first that holds it)"
+    )
 
     _add_job_verbs(verbs)
     tensorboard = verbs.add_parser("tensorboard", help="start TensorBoard on runs")

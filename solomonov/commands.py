@@ -233,6 +233,7 @@ def export(options: argparse.Namespace) -> int:
         folder,
         sequence_tokens=model.sequence_tokens,
         dtype=options.dtype,
+        model_type=options.model_type,
     )
     model.run.journal.try_write("exported", step=model.step, ema=options.ema, folder=str(folder))
     answer(options, {"folder": str(folder), "step": model.step, **dataclasses.asdict(report)})

@@ -25,7 +25,7 @@ from solomonov.fast_tokenizer import build_tokenizer
 from solomonov.hf_folder import EXPORT_MARKER, load_hf
 from solomonov.interop import to_theirs
 from solomonov.interop_config import written_config
-from solomonov.interop_families import PLAIN_FORM, stock_family
+from solomonov.interop_families import PLAIN_FORM, Family, chosen_family, stock_family
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_count, parameter_shapes
 from solomonov.model.cross import Source
@@ -99,6 +99,7 @@ def export_hf(
     sequence_tokens: int,
     dtype: Literal["float32", "bfloat16"] = "float32",
     shard_bytes: int = _SHARD_BYTES,
+    model_type: str | None = None,
 ) -> ExportReport:
     """Write the folder, load it with `transformers`, compare logits and token ids, and only then name it.
 
@@ -109,13 +110,15 @@ def export_hf(
         folder: to be made; an earlier export in its place is replaced.
         sequence_tokens: T of training, written as the longest position.
         shard_bytes: most bytes of one weight file (a larger tensor gets a file of its own).
+        model_type: of the class to write it as (see `interop_families.FAMILIES`); None: the first that holds it.
 
     Raises:
-        ConfigurationError: the state is not the model's, `folder` holds something else than an export, or the model
-            has a front.
+        ConfigurationError: the state is not the model's, `folder` holds something else than an export, the class does
+            not hold the model, or the model has a front.
         NumericalError: the loaded export does not give the same logits.
     """
-    target, family = Path(folder), stock_family(model)
+    target = Path(folder)
+    family = stock_family(model) if model_type is None else chosen_family(model, model_type)
     if family is None:
         _require_code(model)
     tokenizer = Tokenizer.load(tokenizer_model_path)
@@ -142,7 +145,7 @@ def export_hf(
     weights = state if family is None else to_theirs(state, model, family)
     exported = {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
     weight_bytes = _write_weights(aside, exported, shard_bytes)
-    config = hf_config(model, tokenizer, sequence_tokens, dtype)
+    config = hf_config(model, family, tokenizer, sequence_tokens, dtype)
     _write_json(aside / "config.json", config)
     if model.architecture != "encoder":
         _write_json(aside / "generation_config.json", _generation_config(tokenizer, model))
@@ -180,9 +183,10 @@ def _require_code(model: ModelConfig) -> None:
         )
 
 
-def hf_config(model: ModelConfig, tokenizer: Tokenizer, sequence_tokens: int, dtype: str) -> dict[str, Any]:
+def hf_config(
+    model: ModelConfig, family: Family | None, tokenizer: Tokenizer, sequence_tokens: int, dtype: str
+) -> dict[str, Any]:
     """The content of config.json."""
-    family = stock_family(model)
     if family is None:
         shape = bundled.bundled_config(model, sequence_tokens)
     else:
@@ -291,7 +295,7 @@ def _check_logits(
         NumericalError: the difference is above the tolerance.
     """
     transformers = _transformers()
-    if stock_family(model) is None:
+    if (folder / bundled.FILES[0].name).is_file():
         # By its name: AutoModel takes whatever code of an equal configuration this process has loaded before.
         kind = transformers.dynamic_module_utils.get_class_from_dynamic_module(
             f"modeling_solomonov.{bundled.CLASSES[model.architecture][1]}", folder

@@ -68,6 +68,9 @@ def written_config(model: ModelConfig, family: Family, sequence_tokens: int) -> 
         config["rope_theta"] = kinds[-1].rope_theta if flags.global_rope_theta is None else flags.global_rope_theta
     if family.gemma:
         config["query_pre_attn_scalar"] = model.head_width
+    if family.multipliers:
+        config |= {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
+        config["attention_multiplier"] = model.head_width**-0.5
     return config
 
 

@@ -8,11 +8,12 @@
 | Gemma2   | peri               |                | yes     |                          |                     |
 | Gemma3   | peri               | head           | yes     |                          | yes                 |
 | Olmo2    | outnorm            | all            |         |                          |                     |
-| Granite  | prenorm, read only |                |         |                          |                     |
+| Granite  | prenorm            |                |         |                          |                     |
 | EuroBert | prenorm, encoder   |                |         |                          |                     |
 
 All these have RMSNorm, a gated feed-forward (silu or gelu) and rotary positions. Residual forms that fold are prenorm
-ones (see `interop`). Granite's factors are folded when it is read; what it could hold is written as a Llama.
+ones (see `interop`). Granite's factors are folded when it is read, and such
+as do nothing are written; of itself nothing is written as one, since a Llama holds it as well.
 
 | class  | architecture    | branches | positions  | output head | beside them                              |
 |--------|-----------------|----------|------------|-------------|------------------------------------------|
@@ -29,6 +30,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from solomonov.errors import ConfigurationError
 from solomonov.model.config import ModelConfig
 from solomonov.model.residual import ResidualMode
 from solomonov.model.stacks import Architecture, block_number
@@ -156,8 +158,8 @@ class Family:
     """The stream has the channels of sines in its first half, where ours stand beside those of cosines."""
     only_tied: bool = False
     """Embedding and head are one matrix."""
-    written: bool = True
-    """Whether ours are written as one."""
+    multipliers: bool = False
+    """Its config.json has factors of embedding, logits of attention, branches and head."""
     blocks: Mapping[str, str] = field(default_factory=lambda: {"": "model.layers"})
     """Prefix of a stack of ours -> what its blocks are numbered under."""
     outer: Mapping[str, str] = field(default_factory=lambda: _LLAMA_OUTER)
@@ -372,7 +374,7 @@ FAMILIES: tuple[Family, ...] = (
             "logits_scaling": 1.0,
         },
         _NO_BIASES,
-        written=False,
+        multipliers=True,
     ),
 )
 """The first that holds a model is what it is written as."""
@@ -431,8 +433,34 @@ def misfits(model: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def stock_family(model: ModelConfig) -> Family | None:
-    """The class that a model is written as; None: none holds it."""
-    return next((family for family in FAMILIES if family.written and not misfits(model, family)), None)
+    """The class that a model is written as of itself; None: none holds it."""
+    return next((family for family in FAMILIES if not misfits(model, family)), None)
+
+
+def chosen_family(model: ModelConfig, model_type: str) -> Family:
+    """The class of that `model_type`, for a model that it holds.
+
+    Raises:
+        ConfigurationError: there is no such class here, or it does not hold the model.
+    """
+    family = family_of(model_type)
+    holding = ", ".join(each.model_type for each in FAMILIES if not misfits(model, each)) or "none"
+    if family is None:
+        raise ConfigurationError(
+            f"there is no class {model_type} to export to",
+            got=model_type,
+            rule=f"one of {', '.join(each.model_type for each in FAMILIES)}",
+            remedy=f"choose one that holds this model: {holding}",
+        )
+    odd = misfits(model, family)
+    if odd:
+        raise ConfigurationError(
+            f"{family.architecture} does not hold this model",
+            got=", ".join(f"model.{key}: {value}" for key, value in odd.items()),
+            rule="every flag of the model has a counterpart in the class",
+            remedy=f"choose one that holds it: {holding}; without a choice every model is exported",
+        )
+    return family
 
 
 def nearest_family(model: ModelConfig) -> Family:
@@ -442,5 +470,4 @@ def nearest_family(model: ModelConfig) -> Family:
         odd = misfits(model, family)
         return len(odd), "residual" in odd, "attention.qk_norm" in odd
 
-    written = (family for family in FAMILIES if family.written and family.holds == model.architecture)
-    return min(written, key=lacking)
+    return min((family for family in FAMILIES if family.holds == model.architecture), key=lacking)

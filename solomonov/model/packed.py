@@ -117,6 +117,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _dense(x: Tensor) -> Tensor:
+    """Likewise with the numbers of a head side by side, as the kernel reads them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _empty(query: Tensor) -> tuple[Tensor, Tensor]:
     """Room for a result (B, H, T, E), heads of a token side by side, and for a number a head and query (B, H, T)."""
     rows, heads, tokens, width = query.shape
@@ -136,6 +141,7 @@ def _attend(
     sink: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The result and the logarithm of each denominator: (B, H, T, E) and (B, H, T)."""
+    query, key, value = _dense(query), _dense(key), _dense(value)
     mixed, total = _empty(query)
     if not causal:
         mixed.zero_()
@@ -159,6 +165,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values; `kept` are the first five arguments of `_attend` and what it gave."""
     query, key, value, queries, keys, mixed, total = kept
+    gradient, query, key, value = _dense(gradient), _dense(query), _dense(key), _dense(value)
     # With biases a key gets its gradient in several sums.
     dtype = query.dtype if slopes is None else total.dtype
     of_query, of_key, of_value = (torch.zeros_like(x, dtype=dtype) for x in (query, key, value))
@@ -179,7 +186,8 @@ def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 @_backward.register_fake
 def _(gradient: Tensor, kept: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(kept[0]), torch.empty_like(kept[1]), torch.empty_like(kept[2])
+    query, key, value = (_dense(x) for x in kept[:3])
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

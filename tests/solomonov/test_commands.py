@@ -159,6 +159,7 @@ def test_a_run_is_evaluated_exported_and_continued(run: RunFolder, capsys: Captu
     assert "bfloat16" in said
     assert "forced by           model.attention.global_position: nope (not in Qwen3ForCausalLM)" in said
     assert (Path("elsewhere") / "config.json").exists()
+    assert "LlamaForCausalLM does not hold this model" in refusal(capsys, "export", "own", "--as", "llama")
 
     [again] = answer(capsys, "evaluate", exported["folder"], "--data", "dataset", "--max-bytes", "600")
     assert again["bits_per_byte"] == pytest.approx(found["bits_per_byte"], rel=1e-5)

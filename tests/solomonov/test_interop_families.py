@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from solomonov.errors import ConfigurationError
 from solomonov.hf_folder import load_hf
 from solomonov.interop_config import read_config, written_config
-from solomonov.interop_families import FAMILIES, misfits, nearest_family, stock_family
+from solomonov.interop_families import FAMILIES, Family, chosen_family, misfits, nearest_family, stock_family
 from solomonov.model.config import ModelConfig
 from tests.solomonov.model.common import tiny_config
 from tests.support.foreign import (
@@ -105,10 +106,10 @@ HELD: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def _assert_parity(config: ModelConfig, folder: Path) -> None:
+def _assert_parity(config: ModelConfig, folder: Path, model_type: str | None = None) -> None:
     """Ours, theirs that was made of it, and ours that is read back say the same of packed documents."""
     state = our_weights(config)
-    theirs = as_theirs(config, state, folder)
+    theirs = as_theirs(config, state, folder, model_type)
     read, again, sequence_tokens = load_hf(folder)
     assert sequence_tokens == 32
     documents = random_documents(15, 1, 9)
@@ -166,13 +167,13 @@ FORMS = {"prenorm": ("prenorm", "scaled", "lns", "layerscale", "rezero"), "peri"
 
 
 @st.composite
-def _configs(draw: st.DrawFn) -> ModelConfig:
+def _configs(draw: st.DrawFn) -> tuple[ModelConfig, Family]:
     """Any model that a class is said to hold: its flags are drawn one by one out of what it has."""
 
     def pick(*values: Any) -> Any:
         return draw(st.sampled_from(values))
 
-    family = pick(*(family for family in FAMILIES if family.written and not family.biased))
+    family = pick(*(family for family in FAMILIES if not family.biased))
     positions = ("rope", "nope") if family.bare_layers else ("rope",)
     flags: dict[str, Any] = {"qk_norm": family.qk_norm != "none", "rope_theta": pick(50.0, 1e4)}
     flags |= {"qk_norm_over": "all" if family.qk_norm == "all" else "head", "position": pick(*positions)}
@@ -198,23 +199,24 @@ def _configs(draw: st.DrawFn) -> ModelConfig:
         attention=flags,
     )
     assert not misfits(config, family)
-    return config
+    return config, family
 
 
 @settings(deadline=None, max_examples=60)
-@given(config=_configs())
+@given(drawn=_configs())
 @pytest.mark.spare
-def test_any_model_that_a_class_is_said_to_hold_has_its_logits(config: ModelConfig) -> None:
+def test_any_model_that_a_class_is_said_to_hold_has_its_logits(drawn: tuple[ModelConfig, Family]) -> None:
+    """In that class, also where it is not the first that holds it."""
+    config, family = drawn
     with tempfile.TemporaryDirectory() as folder:
-        _assert_parity(config, Path(folder))
+        _assert_parity(config, Path(folder), family.model_type)
 
 
 @settings(deadline=None, max_examples=200)
-@given(config=_configs())
-def test_what_is_written_reads_as_what_was_written(config: ModelConfig) -> None:
+@given(drawn=_configs())
+def test_what_is_written_reads_as_what_was_written(drawn: tuple[ModelConfig, Family]) -> None:
     """Layer by layer; the flags that say it may be others."""
-    family = stock_family(config)
-    assert family is not None
+    config, family = drawn
     read = read_config(written_config(config, family, 64) | {"vocab_size": 5}, family)
     assert (read.sequence_tokens, read.model.layers) == (64, config.layers)
     for layer in range(config.layers):
@@ -268,8 +270,31 @@ def test_the_flags_that_no_class_holds_are_named(changes: dict[str, Any], odd: d
     assert misfits(config, nearest_family(config)) == odd
 
 
-def test_granite_is_read_and_not_written() -> None:
-    [granite] = [family for family in FAMILIES if not family.written]
-    assert granite.model_type == "granite"
-    assert not misfits(tiny_config(attention=NO_QK), granite)
-    assert stock_family(tiny_config(attention=NO_QK)) is not granite
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("granite", {"attention": NO_QK, "residual": "scaled", "base_layers": 1}),
+        ("granite", {"attention": NO_QK, "tie_embeddings": True, "head_dim": 6, "feed_forward": "geglu"}),
+        ("smollm3", {"attention": NO_QK}),
+    ],
+    ids=str,
+)
+def test_a_class_that_is_chosen_gives_its_logits(tmp_path: Path, model_type: str, changes: dict[str, Any]) -> None:
+    config = tiny_config(**changes)
+    first = stock_family(config)
+    assert first is not None
+    assert first.model_type == "llama", "of itself it is another one"
+    _assert_parity(config, tmp_path, model_type)
+
+
+def test_a_class_that_does_not_hold_a_model_is_refused_with_those_that_do() -> None:
+    with pytest.raises(ConfigurationError, match="no class mamba") as caught:
+        chosen_family(tiny_config(), "mamba")
+    assert "granite" in caught.value.rule
+    with pytest.raises(ConfigurationError, match="GraniteForCausalLM does not hold this model") as caught:
+        chosen_family(tiny_config(), "granite")
+    assert caught.value.got == "model.attention.qk_norm: True"
+    assert "one that holds it: qwen3;" in caught.value.remedy
+    with pytest.raises(ConfigurationError) as caught:
+        chosen_family(tiny_config(attention={"preset": "hybrid"}), "llama")
+    assert "one that holds it: none;" in caught.value.remedy

@@ -13,7 +13,7 @@ from torch import Tensor
 from solomonov.export import AUTO_CLASSES
 from solomonov.interop import to_theirs
 from solomonov.interop_config import written_config
-from solomonov.interop_families import stock_family
+from solomonov.interop_families import chosen_family, stock_family
 from solomonov.model.config import ModelConfig
 from solomonov.model.counts import parameter_shapes
 from solomonov.model.cross import Source
@@ -86,11 +86,12 @@ def our_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def as_theirs(config: ModelConfig, state: dict[str, Tensor], folder: Path) -> Any:
-    """Our model as the class of Hugging Face that holds it, by way of a folder, which must hold just its weights."""
+def as_theirs(config: ModelConfig, state: dict[str, Tensor], folder: Path, model_type: str | None = None) -> Any:
+    """Our model as the class of Hugging Face that holds it, or another one that does, by way of a folder, which must
+    hold just its weights."""
     import transformers
 
-    family = stock_family(config)
+    family = stock_family(config) if model_type is None else chosen_family(config, model_type)
     assert family is not None
     settings = written_config(config, family, 32) | {"vocab_size": VOCAB, "pad_token_id": 0}
     folder.mkdir(exist_ok=True)

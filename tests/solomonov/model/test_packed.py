@@ -94,6 +94,24 @@ def test_documents_of_two_kinds_of_rows_find_each_other_or_nothing(
         torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("alibi", [False, True])
+def test_numbers_of_a_head_need_not_lie_side_by_side(alibi: bool) -> None:
+    """The kernel takes it for granted; a rotation of heads of two does not, and the gradient of a sum is one number."""
+    documents = rows_of([[20, 13], [33]])
+    plan = PackedPlan(documents, documents, True, torch.tensor(alibi_slopes(HEADS)) if alibi else None)
+    inputs = [torch.randn(2, HEADS, 33, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    found = []
+    for layout in (torch.Tensor.contiguous, lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)):
+        mine = [layout(x).requires_grad_() for x in inputs]
+        mixed = packed_attend(*mine, plan, None)
+        expanded = torch.autograd.grad(mixed.sum(), mine, retain_graph=True)
+        strewn = torch.autograd.grad(mixed, mine, layout(torch.ones_like(mixed)))
+        found.append([mixed.detach(), *expanded, *strewn])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert all(torch.equal(one, other) for one, other in zip(found[0][1:4], found[0][4:], strict=True))
+
+
 @pytest.mark.parametrize("kind", ["causal", "alibi", "all"])
 def test_in_bf16_it_is_as_near_as_bf16_is(kind: str) -> None:
     """Within 2 of its steps of 2^-8 of the largest value; sums over blocks of queries included (300 tokens)."""
