@@ -276,7 +276,8 @@ def _use(console: Console, run: RunFolder, seconds: dict[str, float]) -> dict[st
         evaluation = evaluate(model, run.data_folder(), device, max_bytes=EVALUATION_BYTES)
     folder = run.exports / f"step-{model.step:08d}"
     with _stage(console, "export", seconds, f"solomonov export {target}"):
-        export(Namespace(run=target, step=model.step, ema=False, to=str(folder), dtype="float32", json=False))
+        asked = {"step": model.step, "ema": False, "to": str(folder), "dtype": "float32", "model_type": None}
+        export(Namespace(run=target, json=False, **asked))
     with _stage(console, "generate", seconds, f"solomonov generate {target} --prompt ..."):
         tokenizer = Tokenizer.load(model.tokenizer_model)
         prompt = [tokenizer.bos, *tokenizer.encode(PROMPT)]
