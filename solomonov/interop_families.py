@@ -458,7 +458,7 @@ def chosen_family(model: ModelConfig, model_type: str) -> Family:
             f"{family.architecture} does not hold this model",
             got=", ".join(f"model.{key}: {value}" for key, value in odd.items()),
             rule="every flag of the model has a counterpart in the class",
-            remedy=f"choose one that holds it: {holding}; without a choice every model is exported",
+            remedy=f"choose one that holds it: {holding}; or choose none",
         )
     return family
 
