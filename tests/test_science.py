@@ -172,10 +172,10 @@ def test_what_is_asked_can_be_found_in_the_row(tokens: int) -> None:
         assert torch.equal(ids, task.batch(8, tokens, 2, seed=1)[0])
 
 
-@pytest.mark.parametrize("items", [2, 3, 5])
-def test_words_are_multiplied_as_permutations_are(items: int) -> None:
+@pytest.mark.parametrize(("items", "letters"), [(2, "all"), (3, "all"), (5, "two"), (5, "all")])
+def test_words_are_multiplied_as_permutations_are(items: int, letters: str) -> None:
     """Things are moved by hand, one permutation after the other."""
-    task = Words(items)
+    task = Words(items, letters)
     elements = list(permutations(range(items)))
     assert task.vocabulary == 1 + task.elements == 1 + len(elements)
     ids, _, labels = task.batch(5, 12, 4, seed=0)

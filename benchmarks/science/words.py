@@ -5,10 +5,10 @@
 
 Permutations of `--items` things stand in a row, and at each place is asked what all up to here make together (`tasks`).
 In a window of w tokens a layer composes what its neighbours know with what a token knows itself, and knowledge comes
-w - 1 places further a layer: of L layers a place sees the last 1 + L (w - 1) permutations, what these make together is
-uniform beside what came before, and who is further from the beginning can but guess (`bound`). Whether deep models
-learn to use all their layers is what is asked. A window of 0 is none: then a layer may look at all of the row, and
-shortcuts (arXiv 2210.10749) need fewer layers.
+w - 1 places further a layer: of L layers a place sees the last 1 + L (w - 1) permutations, and who is further from the
+beginning can but guess what those before make together (`bound`). Whether deep models learn to use all their layers is
+what is asked. A window of 0 is none: then a layer may look at all of the row, and shortcuts (arXiv 2210.10749) need
+fewer layers.
 
 A decoder of width 32 with 4 heads and a feed-forward of 64, 32 rows an update, AdamW, one rate for all depths, 100
 updates of warm-up, the last fifth decays to 0. `auto` is what a model of that depth is by default. One core a run.
@@ -54,6 +54,7 @@ class Run:
     window: int
     seed: int
     items: int
+    letters: str
     tokens: int
     steps: int
     lr: float
@@ -68,15 +69,21 @@ def model_of(run: Run) -> ModelConfig:
 
 def bound(run: Run) -> float:
     """Share of the places that can be known, and of the others what guessing gives."""
+    task = task_of(run)
     # Behind the place from which the beginning is just seen there is one from which all but the beginning is.
     known = run.tokens if run.window == 0 else min(run.tokens, 2 + run.layers * (run.window - 1))
-    return (known + (run.tokens - known) / Words(run.items).elements) / run.tokens
+    return (known + sum(task.guess(1 + place) for place in range(run.tokens - known))) / run.tokens
+
+
+def task_of(run: Run) -> Words:
+    """What is asked."""
+    return Words(run.items, run.letters)
 
 
 def train(run: Run) -> dict[str, Any]:
     """The record of one training, on one thread."""
     torch.set_num_threads(1)
-    task = Words(run.items)
+    task = task_of(run)
     model = Transformer(model_of(run), task.vocabulary, seed=run.seed)
 
     def batch(step: int) -> Batch:
@@ -107,7 +114,7 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def report(rows: Sequence[dict[str, Any]], items: int) -> str:
+def report(rows: Sequence[dict[str, Any]], chance: float) -> str:
     """The rows as a table."""
     lines = []
     for row in rows:
@@ -115,7 +122,7 @@ def report(rows: Sequence[dict[str, Any]], items: int) -> str:
         window = f"{row['window']}" if row["window"] else "none"
         lines.append([window, f"{row['layers']:3d} {row['mode']}", f"{row['bound']:.2f}", str(row["seeds"]), *cells])
     heads = ["window", "layers form", "bound", "seeds", "all", "last"]
-    return table(f"chance {1 / Words(items).elements:.3f}", heads, lines)
+    return table(f"chance {chance:.3f}", heads, lines)
 
 
 def draw(records: Sequence[dict[str, Any]], picture: Path) -> None:
@@ -150,15 +157,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 24])
     parser.add_argument("--modes", nargs="+", choices=["auto", *MODES], default=["auto", "prenorm", "postnorm"])
     parser.add_argument("--windows", type=int, nargs="+", default=[2])
-    parser.add_argument("--items", type=int, default=3)
+    parser.add_argument("--items", type=int, default=5)
+    parser.add_argument("--letters", choices=["two", "all"], default="two")
     parser.add_argument("--tokens", type=int, default=13)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--picture", metavar="FILE", type=Path)
     options = options_of(parser, arguments)
     runs = [
-        Run(mode, layers, window, seed, options.items, options.tokens, options.steps, options.lr)
+        Run(mode, layers, window, seed, options.items, options.letters, options.tokens, options.steps, options.lr)
         for seed in range(options.seeds)
         for window in options.windows
         for layers in sorted(options.layers, reverse=True)
@@ -166,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     chance = 1 / Words(options.items).elements
     records = conduct(runs, train, options, summary, line, chance=chance)
-    print(report(summary(records), options.items))
+    print(report(summary(records), chance))
     if options.picture is not None:
         draw(records, options.picture)
     return 0
