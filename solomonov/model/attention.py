@@ -56,14 +56,11 @@ class AttentionContext:
     """(B, 1, T, S) bool, true where a query may look, or (B, H, T, S) fp32 biases, see `window`; with a sink S is one
     more. None: `flex` or `packed` says it."""
 
-    block: int
-    """Queries of a block where attention goes block by block: B and T above are of blocks. 0: it does not."""
-
     flex: FlexPlan | None
     """How a CUDA kernel finds out which keys to look at."""
 
     packed: PackedPlan | None
-    """Likewise a kernel of the CPU, where there is no window that a row outgrows."""
+    """Likewise a kernel of the CPU, where no keys are cached."""
 
     cosine: Tensor | None
     """(B, 1, T, E/2) fp32; None: nothing is rotated."""
@@ -122,8 +119,8 @@ def attention_context(
     # New tokens after cached ones come in any number, for each of which the CUDA kernel would be compiled.
     if new_tokens is None and flex_suits(config, device):
         flex = flex_plan(document_ids, kind.window, slopes, causal=kind.causal)
-    elif new_tokens is None and device.type == "cpu" and (kind.window is None or total <= kind.window):
-        packed = PackedPlan(document_ids, document_ids, kind.causal, slopes)
+    elif new == total and device.type == "cpu":
+        packed = PackedPlan(document_ids, document_ids, kind.causal, slopes, kind.window)
     elif not kind.causal:
         mask = window.same_document(document_ids, document_ids)[:, None]
     else:
@@ -131,10 +128,7 @@ def attention_context(
         mask = seen[:, None] if slopes is None else window.biased(seen, slopes)
         if kind.sink:
             mask = window.with_room_for_sink(mask)
-    block = 0 if mask is None else window.block_size(new, kind.window)
-    return AttentionContext(
-        mask, block, flex, packed, cosine, sine, log_visible(positions) if kind.log_n else None, share
-    )
+    return AttentionContext(mask, flex, packed, cosine, sine, log_visible(positions) if kind.log_n else None, share)
 
 
 def layer_contexts(
@@ -163,7 +157,6 @@ def attend(
     value: Tensor,
     *,
     mask: Tensor | None,
-    block: int = 0,
     flex: FlexPlan | None = None,
     packed: PackedPlan | None = None,
     sink: Tensor | None = None,
@@ -173,7 +166,7 @@ def attend(
     Args:
         query: (B, T, H, E).
         key: (B, S, K, E); `value` likewise.
-        mask, block, flex, packed: as in the context.
+        mask, flex, packed: as in the context.
         sink: (H,) logits.
 
     Returns:
@@ -181,7 +174,7 @@ def attend(
     """
     # The kernels that take a mask without writing out all T x S scores want one key head a query head
     # (enable_gqa falls back to the plain product on CUDA, and is no faster on CPU).
-    rows, tokens, heads, width = query.shape
+    heads, width = query.shape[2:]
     shared = heads // key.shape[2]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if torch.is_autocast_enabled(query.device.type):  # what torch does by itself before its own product alone
@@ -189,9 +182,6 @@ def attend(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if flex is not None:
         return flex_attend(query, key, value, flex, sink).transpose(1, 2)
-    if block:
-        query = window.queries_in_blocks(query, block)
-        key, value = (window.keys_in_blocks(each, tokens, block) for each in (key, value))
     if shared > 1:
         key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
     if packed is not None:
@@ -202,8 +192,6 @@ def attend(
         scale = 1.0 / math.sqrt(width)
         query, key, value = _with_sink(query, key, value, sink / scale)
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)[..., :width]
-    if block:
-        mixed = window.out_of_blocks(mixed, rows, tokens)
     return mixed.transpose(1, 2)
 
 
@@ -219,7 +207,7 @@ def _with_sink(query: Tensor, key: Tensor, value: Tensor, sink: Tensor) -> tuple
 
 def _how(context: AttentionContext) -> dict[str, Any]:
     """Keywords of `attend`."""
-    return {"mask": context.mask, "block": context.block, "flex": context.flex, "packed": context.packed}
+    return {"mask": context.mask, "flex": context.flex, "packed": context.packed}
 
 
 def _attend_together(

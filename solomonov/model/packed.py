@@ -1,10 +1,11 @@
-"""Attention within packed documents on a CPU, without a window, in memory that grows with T and not with T^2.
+"""Attention within packed documents on a CPU, in memory that grows with T and not with T^2.
 
 torch's kernel writes out no scores, but a mask of documents is T x T by itself, which each layer keeps in fp32 for the
-backward pass. So each document goes through the kernel by itself, and nothing is computed between documents; ALiBi's
-biases are made for some queries at a time, in the backward pass again. A sink is one more term in the denominator of
-the softmax, whose value is 0: with l the logarithm of that denominator and s the sink, l' = ln(e^l + e^s) and
-o' = o * e^(l - l') are what the kernel's backward pass reads of a softmax that has it.
+backward pass. So each document goes through the kernel by itself, and nothing is computed between documents. Documents
+that a window or ALiBi's biases need a mask for go through it some queries at a time, with the keys that one of these
+sees: of T tokens and a window w the time grows with T * w. Their masks are made in the backward pass again. A sink is
+one more term in the denominator of the softmax, whose value is 0: with l the logarithm of that denominator and s the
+sink, l' = ln(e^l + e^s) and o' = o * e^(l - l') are what the kernel's backward pass reads of a softmax that has it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BIASED_QUERIES = 128
-"""Queries for which ALiBi's biases are there at once: (H, 128, S) fp32."""
+MASKED_QUERIES = 128
+"""Queries whose mask is there at once: (1, 128, w + 127) fp32, or ALiBi's biases (H, 128, S)."""
+
+_ALL = 2**62
+"""A window that no row outgrows."""
 
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -39,6 +43,9 @@ class PackedPlan:
     slopes: Tensor | None = None
     """(H,) fp32 of ALiBi, which is causal; None: no biases."""
 
+    window: int | None = None
+    """Keys that a query sees at most, itself among them, where it is causal; None: all."""
+
 
 def packed_attend(query: Tensor, key: Tensor, value: Tensor, plan: PackedPlan, sink: Tensor | None) -> Tensor:
     """Scaled dot-product attention as the plan says.
@@ -52,7 +59,10 @@ def packed_attend(query: Tensor, key: Tensor, value: Tensor, plan: PackedPlan, s
         (B, H, T, E).
     """
     sink = None if sink is None else sink.to(_wide(query.dtype))
-    mixed: Tensor = _attend(query, key, value, plan.queries, plan.keys, plan.causal, plan.slopes, sink)[0]
+    window = _ALL if plan.window is None else plan.window
+    mixed: Tensor = _attend(
+        query, key, value, plan.queries, plan.keys, window if plan.causal else None, plan.slopes, sink
+    )[0]
     return mixed
 
 
@@ -63,6 +73,8 @@ class _Piece:
     rows: slice
     queries: slice
     keys: slice
+    masked: bool
+    """Whether the kernel does not find out by itself what is seen."""
 
     def asking(self, x: Tensor) -> Tensor:
         """Of (B, H, T, ...) the queries."""
@@ -72,22 +84,32 @@ class _Piece:
         """Of (B, H, S, ...) the keys."""
         return x[self.rows, :, self.keys]
 
-    def bias(self, slopes: Tensor) -> Tensor:
-        """(1, H, queries, keys): -m_h * distance, minus infinity where a key comes later (arXiv 2108.12409)."""
-        query = torch.arange(self.queries.start, self.queries.stop, device=slopes.device)
-        distance = query[:, None] - torch.arange(self.keys.start, self.keys.stop, device=slopes.device)
-        return torch.where(distance >= 0, -slopes[:, None, None] * distance, -torch.inf)[None]
+    def options(self, window: int | None, slopes: Tensor | None, like: Tensor) -> dict[str, Any]:
+        """What tells the kernel who is seen."""
+        if window is None or not self.masked:
+            return {"is_causal": window is not None, "attn_mask": None}
+        return {"is_causal": False, "attn_mask": self.mask(window, slopes, like)}
+
+    def mask(self, window: int, slopes: Tensor | None, like: Tensor) -> Tensor:
+        """(1, 1 or H, queries, keys): 0 or -m_h * distance (arXiv 2108.12409), minus infinity where a query does not
+        look."""
+        query = torch.arange(self.queries.start, self.queries.stop, device=like.device)
+        distance = query[:, None] - torch.arange(self.keys.start, self.keys.stop, device=like.device)
+        seen = (distance >= 0) & (distance < window)
+        slopes = like.new_zeros(1) if slopes is None else slopes.to(like.dtype)
+        return torch.where(seen, -slopes[:, None, None] * distance, -torch.inf)[None]
 
 
-def _pieces(queries: Tensor, keys: Tensor, most: int | None) -> Iterator[_Piece]:
-    """Each document of each row; where there are biases (`most` is not None) of so many queries at most."""
+def _pieces(queries: Tensor, keys: Tensor, window: int | None, biased: bool) -> Iterator[_Piece]:
+    """Each document of each row; of those that need a mask some queries at a time."""
     for rows, asking, asked in _documents(queries, keys):
-        if most is None:
-            yield _Piece(rows, asking, asked)
+        tokens = asked.stop - asked.start
+        if window is None or (tokens <= window and not biased):
+            yield _Piece(rows, asking, asked, masked=False)
             continue
-        for begin in range(asking.start, asking.stop, most):
-            end = min(begin + most, asking.stop)
-            yield _Piece(rows, slice(begin, end), slice(asked.start, end))
+        for begin in range(asking.start, asking.stop, MASKED_QUERIES):
+            end = min(begin + MASKED_QUERIES, asking.stop)
+            yield _Piece(rows, slice(begin, end), slice(max(asked.start, begin - window + 1), end), masked=True)
 
 
 def _documents(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, slice, slice]]:
@@ -136,20 +158,20 @@ def _attend(
     value: Tensor,
     queries: Tensor,
     keys: Tensor,
-    causal: bool,
+    window: int | None,
     slopes: Tensor | None,
     sink: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The result and the logarithm of each denominator: (B, H, T, E) and (B, H, T)."""
+    """The result and the logarithm of each denominator: (B, H, T, E) and (B, H, T). Without a window (None) all see
+    all of their document."""
     query, key, value = _dense(query), _dense(key), _dense(value)
     mixed, total = _empty(query)
-    if not causal:
+    if window is None:
         mixed.zero_()
         total.fill_(-torch.inf)
-    for piece in _pieces(queries, keys, None if slopes is None else BIASED_QUERIES):
+    for piece in _pieces(queries, keys, window, slopes is not None):
         asking, asked = piece.asking(query), (piece.asked(key), piece.asked(value))
-        bias = None if slopes is None else piece.bias(slopes.to(total.dtype))
-        found, logarithm = _kernel(asking, *asked, is_causal=causal and bias is None, attn_mask=bias)
+        found, logarithm = _kernel(asking, *asked, **piece.options(window, slopes, total))
         piece.asking(mixed).copy_(found)
         piece.asking(total).copy_(logarithm)
     if sink is not None:
@@ -161,18 +183,19 @@ def _attend(
 
 @torch.library.custom_op("solomonov::attend_documents_backward", mutates_args=())
 def _backward(
-    gradient: Tensor, kept: Sequence[Tensor], causal: bool, slopes: Tensor | None
+    gradient: Tensor, kept: Sequence[Tensor], window: int | None, slopes: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values; `kept` are the first five arguments of `_attend` and what it gave."""
     query, key, value, queries, keys, mixed, total = kept
     gradient, query, key, value = _dense(gradient), _dense(query), _dense(key), _dense(value)
-    # With biases a key gets its gradient in several sums.
-    dtype = query.dtype if slopes is None else total.dtype
+    # With masks a key gets its gradient in several sums.
+    masked = slopes is not None or (window is not None and window < key.shape[2])
+    dtype = total.dtype if masked else query.dtype
     of_query, of_key, of_value = (torch.zeros_like(x, dtype=dtype) for x in (query, key, value))
-    for piece in _pieces(queries, keys, None if slopes is None else BIASED_QUERIES):
+    for piece in _pieces(queries, keys, window, slopes is not None):
         asking = piece.asking(query), piece.asked(key), piece.asked(value), piece.asking(mixed), piece.asking(total)
-        bias = None if slopes is None else piece.bias(slopes.to(total.dtype))
-        found = _kernel_backward(piece.asking(gradient), *asking, 0.0, causal and bias is None, attn_mask=bias)
+        options = piece.options(window, slopes, total)
+        found = _kernel_backward(piece.asking(gradient), *asking, dropout_p=0.0, **options)
         piece.asking(of_query).copy_(found[0])
         piece.asked(of_key).add_(found[1])
         piece.asked(of_value).add_(found[2])
@@ -191,13 +214,13 @@ def _(gradient: Tensor, kept: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.causal, slopes, sink = inputs
+    *tensors, ctx.window, slopes, sink = inputs
     ctx.save_for_backward(*tensors, slopes, sink, *output)
 
 
 def _gradients(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, slopes, sink, mixed, total = ctx.saved_tensors
-    found = _backward(gradient, [*inputs, mixed, total], ctx.causal, slopes)
+    found = _backward(gradient, [*inputs, mixed, total], ctx.window, slopes)
     of_sink = None
     if sink is not None:
         of_softmax = (gradient.to(total.dtype) * mixed.to(total.dtype)).sum(dim=-1)

@@ -139,7 +139,7 @@ def test_flags_that_are_off_leave_the_plain_product() -> None:
     _filled(module)
     documents = torch.tensor([[0, 0, 0, 1, 1, -1]])
     context = attention_context(documents, config)
-    assert (context.block, context.flex, context.log_keys) == (0, None, None)
+    assert (context.mask, context.flex, context.log_keys) == (None, None, None)
     x = torch.randn(1, 6, config.d_model, generator=torch.Generator().manual_seed(1))
     query, key, value = (
         layer(x).view(1, 6, heads, 4) for layer, heads in ((module.q, 4), (module.k, 2), (module.v, 2))
