@@ -19,7 +19,7 @@ from solomonov.model.flex import FlexPlan, flex_attend, flex_plan, flex_suits
 from solomonov.model.norms import RMSNorm
 from solomonov.model.packed import PackedPlan, packed_attend
 from solomonov.model.positions import alibi_slopes, log_visible
-from solomonov.model.rope import document_positions, grid_rope_tables, rope_tables, rotate
+from solomonov.model.rope import document_numbers, document_positions, grid_rope_tables, rope_tables, rotate
 from solomonov.model.stacks import Stack
 
 
@@ -95,7 +95,7 @@ def attention_context(
     """Masks and tables of one layer, and of all of its kind, for rows of packed documents.
 
     Args:
-        document_ids: (B, S) of all tokens, cached ones first.
+        document_ids: (B, S) of all tokens, cached ones first: a document is a run of equal numbers.
         layer: number of the layer in its stack, from 0.
         new_tokens: T, how many of the last tokens are queries; None: all.
         share: of the rows' tokens, where other ranks have the rest.
@@ -104,6 +104,7 @@ def attention_context(
     kind, total, device = config.layer_attention(layer, stack), document_ids.shape[1], document_ids.device
     new = total if new_tokens is None else new_tokens
     positions = token_positions(document_ids, new_tokens, share)
+    document_ids = document_numbers(document_ids)
     cosine, sine = None, None
     if kind.position == "rope":
         columns = config.grid_columns(stack)

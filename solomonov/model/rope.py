@@ -15,12 +15,22 @@ def document_positions(document_ids: Tensor) -> Tensor:
     Returns:
         (B, T) int64, 0 at the first token of every run.
     """
-    tokens = document_ids.shape[1]
-    index = torch.arange(tokens, device=document_ids.device)
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    first = torch.cummax(torch.where(_begins(document_ids), index, 0), dim=1).values
+    return index - first
+
+
+def document_numbers(document_ids: Tensor) -> Tensor:
+    """(B, T) of runs of equal numbers -> (B, T) int64, 0, 1, ... of each row: a number that comes again is that of
+    another document."""
+    return _begins(document_ids).cumsum(dim=1) - 1
+
+
+def _begins(document_ids: Tensor) -> Tensor:
+    """(B, T) -> (B, T) bool, true at the first token of every run."""
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    first = torch.cummax(torch.where(begins, index, 0), dim=1).values
-    return index - first
+    return begins
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

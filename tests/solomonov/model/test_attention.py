@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from solomonov.model import attention as attention_module
 from solomonov.model.attention import Attention, SequenceShare, attend, attention_context
 from solomonov.model.config import ModelConfig
 from solomonov.model.rope import rotate
@@ -206,6 +207,35 @@ def test_rows_that_ranks_share_give_what_whole_rows_give(
         found.append([answer, *torch.autograd.grad(loss, [x, *module.parameters()])])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("new", [None, 2])
+@pytest.mark.parametrize(
+    "keys", [{"preset": "rope"}, {"preset": "rope", "window_tokens": 4}, {"preset": "alibi"}], ids=str
+)
+def test_a_number_that_comes_again_is_another_document(
+    monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], new: int | None
+) -> None:
+    """As it is for positions: nothing of the later run is seen, and nothing of the earlier one. On CUDA as well."""
+    config = tiny_config(attention=keys)
+    again, apart = torch.tensor([[7] * 3 + [1] * 2 + [7] * 5]), torch.tensor([[0] * 3 + [1] * 2 + [2] * 5])
+    if new is None:
+        module = Attention(config)
+        _filled(module)
+        x = torch.randn(1, 10, config.d_model, generator=torch.Generator().manual_seed(0))
+        found = [module(x, attention_context(documents, config)) for documents in (again, apart)]
+        assert torch.equal(*found)
+        monkeypatch.setattr(attention_module, "flex_suits", lambda *_: True)
+        plans = [attention_context(documents, config).flex for documents in (again, apart)]
+        index = torch.arange(10)
+        masks = [plan.blocks.mask_mod(torch.tensor(0), 0, index[:, None], index) for plan in plans if plan is not None]
+        assert len(masks) == 2
+        assert torch.equal(*masks)
+    else:
+        masks = [attention_context(documents, config, new_tokens=new).mask for documents in (again, apart)]
+        assert masks[0] is not None
+        assert masks[1] is not None
+        assert torch.equal(*masks)
 
 
 def test_only_the_new_tokens_ask() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from solomonov.model.rope import document_positions, grid_rope_tables, rope_tables, rotate
+from solomonov.model.rope import document_numbers, document_positions, grid_rope_tables, rope_tables, rotate
 from tests.support import naive
 
 
@@ -19,6 +19,11 @@ def test_positions_restart_at_every_document(runs: list[tuple[int, int]]) -> Non
         continues = index > 0 and row[index - 1] == document
         expected.append(expected[-1] + 1 if continues else 0)
     assert document_positions(torch.tensor([row, row[::-1]]))[0].tolist() == expected
+
+
+def test_runs_are_numbered_in_their_order_whatever_their_numbers_are() -> None:
+    rows = torch.tensor([[5, 5, -1, 5, 2, 2], [0, 0, 0, 0, 0, 0]])
+    assert document_numbers(rows).tolist() == [[0, 0, 1, 2, 3, 3], [0] * 6]
 
 
 def test_rotation_is_multiplication_by_a_complex_number() -> None:
