@@ -25,8 +25,8 @@ from tests.support import tiny
 from tests.support.ranks import run_ranks
 
 STAGES, STEPS, BOUND = 4, 2, 1e-5
-# Without the default's scales of logits, two numbers a layer, whose gradients are sums that nearly cancel: fp32 is up to
-# 8e-6 off float64 in them at 200 layers, on one rank.
+# Without the default's scales of logits, two numbers a layer, whose gradients are sums that nearly cancel: fp32 is up
+# to 8e-6 off float64 in them at 200 layers, on one rank.
 MODEL = ModelConfig(layers=1000, d_model=16, heads=2, kv_heads=1, d_ff=16, attention=AttentionConfig(preset="rope"))
 pytestmark = [pytest.mark.dist, pytest.mark.spare]
 
