@@ -112,7 +112,7 @@ class Recall:
     noise: int = 16
     pairs: int = 8
     asked: int = 24
-    """Keys that stand at the end. Of eight a row nothing was learned in 2,000 updates."""
+    """Keys that stand at the end. Of eight a row, and 80 symbols, full RoPE found a third after 2,250 updates."""
 
     @property
     def vocabulary(self) -> int:
